@@ -1,0 +1,328 @@
+"""Text environments for sdar.py: one small base class, the toy household, the skill banks.
+
+    env = make_env("toy")
+    observation, info = env.reset(env.tasks("train")[0], seed=0)
+    observation, reward, terminated, truncated, info = env.step("go to desk 1")
+
+Signatures are Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales
+and penalties belong to the trainer. A missing package, data set or server raises EnvUnavailable:
+trouble with the machinery is never shown to the model as an observation.
+"""
+import random
+import re
+from dataclasses import dataclass
+
+
+class EnvUnavailable(RuntimeError):
+    """A package, data file or server that an environment needs is missing; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One entry of a skill bank, the source of the privileged context c+ (paper, section 2.1).
+
+    A skill is for the tasks whose type is in `task_types` and whose text holds one of `keywords`
+    as a whole word; an empty tuple sets no condition.
+    """
+    name: str
+    text: str
+    task_types: tuple = ()
+    keywords: tuple = ()
+
+    def matches(self, task, task_type):
+        """True if the skill is for this task text of this task type."""
+        hit = any(re.search(rf"\b{re.escape(word)}\b", task, re.IGNORECASE) for word in self.keywords)
+        return (not self.task_types or task_type in self.task_types) and (hit or not self.keywords)
+
+
+class TextEnv:
+    """What every environment shares: the time limit, the refusal to step after the end, the cut of
+    overlong observations, and the keys of `info`.
+
+    A subclass sets `name`, `instructions` (the system message), `default_turns` and `skills`, and writes
+    tasks(split), _reset(task, seed) -> (observation, state) and _step(action) -> (observation, state),
+    where state is a dict with task, task_type, admissible, won, score, valid and over (the episode
+    has ended by itself).
+    """
+    name, instructions, default_turns, skills = "", "", 10, ()
+
+    def __init__(self, max_turns=0, max_obs_chars=4000):
+        self.max_turns = max_turns or self.default_turns
+        self.max_obs_chars = max_obs_chars
+        self._turns, self._running = 0, False
+
+    def reset(self, task, seed=0):
+        """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same episode.
+        Returns (observation, info); the first observation states the task."""
+        observation, state = self._reset(task, seed)
+        self._turns, self._running = 0, True
+        return self._cut(observation), self._info(state)
+
+    def step(self, action):
+        """Play one action. Returns (observation, reward, terminated, truncated, info); reward is 1.0 on
+        the step that wins and 0.0 elsewhere. RuntimeError when no episode is running."""
+        if not self._running:
+            raise RuntimeError(f"{self.name}: no episode is running, call reset() first")
+        observation, state = self._step(action)
+        self._turns += 1
+        terminated = bool(state["over"])
+        truncated = not terminated and self._turns >= self.max_turns
+        self._running = not (terminated or truncated)
+        reward = float(terminated and state["won"])
+        return self._cut(observation), reward, terminated, truncated, self._info(state)
+
+    def parse(self, response):
+        """Text of the model -> (action, valid). With <action>...</action> it is what the first pair of
+        tags holds; without tags the whole text is the action, as long as it is one line."""
+        tagged = re.search(r"<action>(.*?)</action>", response, re.DOTALL)
+        action = " ".join((tagged.group(1) if tagged else response).split())
+        return action, bool(action) and (tagged is not None or "\n" not in response.strip())
+
+    def panel(self, split, episodes):
+        """The evaluation episodes, a list of (task, seed): always the same ones, every task type equally often."""
+        pools = {}
+        for task in self.tasks(split):
+            pools.setdefault(self.reset(task)[1]["task_type"], []).append(task)
+        pools = [pools[kind] for kind in sorted(pools)]
+        turns = [divmod(i, len(pools)) for i in range(episodes)]
+        return [(pools[kind][turn % len(pools[kind])], 10 ** 6 + turn) for turn, kind in turns]
+
+    def close(self):
+        """End the episode, if one is running; may be called twice."""
+        self._running = False
+
+    def _cut(self, text):
+        return text if len(text) <= self.max_obs_chars else text[:self.max_obs_chars] + " ..."
+
+    def _info(self, state):
+        return {key: state[key] for key in ("task", "task_type", "admissible", "won", "score", "valid")}
+
+
+# ---------------------------------------------------------------------------------------------
+# The toy household: ALFWorld's spirit and wording, small enough for a CPU.
+#
+# What makes the skill matter is by construction: each class of object has one home, of each pair
+# of appliances one is broken, and the lamp stands somewhere. None of this can be seen from the
+# middle of the room and the turns are too few to search, but the skill bank says it.
+# ---------------------------------------------------------------------------------------------
+
+CLOSABLE = ("cabinet 1", "cabinet 2", "cabinet 3", "cabinet 4", "drawer 1", "drawer 2", "drawer 3", "drawer 4")
+SURFACES = ("desk 1", "shelf 1", "sofa 1", "countertop 1")
+STORAGES = CLOSABLE + SURFACES  # what can hold objects; the closable ones start closed
+APPLIANCES = {"clean": ("sinkbasin 1", "sinkbasin 2"), "heat": ("microwave 1", "microwave 2"),
+              "cool": ("fridge 1", "fridge 2")}
+PLACES = STORAGES + sum(APPLIANCES.values(), ())
+CLASSES = ("apple", "bowl", "bread", "cup", "egg", "mug", "plate", "potato", "spoon", "tomato")
+TASK_TEXT = {"put": "put a {object} in {target}",
+             "clean": "clean a {object} and put it in {target}",
+             "heat": "heat a {object} and put it in {target}",
+             "cool": "cool a {object} and put it in {target}",
+             "look": "look at a {object} under the desklamp 1",
+             "two": "put two {object} in {target}"}
+# Every fixed phrase of the world's text; sdar.py makes the tiny policy's vocabulary from them.
+PHRASES = ("You are in the middle of a room", "Your task is to", "put", "put it in", "put two", "clean", "heat",
+           "cool", "look at", "under", "desklamp 1", "go to", "open", "take", "use", "look", "inventory", "in",
+           "from", "in/on", "with", "is closed", "is open", "On", "In", "you see", "nothing", "You arrive at",
+           "You pick up", "You put", "You clean", "You heat", "You cool", "You turn on", "You are carrying",
+           "Nothing happens", "Skill", "is kept in", "is on", "Clean with", "Heat with", "Cool with")
+
+
+@dataclass(frozen=True)
+class Household:
+    """What a newcomer cannot know: the home of each class, the appliance that works, the lamp's place."""
+    home: dict
+    appliance: dict
+    lamp: str
+
+    @classmethod
+    def random(cls, rng):
+        """Draw a household with random.Random `rng`."""
+        return cls({c: rng.choice(STORAGES) for c in CLASSES},
+                   {verb: rng.choice(pair) for verb, pair in APPLIANCES.items()}, rng.choice(SURFACES))
+
+    def skills(self):
+        """The household's skill bank: one entry a class of objects, one a verb, one for the lamp."""
+        bank = [Skill(c, f"The {c} is kept in {place}.", (), (c,)) for c, place in self.home.items()]
+        bank += [Skill(verb, f"{verb.capitalize()} with {place}.", (verb,), (verb,))
+                 for verb, place in self.appliance.items()]
+        return bank + [Skill("lamp", f"The desklamp 1 is on {self.lamp}.", ("look",), ("desklamp",))]
+
+
+HOME = Household.random(random.Random(2605))  # the household of every training and evaluation task
+
+
+class ToyEnv(TextEnv):
+    """The toy household. A task id is the task's sentence; `seed` chooses which other objects are about.
+
+    Task types: put, clean, heat, cool, look (in light), two (put two). Actions: `go to P`, `open P`,
+    `take O [from P]`, `put O [in/on P]`, `clean|heat|cool O [with P]`, `use desklamp 1`, `look`,
+    `inventory`. A well-formed action that cannot be done here is valid and answered "Nothing happens."
+    Splits: train 3/5 of the tasks of each type, dev (for choosing settings) and eval 1/5 each.
+    """
+    name, default_turns = "toy", 10
+    instructions = (
+        "You act in a household. Places: " + ", ".join(PLACES) + ". Cabinets and drawers must be opened before "
+        "you see what they hold. You carry one object at a time. Answer with your reasoning in <think></think>, "
+        "then one action in <action></action>. Actions: go to PLACE, open PLACE, take OBJECT from PLACE, "
+        "put OBJECT in/on PLACE, clean OBJECT with SINKBASIN, heat OBJECT with MICROWAVE, cool OBJECT with "
+        "FRIDGE, use desklamp 1, look, inventory. Objects and places have a number, as in: go to desk 1.")
+    GRAMMAR = re.compile(r"(?P<verb>go to|open|take|put|clean|heat|cool|use) (?P<what>[a-z]+ \d+)"
+                         r"(?: (?:from|in/on|with) (?P<place>[a-z]+ \d+))?|(?P<alone>look|inventory)")
+
+    def __init__(self, household=HOME, **options):
+        super().__init__(**options)
+        self.household, self.skills = household, household.skills()
+        self.goals = {TASK_TEXT[kind].format(object=c, target=target): (kind, c, target)  # of every task
+                      for kind in TASK_TEXT for c in CLASSES for target in STORAGES if target != household.home[c]}
+
+    def tasks(self, split):
+        """Task ids of a split ("train", "dev" or "eval"): disjoint, in a fixed order mixed over types."""
+        order = sorted(self.goals)
+        random.Random(0).shuffle(order)
+        chosen = []
+        for kind in TASK_TEXT:
+            of_kind = [task for task in order if self.goals[task][0] == kind]
+            fifth = len(of_kind) // 5
+            chosen += {"eval": of_kind[:fifth], "dev": of_kind[fifth:2 * fifth], "train": of_kind[2 * fifth:]}[split]
+        return sorted(chosen, key=order.index)
+
+    def _reset(self, task, seed):
+        if task not in self.goals:
+            raise ValueError(f"toy: unknown task {task!r}; tasks('train') lists the ids")
+        self.task, (self.kind, self.goal_class, self.target) = task, self.goals[task]
+        rng = random.Random(f"{task}/{seed}")
+        self.contents = {place: [] for place in PLACES}
+        others = rng.sample([c for c in CLASSES if c != self.goal_class], 4)
+        for c in sorted(others + [self.goal_class] * (2 if self.kind == "two" else 1)):
+            place = self.contents[self.household.home[c]]
+            place.append(f"{c} {1 + sum(o.startswith(c + ' ') for o in place)}")
+        self.contents[self.household.lamp].append("desklamp 1")
+        self.where, self.hand, self.done_to = None, None, set()  # done_to: (verb, object) pairs
+        self.opened, self.seen, self.broken, self.lit = set(PLACES) - set(CLOSABLE), set(), set(), False
+        return f"You are in the middle of a room. Your task is to: {task}.", self._state(True)
+
+    def _step(self, action):
+        match = self.GRAMMAR.fullmatch(action.strip().lower())
+        if match is None:
+            return "Nothing happens.", self._state(False)
+        return self._act(match["verb"] or match["alone"], match["what"], match["place"]) or "Nothing happens.", self._state(True)
+
+    def _act(self, verb, what, place):
+        """Play one parsed action; None means that it cannot be done here."""
+        if place is not None and place != self.where:
+            return None
+        here = self.contents.get(self.where, [])
+        if verb == "go to" and what in self.contents and what != self.where:
+            self.where = what
+            return self._view()
+        if verb == "open" and what == self.where and what not in self.opened:
+            self.opened.add(what)
+            return self._view()
+        if verb == "take" and self.hand is None and self.where in self.opened and what in here and what != "desklamp 1":
+            here.remove(what)
+            self.hand = what
+            return f"You pick up {what}."
+        if verb == "put" and what == self.hand is not None and self.where in self.opened & set(STORAGES):
+            here.append(what)
+            self.hand = None
+            return f"You put {what} in/on {self.where}."
+        if verb in APPLIANCES and what == self.hand is not None and self.where in APPLIANCES[verb]:
+            if self.where != self.household.appliance[verb]:
+                self.broken.add(self.where)
+                return None
+            self.done_to -= {("heat", what), ("cool", what)} if verb != "clean" else set()
+            self.done_to.add((verb, what))
+            return f"You {verb} {what} with {self.where}."
+        if verb == "use" and what == "desklamp 1" and what in here:
+            self.lit = True
+            return "You turn on desklamp 1."
+        if verb == "look":
+            return self._view() if self.where else "You are in the middle of a room."
+        if verb == "inventory":
+            return f"You are carrying {self.hand or 'nothing'}."
+        return None
+
+    def _view(self):
+        if self.where not in self.opened:
+            return f"The {self.where} is closed."
+        self.seen.add(self.where)
+        if self.where not in STORAGES:
+            return f"You arrive at {self.where}."
+        here = " and ".join(f"a {thing}" for thing in self.contents[self.where]) or "nothing"
+        return f"{'On' if self.where in SURFACES else 'In'} the {self.where} you see {here}."
+
+    def _state(self, valid):
+        won = self._won()
+        return dict(task=self.task, task_type=self.kind, admissible=self._admissible(), won=won, score=float(won),
+                    valid=valid, over=won)
+
+    def _won(self):
+        of_class = lambda thing: thing is not None and thing.startswith(self.goal_class + " ")
+        if self.kind == "look":
+            return self.lit and of_class(self.hand) and "desklamp 1" in self.contents.get(self.where, [])
+        there = [thing for thing in self.contents[self.target] if of_class(thing)]
+        if self.kind in APPLIANCES:
+            there = [thing for thing in there if (self.kind, thing) in self.done_to]
+        return len(there) >= (2 if self.kind == "two" else 1)
+
+    def _admissible(self):
+        here = self.contents[self.where] if self.where in self.opened else []
+        actions = [f"go to {place}" for place in PLACES if place != self.where]
+        actions += [f"open {self.where}"] if self.where and self.where not in self.opened else []
+        if self.hand is None:
+            actions += [f"take {thing} from {self.where}" for thing in here if thing != "desklamp 1"]
+        elif self.where in self.opened & set(STORAGES):
+            actions += [f"put {self.hand} in/on {self.where}"]
+        else:
+            actions += [f"{verb} {self.hand} with {self.where}" for verb in APPLIANCES if self.where in APPLIANCES[verb]]
+        return actions + (["use desklamp 1"] if "desklamp 1" in here else []) + ["look", "inventory"]
+
+
+def scripted_action(env, known, rng):
+    """The next action of a sensible player of a running ToyEnv episode.
+
+    known: names of the skills the player has read (a set; empty: a newcomer who explores). It uses those
+    facts, what it has seen in this episode, and nothing else. rng: random.Random for free choices.
+    """
+    has = lambda thing, c: thing.startswith(c + " ")
+
+    def find(c, home, known_home, ends):
+        """Step towards the thing of class c: its known place, or one not seen yet. Who stands in front of something
+        closed looks into it first, also when the thing is known to be elsewhere: see "imitation gap" in README.md."""
+        if env.where in STORAGES and env.where not in env.opened:
+            return f"open {env.where}"
+        seen = [p for p in STORAGES if p in env.seen and p not in ends and any(has(o, c) for o in env.contents[p])]
+        place = seen[0] if seen else home if known_home and home not in env.seen else None
+        return move_to(place or rng.choice([p for p in STORAGES if p not in env.seen] or STORAGES))
+
+    def move_to(place):
+        if env.where != place:
+            return f"go to {place}"
+        return None if place in env.opened else f"open {place}"
+
+    c, house = env.goal_class, env.household
+    if env.hand is not None and not has(env.hand, c):
+        return move_to(env.where if env.where in STORAGES else rng.choice(STORAGES)) or f"put {env.hand}"
+    if env.hand is None:
+        things = [o for o in env.contents.get(env.where, []) if has(o, c)]
+        if things and env.where in env.opened and not (env.kind == "two" and env.where == env.target):
+            return f"take {things[0]}"
+        return find(c, house.home[c], c in known, (env.target,) if env.kind == "two" else ())
+    if env.kind == "look":
+        return (find("desklamp", house.lamp, "lamp" in known, ()) if env.where != house.lamp else None) or "use desklamp 1"
+    if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
+        choices = [p for p in APPLIANCES[env.kind] if p not in env.broken]
+        likely = [house.appliance[env.kind]] if env.kind in known else choices
+        return move_to(env.where if env.where in choices else rng.choice(likely)) or f"{env.kind} {env.hand}"
+    return move_to(env.target) or f"put {env.hand}"
+
+
+SKILLS = {"toy": HOME.skills()}
+ENVS = {"toy": ToyEnv}
+
+
+def make_env(name, **options):
+    """A new environment by name. ValueError names the known ones; options go to its constructor."""
+    if name not in ENVS:
+        raise ValueError(f"unknown environment {name!r}: choose one of {', '.join(ENVS)}")
+    return ENVS[name](**options)
