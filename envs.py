@@ -106,7 +106,7 @@ class TextEnv:
 # middle of the room and the turns are too few to search, but the skill bank says it.
 # ---------------------------------------------------------------------------------------------
 
-CLOSABLE = ("cabinet 1", "cabinet 2", "cabinet 3", "cabinet 4", "drawer 1", "drawer 2", "drawer 3", "drawer 4")
+CLOSABLE = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, 7))
 SURFACES = ("desk 1", "shelf 1", "sofa 1", "countertop 1")
 STORAGES = CLOSABLE + SURFACES  # what can hold objects; the closable ones start closed
 APPLIANCES = {"clean": ("sinkbasin 1", "sinkbasin 2"), "heat": ("microwave 1", "microwave 2"),
@@ -122,7 +122,7 @@ TASK_TEXT = {"put": "put a {object} in {target}",
 # Every fixed phrase of the world's text; sdar.py makes the tiny policy's vocabulary from them.
 PHRASES = ("You are in the middle of a room", "Your task is to", "put", "put it in", "put two", "clean", "heat",
            "cool", "look at", "under", "desklamp 1", "go to", "open", "take", "use", "look", "inventory", "in",
-           "from", "in/on", "with", "is closed", "is open", "On", "In", "you see", "nothing", "You arrive at",
+           "from", "in/on", "with", "is closed", "On", "In", "you see", "nothing", "You arrive at",
            "You pick up", "You put", "You clean", "You heat", "You cool", "You turn on", "You are carrying",
            "Nothing happens", "Skill", "is kept in", "is on", "Clean with", "Heat with", "Cool with")
 
@@ -176,14 +176,16 @@ class ToyEnv(TextEnv):
                       for kind in TASK_TEXT for c in CLASSES for target in STORAGES if target != household.home[c]}
 
     def tasks(self, split):
-        """Task ids of a split ("train", "dev" or "eval"): disjoint, in a fixed order mixed over types."""
+        """Task ids of a split ("train", "dev" or "eval"): disjoint, in a fixed order mixed over types. There are few
+        tasks of type look, so train lists each of them several times: every type comes equally often."""
         order = sorted(self.goals)
         random.Random(0).shuffle(order)
         chosen = []
         for kind in TASK_TEXT:
             of_kind = [task for task in order if self.goals[task][0] == kind]
             fifth = len(of_kind) // 5
-            chosen += {"eval": of_kind[:fifth], "dev": of_kind[fifth:2 * fifth], "train": of_kind[2 * fifth:]}[split]
+            part = {"eval": of_kind[:fifth], "dev": of_kind[fifth:2 * fifth], "train": of_kind[2 * fifth:]}[split]
+            chosen += part * (15 if (kind, split) == ("look", "train") else 1)  # 6 tasks, of other types 90
         return sorted(chosen, key=order.index)
 
     def _reset(self, task, seed):

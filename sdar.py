@@ -30,15 +30,12 @@ Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole
 | lambda         | sdar_coef                  | update                         |
 
 Where this file departs from the paper or from its official code (README.md has the table with reasons):
-- one growing conversation an episode, as in the paper's formulas; the official code makes a row of every turn, with
-  a prompt rebuilt from a two-turn history, and writes the skill in front of the chat template instead of inside the
-  user's message;
-- losses and metrics are means over the tokens of the whole mini-batch; the official ones are means of micro-batch
-  means, and its SDAR metrics come from the last micro-batch of one GPU;
-- an invalid action costs the episode's score, not its turn's; dual clip, entropy bonus and turn-weighted group
-  statistics are in the official code but not in the paper: --dual-clip, --entropy-coef, --turn-weights;
-- the toy preset differs from the paper's run wherever the two columns of Config do, above all in the learning rate
-  and lambda: the tiny policy has tens of updates to learn from, not tens of thousands.
+- one growing conversation an episode, as in the paper's formulas; the official code makes a row of every turn, its
+  prompt rebuilt from the last two, and writes the skill in front of the chat template, not in the user's message;
+- losses and metrics are means over all tokens of a mini-batch; the official ones are means of micro-batch means;
+- an invalid action costs the episode, not the turn; dual clip, entropy bonus and turn-weighted group statistics are
+  the official code's, not the paper's: --dual-clip, --entropy-coef, --turn-weights;
+- the toy preset is the left column of Config; its learning rate and lambda are far above the paper's.
 """
 import argparse
 import copy
@@ -80,6 +77,7 @@ METHODS = {  # row of the paper's Table 1: (weight of the policy loss, of the di
     "opsd": (0, 1, 1),       # like the official baseline it keeps the gate and drops the policy loss
 }
 
+
 def option(help, toy, paper=None):
     """A field of Config: its default is the preset's column, `toy` or, where the paper's run differs, `paper`."""
     return field(default=None, metadata={"help": help, "toy": toy, "paper": toy if paper is None else paper})
@@ -94,11 +92,11 @@ class Config:
     preset: str = option("column of defaults: toy with the tiny model, paper with any other", "toy", "paper")
     method: str = option("row of the paper's Table 1", "sdar")
     seed: int = option("of tasks, sampling and order; never of the evaluation panel", 0)
-    steps: int = option("training steps, each one batch of episodes", 60, 150)
+    steps: int = option("training steps, each one batch of episodes", 50, 150)
     out: str = option("folder of the run ('': runs/<env>-<method>-s<seed>)", "")
     resume: bool = option("continue the run in `out` from its checkpoint", False)
     overwrite: bool = option("replace the run in `out`", False)
-    save_every: int = option("steps between checkpoints", 20, 10)
+    save_every: int = option("steps between checkpoints", 10)
     device: str = option("cpu or cuda ('': cuda if there is one and the model is not tiny)", "")
     dtype: str = option("of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
     micro_tokens: int = option("padded tokens in one training pass; never changes the result", 8192, 16384)
@@ -109,7 +107,7 @@ class Config:
     max_turns: int = option("turns an episode (0: the environment's own; toy 10)", 0)
     max_new_tokens: int = option("tokens a response", 8, 512)
     # GRPO, the backbone
-    lr: float = option("learning rate of AdamW, constant", 3e-4, 1e-6)
+    lr: float = option("learning rate of AdamW, constant", 6e-4, 1e-6)
     minibatches: int = option("optimiser steps a batch", 4)
     clip_eps: float = option("epsilon, the PPO clip of the ratio", 0.2)
     dual_clip: float = option("cap on the loss of a bad action, in advantages (official code; 0: off)", 3.0)
@@ -129,7 +127,7 @@ class Config:
     teacher_refresh: int = option("steps between copies of the lagged teacher", 10)
     retrieval: str = option("how a task's skills are chosen", "keyword")
     # evaluation
-    eval_every: int = option("steps between evaluations (0: before and after only)", 20, 5)
+    eval_every: int = option("steps between evaluations (0: before and after only)", 10, 5)
     eval_episodes: int = option("episodes of the fixed panel", 300, 128)
     eval_temperature: float = option("of sampling in evaluation", 0.4)
     eval_split: str = option("held-out tasks: dev for choosing settings, eval for reporting", "eval")
@@ -487,9 +485,9 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
 # --- 7. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
 
 
-def step_batch(model, start, teacher, episodes, config):
-    """What the update reads, all from before its first optimiser step: (B, T) tensors mask, old, advantages and,
-    with a start policy or a teacher, ref and teacher."""
+def step_batch(model, start, episodes, config):
+    """What the update reads besides the teacher, from before its first optimiser step: (B, T) tensors mask, old,
+    advantages and, with a start policy, ref."""
     batch = {"mask": response_mask(episodes, model.device), "old": score(model, episodes, config)}
     sampled = torch.tensor([x for episode in episodes for x in episode.logprobs], device=model.device)
     drift = (batch["old"][batch["mask"] > 0] - sampled).abs().mean().item()
@@ -500,10 +498,6 @@ def step_batch(model, start, teacher, episodes, config):
     batch["advantages"] = advantages[:, None].expand_as(batch["mask"])  # one for all tokens of an episode
     if start is not None:
         batch["ref"] = score(start, episodes, config)
-    if teacher is not None:
-        started = time.perf_counter()
-        batch["teacher"] = score(teacher, episodes, config, with_skill=True)
-        batch["seconds_teacher"] = time.perf_counter() - started
     return batch
 
 
@@ -514,7 +508,8 @@ def update(model, optimizer, episodes, batch, config, order):
     its share of them, so neither gradient nor metrics depend on how the mini-batch is cut.
     """
     pg_weight, distil_weight, beta_factor = METHODS[config.method]
-    metrics, norms, all_tokens = {}, [], batch["mask"].sum().item()
+    metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
+    norms, all_tokens = [], batch["mask"].sum().item()
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
         chosen_tokens, rest = batch["mask"][chosen].sum().item(), chosen
         for micro in micro_batches([episodes[i] for i in chosen], config.micro_tokens):
@@ -536,7 +531,7 @@ def update(model, optimizer, episodes, batch, config, order):
             (loss * (mask.sum().item() / chosen_tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
             for name, value in stats.items():
-                metrics[name] = metrics.get(name, 0.0) + value * mask.sum().item() / all_tokens
+                metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item() / all_tokens
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -575,19 +570,22 @@ def train(config):
         chosen = rng.choice(len(tasks), config.tasks_per_step, replace=len(tasks) < config.tasks_per_step)
         starts = [(tasks[task], int(rng.integers(10 ** 6)), group) for group, task in enumerate(chosen)]
         starts = [one for one in starts for _ in range(config.group_size)]
-        if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
-            run.lagged = copy.deepcopy(model)
-        teacher = {"live": model, "lagged": run.lagged, "frozen": start}[config.teacher] if distils else None
         clock = [time.perf_counter()]
         episodes = rollout(model, chat, envs, starts, config, (3, config.seed, step))
         clock.append(time.perf_counter())
-        batch = step_batch(model, start if config.kl_coef else None, teacher, episodes, config)
-        seconds_teacher = batch.pop("seconds_teacher", 0.0)
+        batch = {}
+        if distils:
+            if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
+                run.lagged = copy.deepcopy(model)
+            teacher = {"live": model, "lagged": run.lagged, "frozen": start}[config.teacher]
+            batch["teacher"] = score(teacher, episodes, config, with_skill=True)
+        clock.append(time.perf_counter())
+        batch |= step_batch(model, start if config.kl_coef else None, episodes, config)
         metrics = update(model, run.optimizer, episodes, batch, config, rng.permutation(len(episodes)))
         clock.append(time.perf_counter())
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             metrics |= {"eval_" + key: value for key, value in evaluate(model, chat, envs, config).items()}
-        run.log(step, episodes, metrics, clock, seconds_teacher)
+        run.log(step, episodes, metrics, clock)
     return run.finish()
 
 
@@ -599,9 +597,9 @@ def train(config):
 # --- 9. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
 
 TINY = {  # everything the warm start depends on; a change here makes the carried policy be rebuilt
-    "version": 1, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512,
-    "steps": 900, "batch": 32, "muon_lr": 0.05, "adam_lr": 4e-3, "warmup": 50, "seed": 0,
+    "version": 1, "steps": 900, "batch": 32, "muon_lr": 0.05, "adam_lr": 4e-3, "warmup": 50, "seed": 0,
+    "model": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512},
     "skilled": 0.75,      # share of demonstrations whose player has read the skills of its task
     "distracted": 0.3,    # share in which skills of other tasks stand between them
     "takeover": 0.5,      # share of skilled ones whose first 1-8 turns an explorer plays: the teacher will have to
@@ -683,17 +681,15 @@ def warmstart(folder, steps=TINY["steps"]):
     times the steps before it reads the skill."""
     transformers = quiet_transformers()
     chat = Chat(tiny_tokenizer())
-    shape = {key: TINY[key] for key in list(TINY)[1:8]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY["seed"])
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             vocab_size=len(chat.tokenizer), tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id, **shape))
-    is_matrix = lambda name, p: p.ndim == 2 and "embed" not in name
-    optimizers = [torch.optim.Muon([p for name, p in model.named_parameters() if is_matrix(name, p)],
-                                   lr=TINY["muon_lr"], weight_decay=0.01),
-                  torch.optim.AdamW([p for name, p in model.named_parameters() if not is_matrix(name, p)],
-                                    lr=TINY["adam_lr"], betas=(0.9, 0.98), weight_decay=0.01)]
+            eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id, **TINY["model"]))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=TINY["muon_lr"], weight_decay=0.01),
+                  torch.optim.AdamW(rest, lr=TINY["adam_lr"], betas=(0.9, 0.98), weight_decay=0.01)]
     schedule = lambda step: min(1, (step + 1) / TINY["warmup"]) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     rng = random.Random(TINY["seed"])
@@ -739,9 +735,11 @@ def tiny_policy():
 # --- 10. Configuration errors, models, the run's folder -----------------------------------------
 
 
-CHOICES = {"env": tuple(ENVS), "preset": ("toy", "paper"), "method": tuple(METHODS), "gate": ("gap", "none"),
+CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS), "gate": ("gap", "none"),
            "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "none"),
            "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval")}
+MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
+               "invalid_penalty", "adam_beta2", "weight_decay", "sdar_coef", "gate_beta")
 
 
 class UserError(ValueError):
@@ -758,16 +756,19 @@ def check_config(config):
     """UserError for a value that no run could use."""
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            raise UserError(unknown("--" + name.replace("_", "-"), getattr(config, name), known))
+            raise UserError(unknown(flag(name), getattr(config, name), known))
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+            raise UserError(f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
     if config.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares the episodes of one task")
-    for name in ("steps", "save_every", "micro_tokens", "tasks_per_step", "max_new_tokens", "minibatches",
-                 "teacher_refresh", "eval_episodes", "lr", "temperature", "grad_clip"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "kl_coef", "gate_beta", "dual_clip"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if config.device.split(":")[0] not in ("", "cpu", "cuda"):
+        raise UserError(unknown("--device", config.device, ("cpu", "cuda")))
+
+
+def flag(name):
+    """A field of Config as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def quiet_transformers():
@@ -791,11 +792,9 @@ def load_policy(config):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # whatever from_pretrained raises on a broken or absent checkpoint
-        raise UserError(f"--model {path}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"--model {path}: its tokenizer has no chat template; use an Instruct checkpoint")
-    return model.to(config.device).eval(), Chat(tokenizer)
+        return model.to(config.device).eval(), Chat(tokenizer)
+    except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
+        raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
 
 
 def make_envs(config):
@@ -817,11 +816,6 @@ def replace_folder(folder, write):
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-
-
-METRICS = ("step", "success", "reward", "turns", "invalid_rate", "response_tokens", "loss", "policy_loss", "sdar_loss", "kl",
-           "entropy", "gap_mean", "gate_mean", "gate_active", "grad_norm", "clip_fraction", "seconds_rollout",
-           "seconds_teacher", "seconds_update", "tokens_per_second")
 
 
 class Run:
@@ -847,24 +841,22 @@ class Run:
 
     def claim(self):
         """Check that the folder can be written and that nothing in it would be lost."""
-        parent = self.folder
-        while not parent.exists():
-            parent = parent.parent
+        config, folder = self.config, self.folder
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"--out {self.folder}: {parent} is not a folder that can be written")
-        checkpoint = self.folder / "checkpoint" / "trainer.pt"
-        if self.config.resume and not checkpoint.is_file():
-            raise UserError(f"--resume: there is no checkpoint in {self.folder}")
-        if self.config.resume:
-            old = json.loads((self.folder / "config.json").read_text())
-            changed = [key for key, value in dataclasses.asdict(self.config).items()
-                       if key not in self.FREE and old.get(key) != value]
+            raise UserError(f"--out {folder}: {parent} is not a folder that can be written")
+        if config.resume:
+            if not (folder / "checkpoint" / "trainer.pt").is_file():
+                raise UserError(f"--resume: there is no checkpoint in {folder}")
+            old = json.loads((folder / "config.json").read_text())
+            changed = [flag(key) for key, value in vars(config).items() if key not in self.FREE and old.get(key) != value]
             if changed:
-                raise UserError(f"--resume: {', '.join(changed)} differ from the run in {self.folder}")
-        elif (self.folder / "metrics.jsonl").exists() and not self.config.overwrite:
-            raise UserError(f"--out {self.folder} already holds a run: --resume continues it, --overwrite replaces it")
-        elif self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "metrics.jsonl").exists():
-            raise UserError(f"--out {self.folder} is not empty and holds no run")
+                raise UserError(f"--resume: {', '.join(changed)} not as in {folder}/config.json")
+        elif (folder / "metrics.jsonl").exists():
+            if not config.overwrite:
+                raise UserError(f"--out {folder} already holds a run: --resume continues it, --overwrite replaces it")
+        elif folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out {folder} is not empty and holds no run")
 
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
@@ -879,8 +871,9 @@ class Run:
                   "whether this model can use a skill at all.")
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         (self.folder / "metrics.jsonl").write_text("")
+        self.save()
 
     def start_policy(self):
         """A frozen copy of the weights that the run started from."""
@@ -892,15 +885,14 @@ class Run:
                         desc=self.config.method, unit="step")
         return self.bar
 
-    def log(self, step, episodes, metrics, clock, seconds_teacher):
-        """Append a line to metrics.jsonl and show it; save when due. clock: seconds at start, after rollout, at end."""
-        turns, tokens = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes)
-        metrics = {**dict.fromkeys(METRICS), "step": step, "success": sum(e.won for e in episodes) / len(episodes),
-                   "reward": sum(e.reward for e in episodes) / len(episodes), "turns": turns / len(episodes),
-                   "invalid_rate": sum(e.invalid for e in episodes) / turns, "response_tokens": tokens / len(episodes),
-                   "seconds_rollout": clock[1] - clock[0], "seconds_teacher": seconds_teacher,
-                   "seconds_update": clock[2] - clock[1] - seconds_teacher,
-                   "tokens_per_second": tokens / (clock[2] - clock[0]), **metrics}
+    def log(self, step, episodes, metrics, clock):
+        """Append a line to metrics.jsonl and show it; save when due. clock: seconds at the start of the step and after
+        its rollout, teacher and update."""
+        turns, tokens, n = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes), len(episodes)
+        seconds = dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update"), np.diff(clock).tolist()))
+        metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
+                   "turns": turns / n, "invalid_rate": sum(e.invalid for e in episodes) / turns,
+                   "response_tokens": tokens / n, **seconds, "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         with open(self.folder / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
         shown = {"success": "success", "gap": "gap_mean", "gate": "gate_mean", "loss": "loss"}
@@ -1006,20 +998,18 @@ def parse_args(argv):
                     description=f"Commands: {', '.join(COMMANDS)} (default: train).")
     for f in dataclasses.fields(Config):
         toy, paper = f.metadata["toy"], f.metadata["paper"]
-        default = f"{toy}; paper: {paper}" if toy != paper else f"{toy}"
-        text = f.metadata["help"] + (f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else "") + f" [{default}]"
-        kind = {"action": "store_true"} if f.type is bool and not toy and not paper else \
-            {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=text.replace("%", "%%"), **kind)
-    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv]
+        known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
+        default = f"{toy}; paper: {paper}" if toy != paper else toy
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
+    argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(unknown("command", command, list(COMMANDS)))
     values, rest = parser.parse_known_args(argv)
     if rest:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(rest[0].split("=")[0], flags, 1)
-        raise UserError(f"unknown flag {rest[0]}" + (f": did you mean {near[0]}?" if near else ": --help lists the flags"))
+        near = difflib.get_close_matches(rest[0].split("=")[0], [flag(f.name) for f in dataclasses.fields(Config)], 1)
+        raise UserError(f"unknown flag {rest[0]}: " + (f"did you mean {near[0]}?" if near else "--help lists the flags"))
     return COMMANDS[command], Config(**{key: value for key, value in vars(values).items() if value is not None})
 
 

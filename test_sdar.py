@@ -408,8 +408,8 @@ def whole_update(policy, micro_tokens, **changes):
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     episodes = play(policy, config)
     episodes[0].reward = episodes[5].reward = 1.0
-    batch = sdar.step_batch(model, start, model, episodes, config)
-    batch.pop("seconds_teacher")
+    batch = sdar.step_batch(model, start, episodes, config)
+    batch["teacher"] = sdar.score(model, episodes, config, with_skill=True)
     metrics = sdar.update(model, torch.optim.SGD(model.parameters(), lr=1.0), episodes, batch, config, np.arange(8))
     return torch.cat([(b - a).flatten() for a, b in zip(policy[0].parameters(), model.parameters())]), metrics
 
@@ -432,12 +432,19 @@ def test_run_time_assertions_find_planted_bugs(policy, monkeypatch):
     model, _ = policy
     config = sdar.Config(group_size=4)
     episodes = play(policy, config)
-    sdar.step_batch(model, None, None, episodes, config)
+    sdar.step_batch(model, None, episodes, config)
     with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
-        sdar.step_batch(model, None, None, episodes, dataclasses.replace(config, temperature=.9))
+        sdar.step_batch(model, None, episodes, dataclasses.replace(config, temperature=.9))
     episodes[0].mask = episodes[0].mask[1:] + [0]  # shift by one
     with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
-        sdar.step_batch(model, None, None, episodes, config)
+        sdar.step_batch(model, None, episodes, config)
+
+
+def test_without_a_skill_the_teacher_is_the_student(policy):
+    config = sdar.Config(group_size=4, retrieval="none")
+    episodes = play(policy, config)
+    assert not any(e.skill_ids for e in episodes)
+    assert torch.equal(sdar.score(policy[0], episodes, config), sdar.score(policy[0], episodes, config, with_skill=True))
 
 
 def test_methods_are_the_same_loss_with_a_coefficient_at_zero(policy):
@@ -481,10 +488,15 @@ def test_the_skill_matters_by_construction():
 def test_splits_are_disjoint_and_cover_all_task_types():
     world = make_env("toy")
     splits = {split: world.tasks(split) for split in ("train", "dev", "eval")}
-    assert sum(map(len, splits.values())) == len(set().union(*splits.values())) == len(world.goals)
-    for tasks in splits.values():
-        assert {world.goals[task][0] for task in tasks} == set(envs.TASK_TEXT)
+    assert sum(len(set(tasks)) for tasks in splits.values()) == len(set().union(*splits.values())) == len(world.goals)
     assert splits == {split: make_env("toy").tasks(split) for split in splits}
+    for split, tasks in splits.items():
+        kinds = [world.goals[task][0] for task in tasks]
+        assert set(kinds) == set(envs.TASK_TEXT)
+        assert split != "train" or len({kinds.count(kind) for kind in kinds}) == 1  # every type equally often
+    panel = world.panel("eval", 300)
+    assert panel == make_env("toy").panel("eval", 300) and len(set(panel)) == 300
+    assert {world.goals[task][0]: 0 for task, _ in panel[:6]}.keys() == envs.TASK_TEXT.keys()
     with pytest.raises(KeyError):
         world.tasks("test")
 
@@ -628,7 +640,8 @@ def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monke
     monkeypatch.setitem(sdar.TINY, "noise", .06)  # another recipe
     sdar.tiny_policy()
     monkeypatch.setitem(sdar.TINY, "noise", .05)
-    monkeypatch.setitem(envs.TASK_TEXT, "put", "put {object} in {target}")  # another world
+    view = envs.ToyEnv._view
+    monkeypatch.setattr(envs.ToyEnv, "_view", lambda self: view(self).replace("you see", ""))  # another world
     sdar.tiny_policy()
     monkeypatch.undo()
     monkeypatch.setattr(sdar, "warmstart", lambda folder: built.append(folder))
@@ -730,10 +743,11 @@ def test_presets_and_flags():
     (["--env", "tpy"], "unknown --env 'tpy': did you mean 'toy'?"), (["--method", "sadr"], "did you mean 'sdar'?"),
     (["--gate", "gab"], "did you mean 'gap'?"), (["--teacher", "dead"], "known: live, lagged, frozen"),
     (["--retrieval", "vibes"], "known: keyword"), (["--preset", "big"], "known: toy, paper"),
-    (["--group-size", "1"], "at least 2"), (["--steps", "many"], "invalid int value: 'many'"), (["--lr", "-1"], "--lr must be"),
+    (["--group-size", "1"], "at least 2"), (["--steps", "many"], "invalid int value: 'many'"), (["--lr", "-1"], "--lr -1.0: must be more than 0"), (["--device", "gpu"], "unknown --device 'gpu'"),
+    (["--clip-eps", "nan"], "--clip-eps nan"),
     (["--lr"], "expected one argument"), (["--seed", "-1"], "--seed"), (["--max-new-tokens", "60"], "context of 512"),
     (["--max-turns", "100"], "context of 512"), (["--model", "./nowhere"], "./nowhere: no such folder"),
-    (["--model", "FOLDER"], "no config.json"), (["--model", "BROKEN"], "cannot be loaded"),
+    (["--model", "FOLDER"], "no config.json"), (["--model", "BROKEN"], "BROKEN: cannot be used"),
     (["--out", "FILE/run"], "not a folder that can be written"), (["--out", "FOLDER"], "is not empty and holds no run"),
     (["--out", "RUN"], "already holds a run"), (["--resume"], "no checkpoint"), (["--device", "cuda"], "no CUDA device")])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
