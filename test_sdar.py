@@ -634,7 +634,7 @@ def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monke
     monkeypatch.setattr(sdar, "TINY_FOLDER", tmp_path / "a")
     assert sdar.tiny_policy() == tmp_path / "a" and not built
     weights = (tmp_path / "a/model.safetensors").read_bytes()
-    (tmp_path / "a/model.safetensors").write_bytes(weights[:-1] + b"?")  # corrupt
+    (tmp_path / "a/model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # corrupt
     sdar.tiny_policy()
     (tmp_path / "a/model.safetensors").write_bytes(weights)
     monkeypatch.setitem(sdar.TINY, "noise", .06)  # another recipe
