@@ -101,16 +101,16 @@ class TextEnv:
 # ---------------------------------------------------------------------------------------------
 # The toy household: ALFWorld's spirit and wording, small enough for a CPU.
 #
-# What makes the skill matter is by construction: each class of object has one home, of each pair
-# of appliances one is broken, and the lamp stands somewhere. None of this can be seen from the
+# What makes the skill matter is by construction: each class of object has one home, of each
+# kind of appliance one works, and the lamp stands somewhere. None of this can be seen from the
 # middle of the room and the turns are too few to search, but the skill bank says it.
 # ---------------------------------------------------------------------------------------------
 
-CLOSABLE = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, 7))
+CLOSABLE = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, 9))
 SURFACES = ("desk 1", "shelf 1", "sofa 1", "countertop 1")
 STORAGES = CLOSABLE + SURFACES  # what can hold objects; the closable ones start closed
-APPLIANCES = {"clean": ("sinkbasin 1", "sinkbasin 2"), "heat": ("microwave 1", "microwave 2"),
-              "cool": ("fridge 1", "fridge 2")}
+APPLIANCES = {verb: tuple(f"{kind} {n}" for n in (1, 2, 3))
+              for verb, kind in (("clean", "sinkbasin"), ("heat", "microwave"), ("cool", "fridge"))}
 PLACES = STORAGES + sum(APPLIANCES.values(), ())
 CLASSES = ("apple", "bowl", "bread", "cup", "egg", "mug", "plate", "potato", "spoon", "tomato")
 TASK_TEXT = {"put": "put a {object} in {target}",
@@ -185,7 +185,7 @@ class ToyEnv(TextEnv):
             of_kind = [task for task in order if self.goals[task][0] == kind]
             fifth = len(of_kind) // 5
             part = {"eval": of_kind[:fifth], "dev": of_kind[fifth:2 * fifth], "train": of_kind[2 * fifth:]}[split]
-            chosen += part * (15 if (kind, split) == ("look", "train") else 1)  # 6 tasks, of other types 90
+            chosen += part * (19 if (kind, split) == ("look", "train") else 1)  # 6 tasks, of other types 114
         return sorted(chosen, key=order.index)
 
     def _reset(self, task, seed):

@@ -92,7 +92,7 @@ class Config:
     preset: str = option("column of defaults: toy with the tiny model, paper with any other", "toy", "paper")
     method: str = option("row of the paper's Table 1", "sdar")
     seed: int = option("of tasks, sampling and order; never of the evaluation panel", 0)
-    steps: int = option("training steps, each one batch of episodes", 50, 150)
+    steps: int = option("training steps, each one batch of episodes", 60, 150)
     out: str = option("folder of the run ('': runs/<env>-<method>-s<seed>)", "")
     resume: bool = option("continue the run in `out` from its checkpoint", False)
     overwrite: bool = option("replace the run in `out`", False)
@@ -956,14 +956,14 @@ def wilson(wins, n, z=1.96):
 def print_table(columns):
     """Success by task type and over all. columns: (title, by_type, index of the wins); 95 % Wilson interval for all."""
     kinds = sorted(columns[0][1])
-    print("\nheld-out success" + "".join(f"{title:>22}" for title, _, _ in columns))
+    print("\nheld-out success" + "".join(f"{title:>26}" for title, _, _ in columns))
     for kind in kinds + ["all"]:
         cells = []
         for _, by_type, index in columns:
             row = by_type[kind] if kind != "all" else [sum(column) for column in zip(*by_type.values())]
             low, high = wilson(row[index], row[0])
             cells.append(f"{row[index]}/{row[0]} {row[index] / row[0]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if kind == "all" else ""))
-        print(f"{kind:<16}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{kind:<16}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 # --- 11. Command line ---------------------------------------------------------------------------
