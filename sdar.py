@@ -55,6 +55,7 @@ from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -727,7 +728,7 @@ def tiny_policy():
         trusted = False
     if not trusted:
         why = "of another recipe, or changed" if TINY_FOLDER.exists() else "not there"
-        print(f"The tiny policy in {TINY_FOLDER} is {why}: building it, once (about two minutes).", file=sys.stderr)
+        print(f"The tiny policy in {TINY_FOLDER} is {why}: building it, once (two to three minutes).", file=sys.stderr)
         warmstart(TINY_FOLDER)
     return TINY_FOLDER
 
@@ -848,7 +849,10 @@ class Run:
         if config.resume:
             if not (folder / "checkpoint" / "trainer.pt").is_file():
                 raise UserError(f"--resume: there is no checkpoint in {folder}")
-            old = json.loads((folder / "config.json").read_text())
+            try:
+                old = json.loads((folder / "config.json").read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"--resume: {folder}/config.json cannot be read") from error
             changed = [flag(key) for key, value in vars(config).items() if key not in self.FREE and old.get(key) != value]
             if changed:
                 raise UserError(f"--resume: {', '.join(changed)} not as in {folder}/config.json")
@@ -869,11 +873,9 @@ class Run:
         if teacher <= student:
             print("The teacher is not better than the student: there is nothing to distil. Look at the skill bank, or at "
                   "whether this model can use a skill at all.")
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.save()
         (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         (self.folder / "metrics.jsonl").write_text("")
-        self.save()
 
     def start_policy(self):
         """A frozen copy of the weights that the run started from."""

@@ -749,14 +749,15 @@ def test_presets_and_flags():
     (["--max-turns", "100"], "context of 512"), (["--model", "./nowhere"], "./nowhere: no such folder"),
     (["--model", "FOLDER"], "no config.json"), (["--model", "BROKEN"], "BROKEN: cannot be used"),
     (["--out", "FILE/run"], "not a folder that can be written"), (["--out", "FOLDER"], "is not empty and holds no run"),
-    (["--out", "RUN"], "already holds a run"), (["--resume"], "no checkpoint"), (["--device", "cuda"], "no CUDA device")])
+    (["--out", "RUN"], "already holds a run"), (["--out", "HALF", "--resume"], "HALF/config.json cannot be read"), (["--resume"], "no checkpoint"), (["--device", "cuda"], "no CUDA device")])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    for name in ("FOLDER", "BROKEN", "RUN"):
-        (tmp_path / name).mkdir()
+    for name in ("FOLDER", "BROKEN", "RUN", "HALF/checkpoint"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "FILE").write_text("x"), (tmp_path / "FOLDER/notes.txt").write_text("x")
     (tmp_path / "BROKEN/config.json").write_text("{"), (tmp_path / "RUN/metrics.jsonl").write_text("")
+    (tmp_path / "HALF/checkpoint/trainer.pt").write_text("")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert sdar.main(flags) == 2
