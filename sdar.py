@@ -23,8 +23,7 @@ Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole
 | pi_T, c+       | `teacher`, skill_ids       | score(with_skill=True)         |
 | y_t, s_t, s_t+ | Episode.ids, mask, view()  | rollout                        |
 | G, A           | group_size, advantages     | group_advantages               |
-| epsilon        | clip_eps                   | policy_loss                    |
-| beta_KL        | kl_coef                    | kl_k3                          |
+| epsilon, beta_KL | clip_eps, kl_coef        | policy_loss, kl_k3             |
 | Delta_t        | gap                        | sdar_loss                      |
 | g_t, beta      | gate, gate_beta            | gate                           |
 | lambda         | sdar_coef                  | update                         |
@@ -298,9 +297,10 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     sampler = Sampler(model, len(episodes), config.temperature if temperature is None else temperature)
     live, fed = list(range(len(episodes))), [0] * len(episodes)
     while live:
-        sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
         uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
-        responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids)
+        with forward_dtype(model, config):
+            sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
+            responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids)
         keep = []
         for row, (i, (ids, logprobs)) in enumerate(zip(live, responses)):
             episode = episodes[i]
@@ -330,6 +330,12 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
 
 
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
+
+
+def forward_dtype(model, config):
+    """Context of every forward pass, sampling included: --dtype bfloat16 computes in it, on float32 weights."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False):
@@ -345,12 +351,9 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False
         return scores.gather(1, ids[:, None])[:, 0], entropy
 
     rows = max(1, LOGITS_AT_ONCE // len(head_weight))
-    if len(ids) <= rows:
-        logprobs, entropy = chunk(hidden, head_weight, ids)
-    else:
-        parts = [checkpoint(chunk, h, head_weight, i, use_reentrant=False)
-                 for h, i in zip(hidden.split(rows), ids.split(rows))]
-        logprobs, entropy = (torch.cat(part) for part in zip(*parts))
+    run = chunk if len(ids) <= rows else lambda *args: checkpoint(chunk, *args, use_reentrant=False)
+    parts = [run(h, head_weight, i) for h, i in zip(hidden.split(rows), ids.split(rows))]
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts))
     return logprobs, entropy if with_entropy else None
 
 
@@ -368,7 +371,7 @@ def response_logprobs(model, episodes, config, with_skill=False, with_entropy=Fa
     ids, mask, real = torch.tensor([[row + [0] * (width - len(row)) for row in rows] for rows in
                                     (*zip(*views), [[1] * len(ids) for ids, _ in views])], device=model.device)  # (B, S)
     sampled = mask[:, 1:].bool()  # the state at position s-1 predicts the id at s
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with forward_dtype(model, config):
         hidden = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
         logprobs, entropy = token_logprobs(hidden[:, :-1][sampled], model.get_output_embeddings().weight,
                                            ids[:, 1:][sampled], config.temperature, with_entropy)
@@ -379,12 +382,11 @@ def response_logprobs(model, episodes, config, with_skill=False, with_entropy=Fa
 
 def micro_batches(episodes, budget):
     """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
-    batches, longest = [[]], 0
+    batches = [[]]
     for episode in episodes:
-        longest = max(longest, len(episode.ids) + len(episode.skill_ids))
+        longest = max(len(e.ids) + len(e.skill_ids) for e in batches[-1] + [episode])
         if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
-            longest = len(episode.ids) + len(episode.skill_ids)
         batches[-1].append(episode)
     return batches
 
@@ -492,7 +494,7 @@ def step_batch(model, start, episodes, config):
     batch = {"mask": response_mask(episodes, model.device), "old": score(model, episodes, config)}
     sampled = torch.tensor([x for episode in episodes for x in episode.logprobs], device=model.device)
     drift = (batch["old"][batch["mask"] > 0] - sampled).abs().mean().item()
-    assert drift < (1e-3 if config.dtype == "float32" else 0.1), f"ids sampled are not ids scored: {drift:.2g} nats apart"
+    assert drift < DRIFT[config.dtype], f"ids sampled are not ids scored: {drift:.2g} nats apart"
     scores, groups, turns = torch.tensor([[e.reward - config.invalid_penalty * e.invalid, e.group, e.turns]
                                           for e in episodes], device=model.device).T
     advantages = group_advantages(scores, groups, turns if config.turn_weights else None, config.normalize_std)
@@ -518,7 +520,8 @@ def update(model, optimizer, episodes, batch, config, order):
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
             part = {key: value[rows, :logprobs.shape[1]] for key, value in batch.items()}
             mask = part["mask"]
-            assert norms or (logprobs - part["old"]).abs().max() < 0.1, "before any update the ratio must be 1"
+            drift = masked_mean((logprobs - part["old"]).abs(), mask)
+            assert norms or drift < DRIFT[config.dtype], "before any update the ratio must be 1"
             policy, stats = policy_loss(logprobs, part["old"], part["advantages"], mask, config.clip_eps, config.dual_clip)
             terms = {"policy_loss": (pg_weight, policy), "entropy": (-config.entropy_coef, masked_mean(entropy, mask))}
             if "ref" in part:
@@ -567,7 +570,7 @@ def train(config):
     if not run.step:
         run.begin(evaluate(model, chat, envs, config))
     for step in run.steps():
-        rng = np.random.default_rng([2, config.seed, step])  # every chance hangs on (seed, step), not on what came before
+        rng = np.random.default_rng([2, config.seed, step])  # so a resumed run draws the same
         chosen = rng.choice(len(tasks), config.tasks_per_step, replace=len(tasks) < config.tasks_per_step)
         starts = [(tasks[task], int(rng.integers(10 ** 6)), group) for group, task in enumerate(chosen)]
         starts = [one for one in starts for _ in range(config.group_size)]

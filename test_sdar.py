@@ -342,7 +342,7 @@ def test_teacher_sees_the_skill_and_student_does_not(policy):
         skill = chat.tokenizer.decode(episode.skill_ids)
         word = re.search("|".join(envs.CLASSES), episode.task)[0]
         assert skill.startswith(f"Skill {word} is kept in {HOME.home[word]}")
-        assert skill in teacher and "Skill" not in student and "kept in" not in student
+        assert teacher.startswith("<|user|> " + skill) and "Skill" not in student and "kept in" not in student
         (ids, mask), (more, more_mask) = episode.view(False), episode.view(True)
         sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
         assert sampled(ids, mask) == sampled(more, more_mask) and len(more) == len(ids) + len(episode.skill_ids)
@@ -445,6 +445,41 @@ def test_without_a_skill_the_teacher_is_the_student(policy):
     episodes = play(policy, config)
     assert not any(e.skill_ids for e in episodes)
     assert torch.equal(sdar.score(policy[0], episodes, config), sdar.score(policy[0], episodes, config, with_skill=True))
+
+
+@pytest.mark.parametrize("method, policy_weight, distil_weight", [("sdar", 1, 1), ("grpo", 1, 0), ("opsd", 0, 1)])
+def test_the_loss_is_the_sum_of_its_terms_and_the_gradient_is_clipped(policy, method, policy_weight, distil_weight):
+    change, m = whole_update(policy, 10 ** 6, method=method, kl_coef=.3, entropy_coef=.2, sdar_coef=.5, grad_clip=1e-3)
+    expected = (policy_weight * m["policy_loss"] + .3 * m["kl"] - .2 * m["entropy"] + .5 * distil_weight * m["sdar_loss"])
+    assert m["loss"] == pytest.approx(expected, rel=1e-4) and m["kl"] > 0 and m["entropy"] > .1
+    assert m["grad_norm"] > 1e-2 and change.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_scores_become_advantages(policy):
+    """Reward less penalties, compared within the group; one value for all tokens of an episode."""
+    episodes = play(policy, sdar.Config(group_size=4))
+    for episode, reward, invalid, turns in zip(episodes, [1, 0, 0, 0, 1, 1, 0, 0], [0, 0, 5, 0, 0, 2, 0, 0], [3] + [10] * 7):
+        episode.reward, episode.invalid, episode.turns = float(reward), invalid, turns
+    scores = torch.tensor([1, 0, -.5, 0, 1, .8, 0, 0])
+    for weights in (None, torch.tensor([3.0] + [10.0] * 7)):
+        config = sdar.Config(group_size=4, invalid_penalty=.1, turn_weights=weights is not None)
+        batch = sdar.step_batch(policy[0], None, episodes, config)
+        expected = sdar.group_advantages(scores, torch.tensor([0] * 4 + [1] * 4), weights)
+        assert torch.allclose(batch["advantages"], expected[:, None].expand_as(batch["mask"]), atol=1e-5)
+
+
+def test_a_step_plays_each_task_group_size_times_from_one_state(tmp_path, monkeypatch):
+    asked, rollout = [], sdar.rollout
+    monkeypatch.setattr(sdar, "rollout", lambda model, chat, envs, starts, *rest: asked.append(starts) or
+                        rollout(model, chat, envs, starts, *rest))
+    sdar.train(small(tmp_path, tasks_per_step=3))
+    trained, world = [starts for starts in asked if starts[0][1] < 10 ** 6], make_env("toy")
+    assert len(trained) == 2 and trained[0] != trained[1]
+    for starts in trained:
+        assert [group for _, _, group in starts] == [0] * 4 + [1] * 4 + [2] * 4 and len(set(starts)) == 3
+        assert {task for task, _, _ in starts} <= set(world.tasks("train"))
+    evaluated = {task for starts in asked for task, seed, _ in starts if seed >= 10 ** 6}
+    assert evaluated <= set(world.tasks("eval"))
 
 
 def test_methods_are_the_same_loss_with_a_coefficient_at_zero(policy):
@@ -697,6 +732,14 @@ def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
     other = small(tmp_path, out=str(tmp_path / "other"), steps=1, seed=1, **changes)
     sdar.train(other)
     assert lines(other)[0] != lines(whole)[0]
+
+
+def test_bfloat16_samples_and_scores_alike(tmp_path):
+    """Sampler and trainer both compute in bfloat16 (the run-time assertions compare them); weights stay float32."""
+    final = sdar.train(small(tmp_path, dtype="bfloat16", steps=1))
+    assert math.isfinite(final["loss"]) and final["eval_success_skill"] > .5
+    from safetensors.torch import load_file
+    assert {w.dtype for w in load_file(tmp_path / "run/checkpoint/model.safetensors").values()} == {torch.float32}
 
 
 def test_teachers_differ(tmp_path):
