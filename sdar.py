@@ -8,9 +8,7 @@ gate decides how far it is trusted on that token. At test time there is no skill
     python sdar.py                                    # train the carried tiny policy on the toy household, on a CPU
     python sdar.py --method grpo                      # the same without the teacher
     python sdar.py --model Qwen/Qwen3-0.6B            # a checkpoint from the hub, through the same code
-    python sdar.py evaluate --model runs/toy-sdar-s0/checkpoint --preset toy
-    python sdar.py warmstart                          # rebuild the tiny policy from nothing
-    python sdar.py --help                             # every flag, with the toy's and the paper's value
+    python sdar.py --help                             # every flag and command, with the toy's and the paper's values
 
 Contents: 1 configuration, 2 skills, 3 conversation, 4 rollout, 5 log-probs, 6 objectives, 7 update, 8 evaluation and
 training loop. Part II: 9 the tiny policy, 10 models and the run's folder, 11 command line.
@@ -31,14 +29,12 @@ Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole
 Where this file departs from the paper or from its official code (README.md has the table with reasons):
 - one growing conversation an episode, as in the paper's formulas; the official code makes a row of every turn, its
   prompt rebuilt from the last two, and writes the skill in front of the chat template, not in the user's message;
-- losses and metrics are means over all tokens of a mini-batch; the official ones are means of micro-batch means;
+- losses are means over all tokens of a mini-batch, metrics of a step; the official ones are means of micro-batch means;
 - an invalid action costs the episode, not the turn; dual clip, entropy bonus and turn-weighted group statistics are
   the official code's, not the paper's: --dual-clip, --entropy-coef, --turn-weights;
-- the toy preset is the left column of Config; its learning rate and lambda are far above the paper's.
 """
 import argparse
 import copy
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -49,7 +45,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,9 +60,7 @@ from tqdm import tqdm
 from envs import (CLASSES, ENVS, PHRASES, PLACES, TASK_TEXT, EnvUnavailable, Household, ToyEnv, make_env,
                   scripted_action)
 
-# =============================================================================================
-# PART I: THE PAPER
-# =============================================================================================
+# ======== PART I: THE PAPER ========
 
 # --- 1. Configuration (paper, section 4.1 and appendix C) ------------------------------------
 
@@ -134,7 +128,7 @@ class Config:
 
     def __post_init__(self):
         self.preset = self.preset or ("toy" if self.model in (None, "tiny") else "paper")
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata.get(self.preset))
         check_config(self)
@@ -143,7 +137,6 @@ class Config:
 
 
 # --- 2. Skills: the privileged context c+ (paper, section 2.1) --------------------------------
-
 
 def retrieve(bank, task, task_type, strategy):
     """The skills of a task. keyword: those whose task type and whole-word keywords fit it, each once."""
@@ -157,12 +150,9 @@ def skill_text(skills):
 
 # --- 3. Conversation: token in, token out (paper, section 2.1) --------------------------------
 
-
 class Chat:
-    """The chat template's own frames around messages, found by rendering it once around marks.
-
-    A growing conversation cannot be rendered again at every turn: Qwen3's template drops earlier reasoning, and text
-    that is tokenised again may give other ids than were sampled. So only frames are rendered, and ids are appended.
+    """The chat template's own frames around messages, found by rendering it once around marks. Ids are only appended:
+    rendered again, Qwen3's template drops earlier reasoning; tokenised again, text may give other ids than were sampled.
     """
 
     def __init__(self, tokenizer):
@@ -175,14 +165,18 @@ class Chat:
         self._between, self._after = self._frame(between), self._frame(after)
         self.end_id = self._between[0]  # end of turn: the last id of a finished response
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id} - {None})
+        control = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+        self._control = re.compile(f"(?={'|'.join(control)})")
         self.encode = lru_cache(maxsize=20000)(self._encode)  # environments repeat themselves
 
-    def _frame(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _frame(self, text, **options):
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def _encode(self, text):
-        """Ids of foreign text. Special tokens are not recognised: an observation never becomes control."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one
+        that is not even marked special) is cut after its first character."""
+        cuts = [0, *(match.start() + 1 for match in self._control.finditer(text)), len(text)]
+        return sum((self._frame(text[a:b], split_special_tokens=True) for a, b in zip(cuts, cuts[1:])), [])
 
     def first(self, instructions, observation):
         """Ids of the first prompt, and where in it the skill goes: the start of the user's first message."""
@@ -225,12 +219,11 @@ class Episode:
 
 # --- 4. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
 
-
 class Sampler:
     """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new.
 
-    New ids are padded on the left of their block. The holes stay in the cache, masked out for good, and position ids
-    count real tokens only, so log-probs equal those of an unpadded pass.
+    Blocks of new ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens
+    only, so log-probs equal those of an unpadded pass.
     """
 
     def __init__(self, model, rows, temperature):
@@ -281,8 +274,8 @@ class Sampler:
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None):
     """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes.
 
-    envs: at least as many environments. stream: ints; episode i samples from the random stream (*stream, i), so what
-    it does never depends on its neighbours in the batch. with_skill: the skill is in the prompt that is sampled from.
+    stream: ints; episode i samples from the random stream (*stream, i), whatever its neighbours in the batch do.
+    with_skill: the skill is in the prompt that is sampled from.
     """
     episodes = []
     for env, (task, seed, group) in zip(envs, starts):
@@ -293,6 +286,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
         if with_skill:
             (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
         episodes.append(episode)
+    check_context(model, envs[0], episodes, config)
     streams = [np.random.default_rng([*stream, i]) for i in range(len(episodes))]
     sampler = Sampler(model, len(episodes), config.temperature if temperature is None else temperature)
     live, fed = list(range(len(episodes))), [0] * len(episodes)
@@ -328,7 +322,6 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
 
 # --- 5. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 
-
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
 
@@ -339,14 +332,14 @@ def forward_dtype(model, config):
 
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False):
-    """Log-softmax of hidden @ head_weight.T / temperature at ids, and the softmax's exact entropy in nats.
+    """Log-softmax of hidden (N, H) @ head_weight (V, H).T / temperature at ids (N,), and its exact entropy in nats.
 
-    hidden (N, H) states, head_weight (V, H) output embedding, ids (N,) -> (logprobs (N,), entropy (N,) or None), both
-    float32. Rows go through in chunks that the backward pass computes again: float32 logits of all rows never exist
-    at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB).
+    Returns (logprobs (N,), entropy (N,) or None) in at least float32. Rows go in chunks that the backward pass computes
+    again: float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB).
     """
     def chunk(hidden, head_weight, ids):
-        scores = torch.log_softmax((hidden @ head_weight.T).float() / temperature, -1)
+        logits = hidden @ head_weight.T
+        scores = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
         entropy = -(scores.exp() * scores).sum(-1) if with_entropy else scores[:, 0]
         return scores.gather(1, ids[:, None])[:, 0], entropy
 
@@ -402,7 +395,6 @@ def score(model, episodes, config, with_skill=False):
 
 # --- 6. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 
-
 def visible(mask, *tensors):
     """The tensors with 0 wherever mask is 0: what stands there, NaN included, reaches no value and no gradient."""
     return [x.masked_fill((mask == 0).expand_as(x), 0.0) for x in tensors]
@@ -410,7 +402,7 @@ def visible(mask, *tensors):
 
 def masked_mean(x, mask):
     """Mean of x over the tokens where mask is 1; 0 if there are none."""
-    return visible(mask, x)[0].sum() / mask.sum().clamp(min=1)
+    return (visible(mask, x)[0] * mask).sum() / mask.sum().clamp(min=1)
 
 
 def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6):
@@ -420,7 +412,9 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
     episode once per turn). A group of one row has mean 0 and std 1.
     >>> group_advantages(torch.tensor([1., 0., 0., 0.]), torch.tensor([7, 7, 7, 7]))   # 1.5, -0.5, -0.5, -0.5
     """
-    weights = torch.ones_like(scores) if weights is None else weights.to(scores.dtype)
+    scores = scores if scores.is_floating_point() else scores.float()
+    groups = torch.as_tensor(groups, device=scores.device)
+    weights = torch.ones_like(scores) if weights is None else torch.as_tensor(weights).to(scores)
     advantages = torch.empty_like(scores)
     for group in groups.unique():
         rows = groups == group
@@ -434,12 +428,14 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_clip=3.0):
-    """PPO's clipped loss (section 2.2); advantages (B, T) or broadcastable.
+    """PPO's clipped loss (section 2.2); advantages (B, T) or broadcastable, or (B,): one an episode.
 
     dual_clip (official code; None: off) caps the loss of a token with negative advantage A at -A dual_clip.
     Returns (loss, stats): clip_fraction, ratio_mean.
     """
-    logprobs, old_logprobs, advantages = visible(mask, logprobs, old_logprobs, advantages.expand_as(logprobs))
+    advantages = torch.as_tensor(advantages).to(logprobs)
+    advantages = (advantages[:, None] if advantages.ndim == 1 else advantages).expand_as(logprobs)
+    logprobs, old_logprobs, advantages = visible(mask, logprobs, old_logprobs.detach(), advantages)
     ratio = (logprobs - old_logprobs).exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     loss = torch.maximum(plain, clipped)
@@ -451,7 +447,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
 
 def kl_k3(logprobs, ref_logprobs):
     """The k3 estimate of KL(policy || reference) on each token: exp(d) - d - 1 with d = reference - policy, >= 0."""
-    d = ref_logprobs - logprobs
+    d = (ref_logprobs - logprobs).clamp(max=20)  # beyond the clamp of the value; keeps exp, and its gradient, finite
+    d = torch.where(d.isnan(), d.detach(), d)  # NaN stays NaN but sends no gradient: it may stand under a mask
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
@@ -487,10 +484,13 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
 
 # --- 7. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
 
-
 def step_batch(model, start, episodes, config):
     """What the update reads besides the teacher, from before its first optimiser step: (B, T) tensors mask, old,
-    advantages and, with a start policy, ref."""
+    advantages and, with a start policy, ref. Asserts that what was sampled is what is scored, by both readers."""
+    for e in episodes:
+        student, teacher = ([i for i, m in zip(*e.view(skilled)) if m] for skilled in (False, True))
+        assert student == teacher and len(student) == len(e.logprobs), "student and teacher must score the sampled ids"
+        assert e.view(True)[0][e.skill_at:][:len(e.skill_ids)] == e.skill_ids, "the teacher must read the skill"
     batch = {"mask": response_mask(episodes, model.device), "old": score(model, episodes, config)}
     sampled = torch.tensor([x for episode in episodes for x in episode.logprobs], device=model.device)
     drift = (batch["old"][batch["mask"] > 0] - sampled).abs().mean().item()
@@ -505,10 +505,10 @@ def step_batch(model, start, episodes, config):
 
 
 def update(model, optimizer, episodes, batch, config, order):
-    """One pass over a step's episodes in `minibatches` optimiser steps. Returns metrics, weighted by tokens.
+    """One pass over the episodes, in `order`, in `minibatches` optimiser steps. Returns metrics, weighted by tokens.
 
-    order: a permutation of the episodes. A mini-batch's loss is the mean over all of its tokens; a micro-batch adds
-    its share of them, so neither gradient nor metrics depend on how the mini-batch is cut.
+    A mini-batch's loss is the mean over all of its tokens, to which a micro-batch adds its share: neither gradient nor
+    metrics depend on how it is cut.
     """
     pg_weight, distil_weight, beta_factor = METHODS[config.method]
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
@@ -537,21 +537,21 @@ def update(model, optimizer, episodes, batch, config, order):
             for name, value in stats.items():
                 metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item() / all_tokens
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
-        optimizer.step()
+        if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
+            optimizer.step()
         optimizer.zero_grad()
     return {**metrics, "grad_norm": sum(norms) / len(norms)}
 
 
 # --- 8. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
 
-
 def evaluate(model, chat, envs, config):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
     by_type, tasks = {}, envs[0].panel(config.eval_split, config.eval_episodes)
     for with_skill in (False, True):
-        for first in range(0, len(tasks), len(envs)):
-            starts = [(task, seed, 0) for task, seed in tasks[first:first + len(envs)]]
+        for first in range(0, len(tasks), EVAL_BATCH):
+            starts = [(task, seed, 0) for task, seed in tasks[first:first + EVAL_BATCH]]
             for episode in rollout(model, chat, envs, starts, config, (1, first), with_skill, config.eval_temperature):
                 row = by_type.setdefault(episode.task_type, [0, 0, 0])
                 row[0] += not with_skill
@@ -593,15 +593,13 @@ def train(config):
     return run.finish()
 
 
-# =============================================================================================
-# PART II: THE WORKSHOP. The reader of the paper can stop here: what follows makes the tiny policy,
-# keeps a run's folder and checkpoint, and reads the command line.
-# =============================================================================================
+# ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
 
 # --- 9. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
 
-TINY = {  # everything the warm start depends on; a change here makes the carried policy be rebuilt
-    "version": 1, "steps": 900, "batch": 32, "muon_lr": 0.05, "adam_lr": 4e-3, "warmup": 50, "seed": 0,
+TINY = {  # the recipe: a change here, or in the world, makes the carried policy be rebuilt
+    "version": 1,  # raise it with every change of warmstart() itself
+    "steps": 900, "batch": 32, "muon_lr": 0.05, "adam_lr": 4e-3, "warmup": 50, "seed": 0,
     "model": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
               "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512},
     "skilled": 0.75,      # share of demonstrations whose player has read the skills of its task
@@ -665,8 +663,8 @@ def demonstration(chat, rng):
 
 
 def tiny_fingerprint(chat):
-    """Hash of all that the warm start depends on: the recipe and, through sample demonstrations, the world, the
-    scripted player, the skills, the tokenizer and the chat template."""
+    """Hash of what the warm start depends on: TINY and, through sample demonstrations, the world, the scripted player,
+    the skills, the tokenizer and the chat template."""
     rng = random.Random("fingerprint")
     sample = [TINY, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
     return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
@@ -683,6 +681,7 @@ def warmstart(folder, steps=TINY["steps"]):
 
     Deterministic on one machine and PyTorch. Muon on the matrices matters: with AdamW alone the policy needs several
     times the steps before it reads the skill."""
+    check_writable(Path(folder))
     transformers = quiet_transformers()
     chat = Chat(tiny_tokenizer())
     with torch.random.fork_rng(devices=[]):
@@ -691,7 +690,7 @@ def warmstart(folder, steps=TINY["steps"]):
             vocab_size=len(chat.tokenizer), tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id, **TINY["model"]))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    rest = [p for name, p in model.named_parameters() if "layers." not in name or p.ndim < 2]
     optimizers = [torch.optim.Muon(matrices, lr=TINY["muon_lr"], weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=TINY["adam_lr"], betas=(0.9, 0.98), weight_decay=0.01)]
     schedule = lambda step: min(1, (step + 1) / TINY["warmup"]) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
@@ -738,7 +737,6 @@ def tiny_policy():
 
 # --- 10. Configuration errors, models, the run's folder -----------------------------------------
 
-
 CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS), "gate": ("gap", "none"),
            "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "none"),
            "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval")}
@@ -762,8 +760,10 @@ def check_config(config):
         if getattr(config, name) not in known:
             raise UserError(unknown(flag(name), getattr(config, name), known))
     for name, value in vars(config).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
             raise UserError(f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
+    if config.adam_beta2 >= 1:
+        raise UserError("--adam-beta2 must be less than 1")
     if config.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares the episodes of one task")
     if config.device.split(":")[0] not in ("", "cpu", "cuda"):
@@ -801,13 +801,32 @@ def load_policy(config):
         raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
 
 
+EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
+
+
+def check_context(model, env, episodes, config):
+    """UserError if episodes of `env` that start with these prompts cannot fit the model's context."""
+    prompt, context = max(len(episode.view(True)[0]) for episode in episodes), model.config.max_position_embeddings
+    if prompt + env.max_turns * config.max_new_tokens > context:
+        raise UserError(f"a prompt of {prompt} tokens and --max-turns {env.max_turns} x --max-new-tokens "
+                        f"{config.max_new_tokens} do not fit the model's context of {context}")
+
+
 def make_envs(config):
-    """One environment for each episode of a step."""
-    return [make_env(config.env, max_turns=config.max_turns) for _ in range(config.tasks_per_step * config.group_size)]
+    """One environment for each episode of a step or of a part of the panel."""
+    return [make_env(config.env, max_turns=config.max_turns)
+            for _ in range(max(EVAL_BATCH, config.tasks_per_step * config.group_size))]
+
+
+def check_writable(folder):
+    """UserError if `folder` cannot be made or written."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder}: {parent} is not a folder that can be written")
 
 
 def replace_folder(folder, write):
-    """Let write(temporary folder) fill a folder, then put it in the place of `folder`: all of it or nothing."""
+    """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     try:
         for leftover in (fresh, old):
@@ -834,27 +853,26 @@ class Run:
         self.envs = make_envs(config)
         self.claim()
         self.model, self.chat = load_policy(config)
-        context, needed = self.model.config.max_position_embeddings, self.envs[0].max_turns * config.max_new_tokens
-        if needed > context:
-            raise UserError(f"--max-turns {self.envs[0].max_turns} x --max-new-tokens {config.max_new_tokens} = {needed} "
-                            f"tokens do not fit the model's context of {context}")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2),
                                            weight_decay=config.weight_decay)
         if config.resume:
-            self.load()
+            try:
+                self.load()
+            except Exception as error:  # whatever a torn file makes torch.load raise
+                raise UserError(f"--resume: the checkpoint in {self.folder} cannot be read: {error!r:.200}") from error
+            if self.step >= config.steps:
+                raise UserError(f"--resume: the run in {self.folder} has all of its {self.step} steps; raise --steps")
 
     def claim(self):
         """Check that the folder can be written and that nothing in it would be lost."""
         config, folder = self.config, self.folder
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"--out {folder}: {parent} is not a folder that can be written")
+        check_writable(folder)
         if config.resume:
             if not (folder / "checkpoint" / "trainer.pt").is_file():
                 raise UserError(f"--resume: there is no checkpoint in {folder}")
             try:
-                old = json.loads((folder / "config.json").read_text())
-            except (OSError, ValueError) as error:
+                old = dict(json.loads((folder / "config.json").read_text()))
+            except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"--resume: {folder}/config.json cannot be read") from error
             changed = [flag(key) for key, value in vars(config).items() if key not in self.FREE and old.get(key) != value]
             if changed:
@@ -921,15 +939,13 @@ class Run:
         """Continue from the checkpoint: weights, optimiser, lagged teacher; metrics of later steps are dropped."""
         folder = self.folder / "checkpoint"
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location=self.model.device)
-        weights = load_policy(dataclasses.replace(self.config, model=str(folder)))[0].state_dict()
+        weights = load_policy(replace(self.config, model=str(folder)))[0].state_dict()
         if state["lagged"]:
             self.lagged = copy.deepcopy(self.model)
             self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before = state["step"], state["before"]
-        if self.step >= self.config.steps:
-            raise UserError(f"--resume: the run in {self.folder} has all of its {self.step} steps; raise --steps")
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[:self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
@@ -973,7 +989,6 @@ def print_table(columns):
 
 # --- 11. Command line ---------------------------------------------------------------------------
 
-
 def command_evaluate(config):
     """Play the panel with the given model and print the table."""
     envs = make_envs(config)
@@ -984,24 +999,17 @@ def command_evaluate(config):
 def command_warmstart(config):
     """Rebuild the tiny policy that the repository carries."""
     warmstart(TINY_FOLDER)
-    command_evaluate(config)
+    command_evaluate(replace(config, model="tiny"))
 
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "warmstart": command_warmstart}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like every other error here."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse_args(argv):
     """Command line -> (command, Config). The flags are Config's fields; - and _ are the same in them."""
-    parser = Parser(prog="sdar.py", allow_abbrev=False, usage="python sdar.py [command] [flags]",
-                    description=f"Commands: {', '.join(COMMANDS)} (default: train).")
-    for f in dataclasses.fields(Config):
+    parser = argparse.ArgumentParser("python sdar.py [command]", allow_abbrev=False, exit_on_error=False,
+                                     description=f"Commands: {', '.join(COMMANDS)} (default: train).")
+    for f in fields(Config):
         toy, paper = f.metadata["toy"], f.metadata["paper"]
         known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
         default = f"{toy}; paper: {paper}" if toy != paper else toy
@@ -1012,8 +1020,10 @@ def parse_args(argv):
     if command not in COMMANDS:
         raise UserError(unknown("command", command, list(COMMANDS)))
     values, rest = parser.parse_known_args(argv)
+    if rest and rest[0] in COMMANDS:
+        raise UserError(f"the command comes first: python sdar.py {rest[0]} [flags]")
     if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], [flag(f.name) for f in dataclasses.fields(Config)], 1)
+        near = difflib.get_close_matches(rest[0].split("=")[0], [flag(f.name) for f in fields(Config)], 1)
         raise UserError(f"unknown flag {rest[0]}: " + (f"did you mean {near[0]}?" if near else "--help lists the flags"))
     return COMMANDS[command], Config(**{key: value for key, value in vars(values).items() if value is not None})
 
@@ -1024,11 +1034,11 @@ def main(argv=None):
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
         command(config)
         return 0
-    except (UserError, EnvUnavailable) as error:
+    except (UserError, EnvUnavailable, argparse.ArgumentError) as error:
         print(f"sdar.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sdar.py: stopped; --resume continues from the last checkpoint", file=sys.stderr)
+        print("sdar.py: stopped; if this was a training run, --resume continues it", file=sys.stderr)
         return 130
 
 
