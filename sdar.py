@@ -110,7 +110,7 @@ class Config:
     invalid_penalty: float = option("taken off the score per invalid action, in rewards", 0.01)
     turn_weights: bool = option("an episode counts once a turn in its group's statistics (official code)", False, True)
     normalize_std: bool = option("divide advantages by the group's standard deviation", True)
-    adam_beta2: float = option("decay of AdamW's second moment", 0.95, 0.999)
+    adam_beta2: float = option("decay of AdamW's second moment", 0.999)
     weight_decay: float = option("of AdamW", 0.01)
     grad_clip: float = option("largest norm of the gradient", 1.0)
     # SDAR
