@@ -8,9 +8,12 @@ Signatures are Gymnasium's, without the dependency. Rewards are raw (0 or 1, at 
 and penalties belong to the trainer. A missing package, data set or server raises EnvUnavailable:
 trouble with the machinery is never shown to the model as an observation.
 """
+import math
 import random
 import re
 from dataclasses import dataclass
+
+import numpy as np
 
 
 class EnvUnavailable(RuntimeError):
@@ -33,6 +36,63 @@ class Skill:
         """True if the skill is for this task text of this task type."""
         hit = any(re.search(rf"\b{re.escape(word)}\b", task, re.IGNORECASE) for word in self.keywords)
         return (not self.task_types or task_type in self.task_types) and (hit or not self.keywords)
+
+
+def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
+    """The skills of a task, a list. seed: of random choices, the same for all episodes of a group.
+
+    keyword: those whose task type and whole-word keywords fit it, each once. full: the whole bank. random: as many as
+    keyword finds, from the whole bank. ucb: those that the bandit chooses. none: none. The control wrong: as
+    many as keyword finds, of those that are for other task types.
+    """
+    found, rng = [skill for skill in bank if skill.matches(task, task_type)], random.Random(f"{task}/{seed}")
+    if strategy in ("random", "wrong"):
+        pool = [s for s in bank if strategy == "random" or s.task_types and task_type not in s.task_types]
+        return rng.sample(pool, min(len(pool), max(1, len(found))))
+    if strategy == "ucb":
+        return (bandit or Bandit()).choose(rng.sample(bank, len(bank)), task, task_type)
+    return {"keyword": found, "full": list(bank), "none": []}[strategy]
+
+
+def skill_text(skills):
+    """What a reader of the skills sees in front of the task; empty without skills."""
+    return "Skill: " + " ".join(skill.text for skill in skills) + "\n" if skills else ""
+
+
+class Bandit:
+    """Retrieval by UCB1. The paper names it and does not define it; this definition is ours.
+
+    An arm is a skill in a context: whether keyword retrieval would find it for the task. A task gets the SLOTS arms of
+    the largest mean reward + sqrt(ln(all plays) / plays), arms never played first. The reward, in [-1, 1], is the
+    correlation over a group's episodes of advantage and mean gap: a good skill makes its reader endorse what went well.
+    """
+    SLOTS = 3
+
+    def __init__(self, arms=None):
+        self.arms = arms or {}  # {arm: [plays, sum of rewards]}
+
+    def arm(self, skill, task, task_type):
+        return f"{skill.name} {'found' if skill.matches(task, task_type) else 'not found'}"
+
+    def choose(self, bank, task, task_type):
+        """The skills for a task; of equal ones those first in the bank."""
+        total = sum(plays for plays, _ in self.arms.values())
+
+        def index(skill):
+            plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
+            return rewards / plays + math.sqrt(math.log(total) / plays) if plays else math.inf
+        return sorted(bank, key=index, reverse=True)[:self.SLOTS]
+
+    def learn(self, episodes, advantages, gaps):
+        """advantages, gaps: of each episode. A group without variation says nothing and does not count."""
+        for group in {episode.group for episode in episodes}:
+            rows = [i for i, episode in enumerate(episodes) if episode.group == group]
+            pairs, first = np.array([(advantages[i], gaps[i]) for i in rows]).T, episodes[rows[0]]
+            if pairs.std(1).min() > 0:
+                for skill in first.skills:
+                    arm = self.arms.setdefault(self.arm(skill, first.task, first.task_type), [0, 0.0])
+                    arm[0] += 1
+                    arm[1] += float(np.corrcoef(pairs)[0, 1])
 
 
 class TextEnv:
@@ -317,6 +377,66 @@ def scripted_action(env, known, rng):
         likely = [house.appliance[env.kind]] if env.kind in known else choices
         return move_to(env.where if env.where in choices else rng.choice(likely)) or f"{env.kind} {env.hand}"
     return move_to(env.target) or f"put {env.hand}"
+
+
+def demonstration(chat, rng, skilled=0.75, distracted=0.3, takeover=0.5, noise=0.05, observations=0.2):
+    """One scripted episode in a fresh random household, to imitate: weights can learn from it the format, exploring and
+    reading a skill, but nothing of the household of training and evaluation. chat: sdar.Chat. rng: random.Random.
+
+    skilled: share of episodes whose player has read the skills of its task. distracted: share in which skills of other
+    tasks stand between them. takeover: share of skilled ones whose first 1-8 turns an explorer plays, since the teacher
+    will have to judge states that the student got itself into. noise: share of random actions: played, so that states
+    off the path are seen, but not imitated. observations: weight of their tokens; knowing the world helps acting in it.
+    Returns (ids, loss weight of each id).
+    """
+    env = ToyEnv(Household.random(rng), max_turns=12)
+    kind = rng.choice(sorted(TASK_TEXT))
+    task = rng.choice([task for task, goal in env.goals.items() if goal[0] == kind])
+    observation, info = env.reset(task, rng.random())
+    relevant = [skill for skill in env.skills if skill.matches(task, kind)]
+    skills = relevant if rng.random() < skilled else []
+    if rng.random() < distracted:
+        others = [skill for skill in env.skills if skill not in relevant]
+        skills = skills + rng.sample(others, rng.randint(1, len(others)))
+        rng.shuffle(skills)
+    known, over, turn = {skill.name for skill in skills}, False, 0
+    explores = rng.randint(1, 8) if known and rng.random() < takeover else 0
+    prompt, at = chat.first(env.instructions, observation)
+    ids = prompt[:at] + chat.encode(skill_text(skills)) + prompt[at:]
+    weights = [0.0] * len(ids)
+    while not over:
+        noisy = rng.random() < noise
+        action = scripted_action(env, known if turn >= explores else set(), rng)
+        action = re.sub(r" (from|in/on|with) .*", "", rng.choice(info["admissible"])) if noisy else action
+        observation, _, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+        response = chat.encode(action) + [chat.end_id]
+        between = [] if over else chat.next(observation, ended=True)
+        ids += response + between
+        weights += [float(turn >= explores and not noisy)] * len(response) + [observations] * len(between)
+        turn += 1
+    return ids, weights
+
+
+TOY_TEMPLATE = (  # no system role: what the system message says, the tiny policy learned in its warm start
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def toy_tokenizer():
+    """The tiny policy's: one token a phrase of the toy world, articles and punctuation dropped; an episode is some 90
+    tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    things = [*PLACES, *CLASSES, *(f"{c} {n}" for c in CLASSES for n in (1, 2))]
+    words = sorted({*PHRASES, *things}, key=lambda word: (-len(word), word))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>"] + words)}, unk_token="<unk>"))
+    known = "|".join(map(re.escape, words))
+    other = r"(?!(?:a|an|and|the|The)(?!\w))[^\s.,:]+"
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<!\w)(?:{known})(?!\w)|(?<!\w){other}"), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
+                                   additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TOY_TEMPLATE)
 
 
 SKILLS = {"toy": HOME.skills()}

@@ -1,74 +1,52 @@
 """SDAR: Self-Distilled Agentic Reinforcement Learning (arXiv 2605.15155), the whole method in one file to read.
 
 An agent plays text games over several turns and is rewarded only at the end. GRPO turns that one number into an
-advantage for every token of the episode. SDAR adds a dense signal: a teacher, which is the same network shown the
-same conversation plus a skill text that the student never sees, scores every token that the student sampled, and a
-gate decides how far it is trusted on that token. At test time there is no skill: what it said has been learned.
+advantage for every token of the episode. SDAR adds a dense signal: a teacher, which is the same network shown the same
+conversation plus a skill text that the student never sees, scores every token that the student sampled, and a gate
+decides how far it is trusted on that token. At test time there is no skill: what it said has been learned.
 
     python sdar.py                                    # train the carried tiny policy on the toy household, on a CPU
-    python sdar.py --method grpo                      # the same without the teacher
     python sdar.py --model Qwen/Qwen3-0.6B            # a checkpoint from the hub, through the same code
-    python sdar.py --help                             # every flag and command, with the toy's and the paper's values
-
-Contents: 1 configuration, 2 skills, 3 conversation, 4 rollout, 5 log-probs, 6 objectives, 7 update, 8 evaluation and
-training loop. Part II: 9 the tiny policy, 10 models and the run's folder, 11 command line.
-
+Sections: 1 configuration, 2 conversation, 3 rollout, 4 log-probs, 5 objectives, 6 update, 7 evaluation and training.
 Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence, V vocabulary, H width.
-
-| paper          | here                       | where                          |
-|----------------|----------------------------|--------------------------------|
-| pi_theta       | `model`, logprobs (B, T)   | response_logprobs              |
-| pi_T, c+       | `teacher`, skill_ids       | score(with_skill=True)         |
-| y_t, s_t, s_t+ | Episode.ids, mask, view()  | rollout                        |
-| G, A           | group_size, advantages     | group_advantages               |
-| epsilon, beta_KL | clip_eps, kl_coef        | policy_loss, kl_k3             |
-| Delta_t        | gap                        | sdar_loss                      |
-| g_t, beta      | gate, gate_beta            | gate                           |
-| lambda         | sdar_coef                  | update                         |
-
-Where this file departs from the paper or from its official code (README.md has the table with reasons):
-- one growing conversation an episode, as in the paper's formulas; the official code makes a row of every turn, its
-  prompt rebuilt from the last two, and writes the skill in front of the chat template, not in the user's message;
-- losses are means over all tokens of a mini-batch, metrics of a step; the official ones are means of micro-batch means;
-- an invalid action costs the episode, not the turn; dual clip, entropy bonus and turn-weighted group statistics are
-  the official code's, not the paper's: --dual-clip, --entropy-coef, --turn-weights;
 """
-import argparse
 import copy
-import difflib
-import hashlib
-import json
 import math
-import os
-import random
 import re
-import shutil
-import sys
 import time
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
+from typing import NamedTuple
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from envs import (CLASSES, ENVS, PHRASES, PLACES, TASK_TEXT, EnvUnavailable, Household, ToyEnv, make_env,
-                  scripted_action)
+from envs import Bandit, retrieve, skill_text  # the skill banks, and which skills a task gets (paper, section 2.1)
 
 # ======== PART I: THE PAPER ========
+# --- 1. Configuration (paper, section 4.1 and appendix C) ---------------------------------------
 
-# --- 1. Configuration (paper, section 4.1 and appendix C) ------------------------------------
+class Method(NamedTuple):
+    """A row of the paper's Table 1. toy, paper: what it changes in the presets (chosen on `dev`, like SDAR's own)."""
+    policy: float = 1      # weight of GRPO's policy loss
+    teacher: str = ""      # what the teacher's log-probs go into: "gate", "skill_sd" (losses), "advantage" or nothing
+    beta: float = 1        # factor on gate_beta
+    skilled: bool = False  # the student itself reads the skill while it trains
+    toy: dict = {}
+    paper: dict = {}
 
-METHODS = {  # row of the paper's Table 1: (weight of the policy loss, of the distillation loss, factor on gate_beta)
-    "sdar": (1, 1, 1),
-    "grpo": (1, 0, 1),
-    "grpo_opsd": (1, 1, 0),  # beta 0: the gate is 1/2 on every token, and the expected gradient zero
-    "opsd": (0, 1, 1),       # like the official baseline it keeps the gate and drops the policy loss
+
+METHODS = {
+    "grpo": Method(toy={"lr": 1e-3}),
+    "opsd": Method(policy=0, teacher="gate", toy={"lr": 3e-4}),  # like the official baseline it keeps the gate
+    "grpo_opsd": Method(teacher="gate", beta=0),  # the gate is 1/2 on every token, and the expected gradient zero
+    "skill_grpo": Method(skilled=True),
+    "skill_sd": Method(teacher="skill_sd", toy={"sdar_coef": 0.1}, paper={"sdar_coef": 0.001}),
+    "rlsd": Method(teacher="advantage"),
+    "sdar": Method(teacher="gate"),
 }
 
 
@@ -80,7 +58,6 @@ def option(help, toy, paper=None):
 @dataclass
 class Config:
     """One run. Every field is also a flag; a value given by hand wins over the preset's."""
-    # what to run
     env: str = option("environment", "toy")
     model: str = option("'tiny' (carried with the code), a hub name or a checkpoint folder", "tiny")
     preset: str = option("column of defaults: toy with the tiny model, paper with any other", "toy", "paper")
@@ -101,7 +78,7 @@ class Config:
     max_turns: int = option("turns an episode (0: the environment's own; toy 10)", 0)
     max_new_tokens: int = option("tokens a response", 8, 512)
     # GRPO, the backbone
-    lr: float = option("learning rate of AdamW, constant", 6e-4, 1e-6)
+    lr: float = option("learning rate of AdamW, constant (toy: grpo 1e-3, opsd 3e-4)", 6e-4, 1e-6)
     minibatches: int = option("optimiser steps a batch", 4)
     clip_eps: float = option("epsilon, the PPO clip of the ratio", 0.2)
     dual_clip: float = option("cap on the loss of a bad action, in advantages (official code; 0: off)", 3.0)
@@ -110,17 +87,17 @@ class Config:
     invalid_penalty: float = option("taken off the score per invalid action, in rewards", 0.01)
     turn_weights: bool = option("an episode counts once a turn in its group's statistics (official code)", False, True)
     normalize_std: bool = option("divide advantages by the group's standard deviation", True)
-    adam_beta2: float = option("decay of AdamW's second moment", 0.999)
-    weight_decay: float = option("of AdamW", 0.01)
     grad_clip: float = option("largest norm of the gradient", 1.0)
     # SDAR
-    sdar_coef: float = option("lambda, the weight of the gated distillation loss", 1.0, 0.01)
-    gate: str = option("trust in the teacher on each token", "gap")
+    sdar_coef: float = option("lambda, the weight of the distillation loss (skill_sd: 0.1, paper 0.001)", 1.0, 0.01)
+    gate: str = option("trust in the teacher on each token; the last four are controls", "gap")
     gate_beta: float = option("beta, the sharpness of the gate", 5.0)
     teacher: str = option("weights that read the skill: the step's own, a lagged copy, the start's", "live")
     teacher_refresh: int = option("steps between copies of the lagged teacher", 10)
     retrieval: str = option("how a task's skills are chosen", "keyword")
-    # evaluation
+    skills: str = option("control: the retrieved skills, ones of another task type, or an empty text", "right")
+    rlsd_mix: float = option("share of the teacher in RLSD's advantages, at the start", 0.5)
+    rlsd_decay: int = option("steps until that share is 0", 40, 100)
     eval_every: int = option("steps between evaluations (0: before and after only)", 10, 5)
     eval_episodes: int = option("episodes of the fixed panel", 300, 128)
     eval_temperature: float = option("of sampling in evaluation", 0.4)
@@ -128,32 +105,21 @@ class Config:
 
     def __post_init__(self):
         self.preset = self.preset or ("toy" if self.model in (None, "tiny") else "paper")
+        own = getattr(METHODS.get(self.method or "sdar"), self.preset, {})
         for f in fields(self):
             if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata.get(self.preset))
+                setattr(self, f.name, own.get(f.name, f.metadata.get(self.preset)))
         check_config(self)
         self.out = self.out or f"runs/{self.env}-{self.method}-s{self.seed}"
         self.device = self.device or ("cuda" if self.model != "tiny" and torch.cuda.is_available() else "cpu")
 
 
-# --- 2. Skills: the privileged context c+ (paper, section 2.1) --------------------------------
-
-def retrieve(bank, task, task_type, strategy):
-    """The skills of a task. keyword: those whose task type and whole-word keywords fit it, each once."""
-    return [skill for skill in bank if strategy == "keyword" and skill.matches(task, task_type)]
-
-
-def skill_text(skills):
-    """What the teacher reads in front of the task; empty without skills."""
-    return "Skill: " + " ".join(skill.text for skill in skills) + "\n" if skills else ""
-
-
-# --- 3. Conversation: token in, token out (paper, section 2.1) --------------------------------
+# --- 2. Conversation: token in, token out (paper, section 2.1) --------------------------------
 
 class Chat:
     """The chat template's own frames around messages, found by rendering it once around marks. Ids are only appended:
     rendered again, Qwen3's template drops earlier reasoning; tokenised again, text may give other ids than were sampled.
-    """
+    (The official code makes a row of every turn, its prompt rebuilt from the last two, the skill before the template.)"""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -199,7 +165,8 @@ class Episode:
     ids: list
     mask: list
     skill_at: int                                   # place of the skill in ids
-    skill_ids: list                                 # what the teacher reads there and the student does not
+    skills: list                                    # what the teacher reads there and the student does not,
+    skill_ids: list                                 # and its ids
     logprobs: list = field(default_factory=list)    # the sampler's, of the sampled ids
     transcript: list = field(default_factory=list)  # observation, response, observation, ...
     turns: int = 0
@@ -217,14 +184,12 @@ class Episode:
         return self.ids[:at] + skill + self.ids[at:], self.mask[:at] + [0] * len(skill) + self.mask[at:]
 
 
-# --- 4. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
+# --- 3. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
 
 class Sampler:
-    """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new.
-
-    Blocks of new ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens
-    only, so log-probs equal those of an unpadded pass.
-    """
+    """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new. Blocks of new
+    ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens only, so
+    log-probs equal those of an unpadded pass."""
 
     def __init__(self, model, rows, temperature):
         from transformers import DynamicCache
@@ -271,18 +236,17 @@ class Sampler:
 
 
 @torch.no_grad()
-def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None):
+def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
     """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes.
-
     stream: ints; episode i samples from the random stream (*stream, i), whatever its neighbours in the batch do.
-    with_skill: the skill is in the prompt that is sampled from.
-    """
-    episodes = []
+    with_skill: the skill is in the prompt that is sampled from. bandit: chooses it under --retrieval ucb."""
+    episodes, strategy = [], {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env, (task, seed, group) in zip(envs, starts):
         observation, info = env.reset(task, seed)
-        skill = chat.encode(skill_text(retrieve(env.skills, info["task"], info["task_type"], config.retrieval)))
+        skills = retrieve(env.skills, info["task"], info["task_type"], strategy, seed, bandit)
         ids, at = chat.first(env.instructions, observation)
-        episode = Episode(task, info["task_type"], group, ids, [0] * len(ids), at, skill, transcript=[observation])
+        episode = Episode(info["task"], info["task_type"], group, ids, [0] * len(ids), at, skills,
+                          chat.encode(skill_text(skills)), transcript=[observation])
         if with_skill:
             (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
         episodes.append(episode)
@@ -320,7 +284,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     return episodes
 
 
-# --- 5. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
+# --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
@@ -333,10 +297,8 @@ def forward_dtype(model, config):
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False):
     """Log-softmax of hidden (N, H) @ head_weight (V, H).T / temperature at ids (N,), and its exact entropy in nats.
-
     Returns (logprobs (N,), entropy (N,) or None) in at least float32. Rows go in chunks that the backward pass computes
-    again: float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB).
-    """
+    again: float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB)."""
     def chunk(hidden, head_weight, ids):
         logits = hidden @ head_weight.T
         scores = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
@@ -351,8 +313,7 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False
 
 
 def response_mask(episodes, device="cpu"):
-    """(B, T) 1.0 where an episode has a t-th sampled id. From here on column t is the t-th sampled id of its episode,
-    in the student's sequence and in the teacher's alike."""
+    """(B, T) 1.0 where an episode has a t-th sampled id: that is what column t is from here on, for both readers."""
     counts = torch.tensor([sum(episode.mask) for episode in episodes], device=device)
     return (torch.arange(int(counts.max()), device=device) < counts[:, None]).float()
 
@@ -393,7 +354,7 @@ def score(model, episodes, config, with_skill=False):
     return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
-# --- 6. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
+# --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 
 def visible(mask, *tensors):
     """The tensors with 0 wherever mask is 0: what stands there, NaN included, reaches no value and no gradient."""
@@ -407,7 +368,6 @@ def masked_mean(x, mask):
 
 def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6):
     """GRPO's advantage (section 2.2): (score - mean) / (std + eps) within each group, std with n-1.
-
     scores (N,), groups (N,) ints -> (N,). weights (N,) count a row as that many rows (the official code counts an
     episode once per turn). A group of one row has mean 0 and std 1.
     >>> group_advantages(torch.tensor([1., 0., 0., 0.]), torch.tensor([7, 7, 7, 7]))   # 1.5, -0.5, -0.5, -0.5
@@ -429,10 +389,8 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_clip=3.0):
     """PPO's clipped loss (section 2.2); advantages (B, T) or broadcastable, or (B,): one an episode.
-
     dual_clip (official code; None: off) caps the loss of a token with negative advantage A at -A dual_clip.
-    Returns (loss, stats): clip_fraction, ratio_mean.
-    """
+    Returns (loss, stats): clip_fraction, ratio_mean."""
     advantages = torch.as_tensor(advantages).to(logprobs)
     advantages = (advantages[:, None] if advantages.ndim == 1 else advantages).expand_as(logprobs)
     logprobs, old_logprobs, advantages = visible(mask, logprobs, old_logprobs.detach(), advantages)
@@ -452,37 +410,70 @@ def kl_k3(logprobs, ref_logprobs):
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
-def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
-    """The gate g_t (section 2.4): how far the teacher is trusted on each token. Detached, shaped like gap.
+CONTROLS = ("constant", "shuffled", "centred")  # gates whose value on a token depends on the other tokens of the batch
 
-    gap is Delta_t = teacher - student. "gap", the paper's choice: sigmoid(beta gap). "none": 1.
+
+def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
+    """The gate g_t (section 2.4): how far the teacher is trusted on each token. Detached, shaped like gap (B, T).
+    gap is Delta_t = teacher - student, entropy the student's h_t in nats. The paper's: "gap" sigmoid(beta gap),
+    "entropy" sigmoid(beta h), "soft_or" sigmoid(beta [1 - (1 - h)(1 - gap)]); "none" 1. Controls, over the tokens where
+    mask is 1: "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less
+    its mean: the same expected gradient, less variance. "reverse_kl" the gap itself: the signed gradient of the reverse
+    KL to the teacher, which also pushes down.
     >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))   # 0.924, 0.269, 0.500
     """
     gap = gap.detach()
-    if kind == "gap":
-        return torch.sigmoid(beta * gap)
-    if kind == "none":
-        return torch.ones_like(gap)
-    raise ValueError(f"unknown gate {kind!r}")
+    g, mask = torch.sigmoid(beta * gap), torch.ones_like(gap) if mask is None else mask.expand_as(gap)
+    gates = {
+        "gap": lambda: g,
+        "none": lambda: torch.ones_like(gap),
+        "entropy": lambda: torch.sigmoid(beta * entropy.detach()),
+        "soft_or": lambda: torch.sigmoid(beta * (1 - (1 - entropy.detach()) * (1 - gap))),
+        "reverse_kl": lambda: gap,
+        "constant": lambda: masked_mean(g, mask).expand_as(g),
+        "centred": lambda: g - masked_mean(g, mask),
+        "shuffled": lambda: g.masked_scatter(mask > 0, g[mask > 0][order().to(g.device)]),
+    }
+    order = lambda: torch.randperm(int((mask > 0).sum()), generator=generator)
+    if kind not in gates:
+        raise ValueError(f"unknown gate {kind!r}")
+    return gates[kind]()
 
 
 def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=None):
     """The gated self-distillation loss (section 2.4): mean of g_t (log pi_T - log pi_theta).
-
     Its gradient on a token is -g_t grad log pi_theta, through the student alone: every sampled token is pushed up,
     harder where the teacher agrees. On policy that is, in expectation, REINFORCE with reward sigmoid(beta Delta_t);
     any constant gate has expected gradient zero; and for small gaps it is beta/4 of the reverse KL's gradient.
-    Returns (loss, stats): gate_mean, gate_active (share of g > 0.5), gap_mean.
-    """
+    kind: a gate, or its values (B, T). Returns (loss, stats): gate_mean, gate_active (share of g > 0.5), gap_mean."""
     logprobs, teacher_logprobs = visible(mask, logprobs, teacher_logprobs.detach())
     gap = teacher_logprobs - logprobs
-    g = gate(kind, gap, entropy, beta, mask)
+    entropy = None if entropy is None else visible(mask, entropy)[0]
+    g = kind if torch.is_tensor(kind) else gate(kind, gap, entropy, beta, mask)
     return masked_mean(g * gap, mask), {"gate_mean": masked_mean(g, mask).item(),
                                         "gate_active": masked_mean((g > 0.5).float(), mask).item(),
                                         "gap_mean": masked_mean(gap.detach(), mask).item()}
 
 
-# --- 7. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
+def skill_sd_loss(logprobs, teacher_logprobs, old_logprobs, mask):
+    """Skill-SD (arXiv 2604.10674, a baseline of section 4): mean of rho k3(l), l = student - teacher, rho = exp(student -
+    old), not detached. On policy the gradient on a token is l grad log pi_theta: signed, as the reverse KL's, and
+    unbounded. Returns (loss, stats): gap_mean."""
+    logprobs, teacher_logprobs, old = visible(mask, logprobs, teacher_logprobs.detach(), old_logprobs.detach())
+    l = logprobs - teacher_logprobs
+    k3, rho = (-l).clamp(max=20).exp() - 1 + l, (logprobs - old).clamp(max=10).exp()
+    return masked_mean(rho * k3, mask), {"gap_mean": -masked_mean(l.detach(), mask).item()}
+
+
+def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, clip_eps=0.2):
+    """RLSD's advantages (B, T), a baseline of section 4: A ((1 - mix) + mix clip(exp(sign(A) gap), 1 - eps, 1 + eps)), with
+    gap = teacher - old. The reward keeps the direction; the teacher moves the size, mix 0.5 from 0.9 A to 1.1 A."""
+    advantages, gap = visible(mask, advantages.expand_as(old_logprobs), teacher_logprobs - old_logprobs)
+    weight = (advantages.sign() * gap).exp().clamp(1 - clip_eps, 1 + clip_eps)
+    return (advantages * (1 - mix + mix * weight)).detach()
+
+
+# --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
 
 def step_batch(model, start, episodes, config):
     """What the update reads besides the teacher, from before its first optimiser step: (B, T) tensors mask, old,
@@ -504,18 +495,21 @@ def step_batch(model, start, episodes, config):
     return batch
 
 
-def update(model, optimizer, episodes, batch, config, order):
-    """One pass over the episodes, in `order`, in `minibatches` optimiser steps. Returns metrics, weighted by tokens.
-
-    A mini-batch's loss is the mean over all of its tokens, to which a micro-batch adds its share: neither gradient nor
-    metrics depend on how it is cut.
-    """
-    pg_weight, distil_weight, beta_factor = METHODS[config.method]
+def update(model, optimizer, episodes, batch, config, rng):
+    """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
+    token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut."""
+    method, order, norms = METHODS[config.method], rng.permutation(len(episodes)), []
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
-    norms, all_tokens = [], batch["mask"].sum().item()
+    taught = torch.tensor([[bool(e.skill_ids)] for e in episodes], device=model.device)
+    beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
-        chosen_tokens, rest = batch["mask"][chosen].sum().item(), chosen
-        for micro in micro_batches([episodes[i] for i in chosen], config.micro_tokens):
+        tokens, rest, mini = batch["mask"][chosen].sum().item(), chosen, [episodes[i] for i in chosen]
+        if method.teacher == "gate" and config.gate in CONTROLS:  # they need the gaps of the whole mini-batch
+            now, mask = score(model, mini, config), response_mask(mini, model.device)
+            gap = torch.where(taught[chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
+            batch.setdefault("gate", torch.zeros_like(batch["mask"]))[chosen, :now.shape[1]] = gate(
+                config.gate, gap, None, beta, mask, generator)
+        for micro in micro_batches(mini, config.micro_tokens):
             rows, rest = rest[:len(micro)], rest[len(micro):]
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
             part = {key: value[rows, :logprobs.shape[1]] for key, value in batch.items()}
@@ -523,36 +517,40 @@ def update(model, optimizer, episodes, batch, config, order):
             drift = masked_mean((logprobs - part["old"]).abs(), mask)
             assert norms or drift < DRIFT[config.dtype], "before any update the ratio must be 1"
             policy, stats = policy_loss(logprobs, part["old"], part["advantages"], mask, config.clip_eps, config.dual_clip)
-            terms = {"policy_loss": (pg_weight, policy), "entropy": (-config.entropy_coef, masked_mean(entropy, mask))}
+            terms = {"policy_loss": (method.policy, policy), "entropy": (-config.entropy_coef, masked_mean(entropy, mask))}
             if "ref" in part:
                 terms["kl"] = (config.kl_coef, masked_mean(kl_k3(logprobs, part["ref"]), mask))
-            if "teacher" in part:
-                distil, gate_stats = sdar_loss(logprobs, part["teacher"], mask, config.gate,
-                                               config.gate_beta * beta_factor, entropy)
-                terms["sdar_loss"] = (config.sdar_coef * distil_weight, distil)
-                stats |= gate_stats
+            if method.teacher in ("gate", "skill_sd"):
+                teacher = torch.where(taught[rows], part["teacher"], logprobs.detach())  # no skill: no teacher, gap 0
+                if method.teacher == "gate":
+                    distil, more = sdar_loss(logprobs, teacher, mask, part.get("gate", config.gate), beta, entropy)
+                else:
+                    distil, more = skill_sd_loss(logprobs, teacher, part["old"], mask)
+                terms["sdar_loss"] = (config.sdar_coef, distil)
+                stats |= more
             loss = sum(weight * term for weight, term in terms.values())
-            (loss * (mask.sum().item() / chosen_tokens)).backward()
+            (loss * (mask.sum().item() / tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
             for name, value in stats.items():
-                metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item() / all_tokens
+                metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
             optimizer.step()
         optimizer.zero_grad()
-    return {**metrics, "grad_norm": sum(norms) / len(norms)}
+    means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
+    return means | {"grad_norm": sum(norms) / len(norms)}
 
 
-# --- 8. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
+# --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
 
-def evaluate(model, chat, envs, config):
+def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
     by_type, tasks = {}, envs[0].panel(config.eval_split, config.eval_episodes)
     for with_skill in (False, True):
         for first in range(0, len(tasks), EVAL_BATCH):
             starts = [(task, seed, 0) for task, seed in tasks[first:first + EVAL_BATCH]]
-            for episode in rollout(model, chat, envs, starts, config, (1, first), with_skill, config.eval_temperature):
+            for episode in rollout(model, chat, envs, starts, config, (1, first), with_skill, config.eval_temperature, bandit):
                 row = by_type.setdefault(episode.task_type, [0, 0, 0])
                 row[0] += not with_skill
                 row[1 + with_skill] += episode.won
@@ -561,187 +559,139 @@ def evaluate(model, chat, envs, config):
 
 
 def train(config):
-    """The whole run: evaluate, then roll out, score, update, `steps` times over. Writes only below config.out.
-    Returns the last step's metrics, with start_success and the like from before training."""
-    run = Run(config)
+    """The whole run, written below config.out alone. Returns the last step's metrics and start_* from before training."""
+    run, method = Run(config), METHODS[config.method]
     model, chat, envs, tasks = run.model, run.chat, run.envs, run.envs[0].tasks("train")
-    distils = METHODS[config.method][1] > 0
-    start = run.start_policy() if config.kl_coef or config.teacher == "frozen" else None
     if not run.step:
-        run.begin(evaluate(model, chat, envs, config))
-    for step in run.steps():
+        run.begin(evaluate(model, chat, envs, config, run.bandit))
+    run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
+    for step in run.bar:
         rng = np.random.default_rng([2, config.seed, step])  # so a resumed run draws the same
         chosen = rng.choice(len(tasks), config.tasks_per_step, replace=len(tasks) < config.tasks_per_step)
         starts = [(tasks[task], int(rng.integers(10 ** 6)), group) for group, task in enumerate(chosen)]
         starts = [one for one in starts for _ in range(config.group_size)]
         clock = [time.perf_counter()]
-        episodes = rollout(model, chat, envs, starts, config, (3, config.seed, step))
+        episodes = rollout(model, chat, envs, starts, config, (3, config.seed, step), method.skilled, bandit=run.bandit)
         clock.append(time.perf_counter())
         batch = {}
-        if distils:
+        if method.teacher:
             if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
                 run.lagged = copy.deepcopy(model)
-            teacher = {"live": model, "lagged": run.lagged, "frozen": start}[config.teacher]
+            teacher = {"live": model, "lagged": run.lagged, "frozen": run.start}[config.teacher]
             batch["teacher"] = score(teacher, episodes, config, with_skill=True)
         clock.append(time.perf_counter())
-        batch |= step_batch(model, start if config.kl_coef else None, episodes, config)
-        metrics = update(model, run.optimizer, episodes, batch, config, rng.permutation(len(episodes)))
+        batch |= step_batch(model, run.start if config.kl_coef else None, episodes, config)
+        gap = batch["mask"] * (batch.get("teacher", batch["old"]) - batch["old"])
+        if config.retrieval == "ucb":
+            run.bandit.learn(episodes, batch["advantages"][:, 0].tolist(), (gap.sum(1) / batch["mask"].sum(1)).tolist())
+        if method.teacher == "advantage":
+            mix = config.rlsd_mix * max(0, 1 - step / config.rlsd_decay)
+            batch["advantages"] = rlsd_advantages(batch["advantages"], batch["teacher"], batch["old"], batch["mask"], mix)
+        metrics = update(model, run.optimizer, episodes, batch, config, rng)
+        metrics["gap_mean"] = masked_mean(gap, batch["mask"]).item() if method.teacher else None
         clock.append(time.perf_counter())
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= {"eval_" + key: value for key, value in evaluate(model, chat, envs, config).items()}
+            metrics |= {"eval_" + k: value for k, value in evaluate(model, chat, envs, config, run.bandit).items()}
         run.log(step, episodes, metrics, clock)
     return run.finish()
 
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
 
-# --- 9. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-TINY = {  # the recipe: a change here, or in the world, makes the carried policy be rebuilt
-    "version": 1,  # raise it with every change of warmstart() itself
-    "steps": 900, "batch": 32, "muon_lr": 0.05, "adam_lr": 4e-3, "warmup": 50, "seed": 0,
-    "model": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512},
-    "skilled": 0.75,      # share of demonstrations whose player has read the skills of its task
-    "distracted": 0.3,    # share in which skills of other tasks stand between them
-    "takeover": 0.5,      # share of skilled ones whose first 1-8 turns an explorer plays: the teacher will have to
-                          # judge states that the student got itself into
-    "noise": 0.05,        # random actions: played, so that the policy sees states off the path, but never imitated
-    "observation": 0.2,   # weight of observation tokens in the loss; knowing the world helps acting in it
-}
+from envs import ENVS, EnvUnavailable, demonstration, make_env, toy_tokenizer
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+
+# --- 8. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
+
+WARMSTART = 1  # raise it with every change of warmstart()
 TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
-TINY_TEMPLATE = (  # no system role: what the system message says, these weights learned in the warm start
-    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
-    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-def tiny_tokenizer():
-    """One token a phrase of the toy world, articles and punctuation dropped: an episode is some 90 tokens."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    things = [*PLACES, *CLASSES, *(f"{c} {n}" for c in CLASSES for n in (1, 2))]
-    words = sorted({*PHRASES, *things}, key=lambda word: (-len(word), word))
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>"] + words)}, unk_token="<unk>"))
-    known = "|".join(map(re.escape, words))
-    other = r"(?!(?:a|an|and|the|The)(?!\w))[^\s.,:]+"
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<!\w)(?:{known})(?!\w)|(?<!\w){other}"), "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
-                                   additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TINY_TEMPLATE)
+def fingerprint(folder):
+    """Hashes of a tiny policy's files and of its recipe: WARMSTART and sample demonstrations, in which the world, the
+    scripted player, the skills, the tokenizer and the chat template show."""
+    chat, rng = Chat(toy_tokenizer()), random.Random("fingerprint")
+    sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
+    parts = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
+    parts["recipe"] = json.dumps(sample).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
 
 
-def demonstration(chat, rng):
-    """One scripted episode in a fresh random household, so that weights can learn the format, exploring and reading
-    a skill, but nothing of the household of training and evaluation. Returns (ids, loss weight of each id)."""
-    env = ToyEnv(Household.random(rng), max_turns=12)
-    kind = rng.choice(sorted(TASK_TEXT))
-    task = rng.choice([task for task, goal in env.goals.items() if goal[0] == kind])
-    observation, info = env.reset(task, rng.random())
-    relevant = retrieve(env.skills, task, kind, "keyword")
-    skills = relevant if rng.random() < TINY["skilled"] else []
-    if rng.random() < TINY["distracted"]:
-        others = [skill for skill in env.skills if skill not in relevant]
-        skills = skills + rng.sample(others, rng.randint(1, len(others)))
-        rng.shuffle(skills)
-    known, over = {skill.name for skill in skills}, False
-    explores = rng.randint(1, 8) if known and rng.random() < TINY["takeover"] else 0
-    prompt, at = chat.first(env.instructions, observation)
-    ids = prompt[:at] + chat.encode(skill_text(skills)) + prompt[at:]
-    weights, turn = [0.0] * len(ids), 0
-    while not over:
-        noisy = rng.random() < TINY["noise"]
-        action = scripted_action(env, known if turn >= explores else set(), rng)
-        action = re.sub(r" (from|in/on|with) .*", "", rng.choice(info["admissible"])) if noisy else action
-        observation, _, terminated, truncated, info = env.step(action)
-        over = terminated or truncated
-        response = chat.encode(action) + [chat.end_id]
-        between = [] if over else chat.next(observation, ended=True)
-        ids += response + between
-        weights += [float(turn >= explores and not noisy)] * len(response) + [TINY["observation"]] * len(between)
-        turn += 1
-    return ids, weights
-
-
-def tiny_fingerprint(chat):
-    """Hash of what the warm start depends on: TINY and, through sample demonstrations, the world, the scripted player,
-    the skills, the tokenizer and the chat template."""
-    rng = random.Random("fingerprint")
-    sample = [TINY, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
-    return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
-
-
-def file_hashes(folder):
-    """{file name: SHA-256} of a folder's files, its own record apart."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
-
-
-def warmstart(folder, steps=TINY["steps"]):
-    """Train the tiny policy by imitation and save it in `folder` (Hugging Face format), replacing what is there.
-
-    Deterministic on one machine and PyTorch. Muon on the matrices matters: with AdamW alone the policy needs several
-    times the steps before it reads the skill."""
-    check_writable(Path(folder))
-    transformers = quiet_transformers()
-    chat = Chat(tiny_tokenizer())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TINY["seed"])
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-            vocab_size=len(chat.tokenizer), tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id, **TINY["model"]))
+def warmstart(folder, steps=900):
+    """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
+    matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
+    import transformers
+    folder = Path(folder)
+    folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+    chat, rng = Chat(toy_tokenizer()), random.Random(0)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(chat.tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if "layers." not in name or p.ndim < 2]
-    optimizers = [torch.optim.Muon(matrices, lr=TINY["muon_lr"], weight_decay=0.01),
-                  torch.optim.AdamW(rest, lr=TINY["adam_lr"], betas=(0.9, 0.98), weight_decay=0.01)]
-    schedule = lambda step: min(1, (step + 1) / TINY["warmup"]) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    optimizers = [torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01),
+                  torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+    schedule = lambda step: min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
-    rng = random.Random(TINY["seed"])
-    bar = tqdm(range(steps), desc="warm start of the tiny policy", unit="step")
-    for _ in bar:
-        rows = [demonstration(chat, rng) for _ in range(TINY["batch"])]
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
-        weights = torch.tensor([w + [0.0] * (width - len(w)) for _, w in rows])[:, 1:]
-        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
+    for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
+        rows = [demonstration(chat, rng) for _ in range(32)]
+        columns = (*zip(*rows), [[1] * len(ids) for ids, _ in rows])
+        ids, weights, real = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, c)), batch_first=True) for c in columns)
         logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for item in (*optimizers, *schedulers):
             item.step()
         model.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
 
     def write(target):
         model.save_pretrained(target)
         chat.tokenizer.save_pretrained(target)
-        record = {"recipe": tiny_fingerprint(chat), "files": file_hashes(target)}
-        (target / "fingerprint.json").write_text(json.dumps(record, indent=1) + "\n")
-    replace_folder(Path(folder), write)
+        (target / "fingerprint.json").write_text(json.dumps(fingerprint(target), indent=1) + "\n")
+    replace_folder(folder, write)
 
 
 def tiny_policy():
     """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
     try:
-        record = json.loads((TINY_FOLDER / "fingerprint.json").read_text())
-        trusted = record == {"recipe": tiny_fingerprint(Chat(tiny_tokenizer())), "files": file_hashes(TINY_FOLDER)}
+        trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER)
     except (OSError, ValueError):
         trusted = False
     if not trusted:
-        why = "of another recipe, or changed" if TINY_FOLDER.exists() else "not there"
-        print(f"The tiny policy in {TINY_FOLDER} is {why}: building it, once (two to three minutes).", file=sys.stderr)
+        print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
         warmstart(TINY_FOLDER)
     return TINY_FOLDER
 
 
-# --- 10. Configuration errors, models, the run's folder -----------------------------------------
+# --- 9. Configuration errors, models, the run's folder -----------------------------------------
 
-CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS), "gate": ("gap", "none"),
-           "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "none"),
-           "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval")}
+CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS),
+           "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *CONTROLS),
+           "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "ucb", "full", "random", "none"),
+           "skills": ("right", "wrong", "empty"), "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval"),
+           "device": ("", "cpu", "cuda")}
 MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
-               "invalid_penalty", "adam_beta2", "weight_decay", "sdar_coef", "gate_beta")
+               "invalid_penalty", "sdar_coef", "gate_beta", "rlsd_mix")
+EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
+
+
+flag = lambda name: "--" + name.replace("_", "-")  # a field of Config as it is typed
 
 
 class UserError(ValueError):
@@ -762,46 +712,28 @@ def check_config(config):
     for name, value in vars(config).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
             raise UserError(f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
-    if config.adam_beta2 >= 1:
-        raise UserError("--adam-beta2 must be less than 1")
+    if config.retrieval == "ucb" and METHODS[config.method].skilled:
+        raise UserError(f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
     if config.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares the episodes of one task")
-    if config.device.split(":")[0] not in ("", "cpu", "cuda"):
-        raise UserError(unknown("--device", config.device, ("cpu", "cuda")))
-
-
-def flag(name):
-    """A field of Config as it is typed."""
-    return "--" + name.replace("_", "-")
-
-
-def quiet_transformers():
-    """The library, imported late (it takes seconds) and without progress bars and advice."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def load_policy(config):
     """The start policy and its Chat, ready for use. UserError if it is no usable checkpoint."""
-    transformers = quiet_transformers()
+    import transformers  # late: it takes seconds
+    transformers.utils.logging.disable_progress_bar()
     if config.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     path = tiny_policy() if config.model == "tiny" else config.model
-    if not Path(path).exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
-        raise UserError(f"--model {path}: no such folder (a hub name looks like Qwen/Qwen3-0.6B)")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"--model {path}: no config.json in it, so it is no Hugging Face checkpoint")
+    is_path = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    if is_path and not (Path(path) / "config.json").is_file():
+        raise UserError(f"--model {path}: no folder with a config.json (a hub name looks like Qwen/Qwen3-0.6B)")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         return model.to(config.device).eval(), Chat(tokenizer)
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
-
-
-EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
 
 
 def check_context(model, env, episodes, config):
@@ -818,70 +750,36 @@ def make_envs(config):
             for _ in range(max(EVAL_BATCH, config.tasks_per_step * config.group_size))]
 
 
-def check_writable(folder):
-    """UserError if `folder` cannot be made or written."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder}: {parent} is not a folder that can be written")
-
-
 def replace_folder(folder, write):
     """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    try:
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        write(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(fresh)  # save_pretrained makes the folder
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class Run:
-    """The chores of a run: environment, start policy, folder, log, progress bar, checkpoint and final table.
-
-    What can be wrong with the input is found in the constructor, before anything is written.
-    """
+    """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
     FREE = ("steps", "out", "resume", "overwrite", "device", "micro_tokens", "eval_every", "save_every")  # may change
 
     def __init__(self, config):
         self.config, self.folder, self.step, self.lagged = config, Path(config.out), 0, None
-        self.envs = make_envs(config)
-        self.claim()
+        self.envs, self.bandit = make_envs(config), Bandit()
+        parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UserError(f"--out {config.out}: {parent} is not a folder that can be written")
+        run_there = (self.folder / "metrics.jsonl").exists()
+        if not config.resume and any(self.folder.glob("*")) and not (run_there and config.overwrite):
+            raise UserError(f"--out {config.out} is not empty: --resume continues a run there, --overwrite replaces it")
         self.model, self.chat = load_policy(config)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2),
-                                           weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.01)
+        self.start = copy.deepcopy(self.model) if config.kl_coef or config.teacher == "frozen" else None  # frozen
         if config.resume:
-            try:
-                self.load()
-            except Exception as error:  # whatever a torn file makes torch.load raise
-                raise UserError(f"--resume: the checkpoint in {self.folder} cannot be read: {error!r:.200}") from error
-            if self.step >= config.steps:
-                raise UserError(f"--resume: the run in {self.folder} has all of its {self.step} steps; raise --steps")
-
-    def claim(self):
-        """Check that the folder can be written and that nothing in it would be lost."""
-        config, folder = self.config, self.folder
-        check_writable(folder)
-        if config.resume:
-            if not (folder / "checkpoint" / "trainer.pt").is_file():
-                raise UserError(f"--resume: there is no checkpoint in {folder}")
-            try:
-                old = dict(json.loads((folder / "config.json").read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"--resume: {folder}/config.json cannot be read") from error
-            changed = [flag(key) for key, value in vars(config).items() if key not in self.FREE and old.get(key) != value]
-            if changed:
-                raise UserError(f"--resume: {', '.join(changed)} not as in {folder}/config.json")
-        elif (folder / "metrics.jsonl").exists():
-            if not config.overwrite:
-                raise UserError(f"--out {folder} already holds a run: --resume continues it, --overwrite replaces it")
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty and holds no run")
+            self.load()
 
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
@@ -889,24 +787,12 @@ class Run:
         size, student, teacher = sum(p.numel() for p in self.model.parameters()), before["success"], before["success_skill"]
         print(f"{config.method} on {config.env} with {config.model} ({size:,} parameters), {config.preset} preset, seed "
               f"{config.seed}: {config.steps} steps of {config.tasks_per_step} tasks x {config.group_size} episodes\n"
-              f"before training, {before['episodes']} held-out episodes: success {student:.2f} without the skill, "
-              f"{teacher:.2f} with it")
+              f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}")
         if teacher <= student:
-            print("The teacher is not better than the student: there is nothing to distil. Look at the skill bank, or at "
-                  "whether this model can use a skill at all.")
+            print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.save()
         (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         (self.folder / "metrics.jsonl").write_text("")
-
-    def start_policy(self):
-        """A frozen copy of the weights that the run started from."""
-        return load_policy(self.config)[0] if self.step else copy.deepcopy(self.model)
-
-    def steps(self):
-        """The steps still to do, as a progress bar."""
-        self.bar = tqdm(range(self.step + 1, self.config.steps + 1), initial=self.step, total=self.config.steps,
-                        desc=self.config.method, unit="step")
-        return self.bar
 
     def log(self, step, episodes, metrics, clock):
         """Append a line to metrics.jsonl and show it; save when due. clock: seconds at the start of the step and after
@@ -918,8 +804,8 @@ class Run:
                    "response_tokens": tokens / n, **seconds, "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         with open(self.folder / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
-        shown = {"success": "success", "gap": "gap_mean", "gate": "gate_mean", "loss": "loss"}
-        self.bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items() if metrics[key] is not None})
+        shown = {key: metrics[key] for key in ("success", "gap_mean", "gate_mean", "loss") if metrics[key] is not None}
+        self.bar.set_postfix(shown)
         self.step, self.metrics, self.episodes = step, metrics, episodes
         if step == self.config.steps or step % self.config.save_every == 0:
             self.save()
@@ -930,39 +816,43 @@ class Run:
         def write(folder):
             self.model.save_pretrained(folder)
             self.chat.tokenizer.save_pretrained(folder)
-            lagged = self.lagged.state_dict() if self.lagged is not None else None
-            torch.save({"step": self.step, "before": self.before, "optimizer": self.optimizer.state_dict(), "lagged": lagged},
-                       folder / "trainer.pt")
+            torch.save({"step": self.step, "before": self.before, "optimizer": self.optimizer.state_dict(),
+                        "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms}, folder / "trainer.pt")
         replace_folder(self.folder / "checkpoint", write)
 
     def load(self):
-        """Continue from the checkpoint: weights, optimiser, lagged teacher; metrics of later steps are dropped."""
-        folder = self.folder / "checkpoint"
-        state = torch.load(folder / "trainer.pt", weights_only=True, map_location=self.model.device)
-        weights = load_policy(replace(self.config, model=str(folder)))[0].state_dict()
+        """Continue from the checkpoint; metrics of later steps are dropped."""
+        try:
+            old = dict(json.loads((self.folder / "config.json").read_text()))
+            state = torch.load(self.folder / "checkpoint" / "trainer.pt", weights_only=True, map_location=self.model.device)
+            weights = load_policy(replace(self.config, model=str(self.folder / "checkpoint")))[0].state_dict()
+        except Exception as error:  # whatever a torn file makes a library raise
+            raise UserError(f"--resume: {self.folder} holds no run that can be read: {error!r:.200}") from error
+        changed = [flag(key) for key, value in vars(self.config).items() if key not in self.FREE and old.get(key) != value]
+        if changed:
+            raise UserError(f"--resume: {', '.join(changed)} not as in {self.folder}/config.json")
+        if state["step"] >= self.config.steps:
+            raise UserError(f"--resume: the run in {self.folder} has all of its {state['step']} steps; raise --steps")
         if state["lagged"]:
             self.lagged = copy.deepcopy(self.model)
             self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.before = state["step"], state["before"]
+        self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[:self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
-        self.bar.close()
-        rows = self.before["start_by_type"]
-        print_table([("before", rows, 1), ("before, with skill", rows, 2), ("after", self.metrics["eval_by_type"], 1),
-                     ("after, with skill", self.metrics["eval_by_type"], 2)])
+        played = {"before": [self.before["start_by_type"]], "after": [self.metrics["eval_by_type"]]}
+        print_table([(title + "*" * skilled, runs, skilled, "") for title, runs in played.items() for skilled in (0, 1)])
         lines = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        seconds = {part: sum(line[f"seconds_{part}"] for line in lines) for part in ("rollout", "teacher", "update")}
-        print("\nseconds: " + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items()))
+        parts = {name: sum(line["seconds_" + name] for line in lines) for name in ("rollout", "teacher", "update")}
+        print("\nseconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
-        for i, text in enumerate(sample.transcript):
-            print(f"  > {text}" if i % 2 else f"  {text}")
+        print("\n".join("  " + "> " * (i % 2) + text for i, text in enumerate(sample.transcript)))
         print(f"\n{self.folder}: config.json, metrics.jsonl, checkpoint/")
         return {**self.before, **self.metrics}
 
@@ -974,67 +864,180 @@ def wilson(wins, n, z=1.96):
     return (middle - half) / scale, (middle + half) / scale
 
 
-def print_table(columns):
-    """Success by task type and over all. columns: (title, by_type, index of the wins); 95 % Wilson interval for all."""
-    kinds = sorted(columns[0][1])
-    print("\nheld-out success" + "".join(f"{title:>26}" for title, _, _ in columns))
-    for kind in kinds + ["all"]:
-        cells = []
-        for _, by_type, index in columns:
-            row = by_type[kind] if kind != "all" else [sum(column) for column in zip(*by_type.values())]
-            low, high = wilson(row[index], row[0])
-            cells.append(f"{row[index]}/{row[0]} {row[index] / row[0]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if kind == "all" else ""))
-        print(f"{kind:<16}" + "".join(f"{cell:>26}" for cell in cells))
+def print_table(rows):
+    """The paper's Table 1: held-out success by task type, mean±sd over runs; of a single run also n/N and its Wilson
+    interval. rows: (title, [by_type of each run], 0 without or 1 with the skill in the prompt, remark)."""
+    kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
+    print("\n" + " " * width + "".join(f"{kind:<11}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
+    for title, runs, skilled, remark in rows:
+        line = f"{title:<{width}}"
+        for group in [[kind] for kind in kinds] + [kinds] if runs else []:
+            counts = [[sum(run[kind][i] for kind in group) for i in (1 + skilled, 0)] for run in runs]
+            shares = [wins / n for wins, n in counts]
+            line += f"{np.mean(shares):.2f}" + (f"±{np.std(shares, ddof=1):.2f}  " if len(runs) > 1 else " " * 7)
+        if len(runs) == 1:
+            line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0]))
+        print(line + remark)
+
+
+# --- 10. Comparison: methods, or values of a setting, over seeds --------------------------------
+
+def plan(given, methods, seeds, sweep, out):
+    """What compare runs: {row: [its Config for each seed]}. given: the other flags, {field: value}."""
+    def typed(name, text):
+        return name.replace("-", "_"), getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
+
+    name, _, values = sweep.partition("=")
+    rows = [typed(name, value) for value in values.split(",")] if sweep else []
+    rows = [("method", "grpo"), *rows] if sweep else [typed("method", method) for method in methods.split(",")]
+    seeds, runs = [typed("seed", seed)[1] for seed in seeds.split(",")], {}
+    for field, value in rows:
+        row = {**given, field: value}
+        if METHODS[row.get("method", "sdar")].teacher == "":  # what it does not read does not make it another run
+            row = {key: value for key, value in row.items() if key not in ("gate", "gate_beta", "sdar_coef", "teacher")}
+        plain = Config(**{key: row[key] for key in ("env", "model", "preset", "method") if key in row})
+        changed = {key: value for key, value in row.items() if key not in ("out", "overwrite") and value != getattr(plain, key)}
+        folder = re.sub(r"[^\w.=+-]+", "_", "-".join([plain.method, *(f"{key}={value}" for key, value in changed.items())]))
+        label = f"{plain.method} {field}={value}" if field in changed else plain.method
+        runs[label] = [Config(**{**row, "seed": seed, "out": str(out / f"{folder}-s{seed}")}) for seed in seeds]
+    return runs
+
+
+def finished(config):
+    """The evaluations of a run, if it is complete, else None. UserError if it was made with other settings."""
+    try:
+        old = json.loads(Path(config.out, "config.json").read_text())
+        lines = [json.loads(line) for line in open(Path(config.out, "metrics.jsonl"))]
+    except (OSError, ValueError):
+        return None
+    same = {**old, "overwrite": config.overwrite} == vars(config)
+    if not same and not config.overwrite:
+        raise UserError(f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
+    return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
+
+
+def launch(config):
+    """Train from the first step, on one thread of a process of its own. Returns "" or what went wrong."""
+    shutil.rmtree(config.out, ignore_errors=True)  # what is left of a run that did not finish
+    code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(vars(config))], capture_output=True, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)})
+    return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}" if done.returncode else ""
+
+
+def t_interval(gains):
+    """[mean, low, high]: 95 % interval of Student's t; with t = sqrt(df) tan(x) its density is prop. to cos(x)^(df-1)."""
+    df, x = len(gains) - 1, np.linspace(-np.pi / 2, np.pi / 2, 10 ** 6 + 1)
+    mass = (np.cos(x) ** (df - 1)).cumsum()
+    half = math.sqrt(df) * math.tan(np.interp(0.975, mass / mass[-1], x)) * np.std(gains, ddof=1) / math.sqrt(len(gains))
+    return [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half]
+
+
+def command_compare(config, given, methods, seeds, sweep, jobs):
+    """Run methods, or values of one setting, over seeds from the same start policy, and report. Finished runs in the
+    folder are kept: a comparison can be stopped, continued and extended. Exit code 1 if a run failed."""
+    out = Path(given.get("out") or "runs/compare")
+    runs = plan(given, methods, seeds, sweep, out)
+    todo = [run for row in runs.values() for run in row if finished(run) is None]
+    print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
+    start = evaluate(*load_policy(config), make_envs(config), config)
+    with ThreadPoolExecutor(jobs or (1 if config.device == "cuda" else os.cpu_count())) as pool:
+        try:
+            reasons = list(tqdm(pool.map(launch, todo), total=len(todo), unit="run"))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    failed = {run.out: why for run, why in zip(todo, reasons) if why}
+    report, table = {}, [("vanilla", [start["by_type"]], 0, ""), ("skill_prompt*", [start["by_type"]], 1, "")]
+    for label, row in runs.items():
+        done = {run.seed: finished(run) for run in row if run.out not in failed}
+        base = report.get("grpo", {"evaluations": {}})["evaluations"]
+        gains = [lines[-1]["eval_success"] - base[seed][-1]["eval_success"] for seed, lines in done.items() if seed in base]
+        gain = t_interval(gains) if len(gains) > 1 and label != "grpo" else None
+        report[label] = {"evaluations": done, "failed": {run.seed: failed[run.out] for run in row if run.out in failed},
+                         "minus_grpo": gain}
+        remark = "minus grpo {:+.3f} [{:+.2f}, {:+.2f}]".format(*gain) if gain else ""
+        remark += "".join(f"  seed {seed} failed: {why}" for seed, why in report[label]["failed"].items())
+        by_type = [lines[-1]["eval_by_type"] for lines in done.values()]
+        table += [(label, by_type, 0, remark)] + [(label + "*", by_type, 1, "")] * METHODS[row[0].method].skilled
+    print_table(table)
+    name = "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
+    (out / f"{name}.json").write_text(json.dumps({"start": start, "rows": report}) + "\n")
+    draw({label: [[(0, start["success"]), *((line["step"], line["eval_success"]) for line in lines)]
+                  for lines in row["evaluations"].values()] for label, row in report.items()}, out / f"{name}.svg")
+    return int(bool(failed))
+
+
+def draw(curves, path):
+    """Mean learning curves, {label: [[(step, value), ...] of each run]}: as text and, with bands of one sd, as a picture."""
+    print("\nheld-out success without the skill at training steps")
+    curves = {label: (np.array(runs)[0, :, 0], np.array(runs)[:, :, 1]) for label, runs in curves.items() if runs}
+    for label, (steps, values) in curves.items():
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in values.mean(0))
+        print(bars + "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in zip(steps, values.mean(0))) + f"  {label}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
+    axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
+    for label, (steps, values) in curves.items():
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
+        line, = axes.plot(steps, mean, label=label)
+        axes.fill_between(steps, mean - sd, mean + sd, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="training step", ylabel="held-out success without the skill", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    axes.figure.savefig(path)
+    print(path)
 
 
 # --- 11. Command line ---------------------------------------------------------------------------
 
-def command_evaluate(config):
-    """Play the panel with the given model and print the table."""
-    envs = make_envs(config)
-    by_type = evaluate(*load_policy(config), envs, config)["by_type"]
-    print_table([("without skill", by_type, 1), ("with skill", by_type, 2)])
+def command_evaluate(config, rebuild=False):
+    """Play the panel with the given model and print the table. rebuild: first build the carried tiny policy anew."""
+    if rebuild:
+        warmstart(TINY_FOLDER)
+    by_type = evaluate(*load_policy(config), make_envs(config), config)["by_type"]
+    print_table([("student", [by_type], 0, ""), ("student*", [by_type], 1, "")])
 
 
-def command_warmstart(config):
-    """Rebuild the tiny policy that the repository carries."""
-    warmstart(TINY_FOLDER)
-    command_evaluate(replace(config, model="tiny"))
-
-
-COMMANDS = {"train": train, "evaluate": command_evaluate, "warmstart": command_warmstart}
+COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare,
+            "warmstart": partial(command_evaluate, rebuild=True)}
+COMPARE = {"methods": (str, ",".join(METHODS), "rows"), "seeds": (str, "0,1,2,3,4", "of each row"),
+           "sweep": (str, "", "NAME=VALUE,VALUE,...: rows of one setting instead"), "jobs": (int, 0, "at once (0: one a core)")}
 
 
 def parse_args(argv):
     """Command line -> (command, Config). The flags are Config's fields; - and _ are the same in them."""
-    parser = argparse.ArgumentParser("python sdar.py [command]", allow_abbrev=False, exit_on_error=False,
-                                     description=f"Commands: {', '.join(COMMANDS)} (default: train).")
-    for f in fields(Config):
-        toy, paper = f.metadata["toy"], f.metadata["paper"]
-        known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
-        default = f"{toy}; paper: {paper}" if toy != paper else toy
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(unknown("command", command, list(COMMANDS)))
+    parser = argparse.ArgumentParser(f"python sdar.py {command}", allow_abbrev=False, exit_on_error=False,
+                                     description=f"Commands: {', '.join(COMMANDS)} (default: train).")
+    for f in fields(Config):
+        known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
+        default = " paper: ".join(dict.fromkeys(map(str, (f.metadata["toy"], f.metadata["paper"]))))
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
+    for name, (kind, default, text) in COMPARE.items() if command == "compare" else ():
+        parser.add_argument(flag(name), type=kind, default=default, help=f"{text} [{default}]")
     values, rest = parser.parse_known_args(argv)
-    if rest and rest[0] in COMMANDS:
-        raise UserError(f"the command comes first: python sdar.py {rest[0]} [flags]")
     if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], [flag(f.name) for f in fields(Config)], 1)
-        raise UserError(f"unknown flag {rest[0]}: " + (f"did you mean {near[0]}?" if near else "--help lists the flags"))
-    return COMMANDS[command], Config(**{key: value for key, value in vars(values).items() if value is not None})
+        near = difflib.get_close_matches(rest[0].split("=")[0], parser._option_string_actions, 1)
+        raise UserError(f"unknown flag {rest[0]}: " + (f"did you mean {near[0]}?" if near else "--help lists them, after the command"))
+    given = {key: value for key, value in vars(values).items() if value is not None}
+    if command == "compare":
+        options = {name: given.pop(name) for name in COMPARE}
+        return partial(command_compare, given=given, **options), Config(**given)
+    return COMMANDS[command], Config(**given)
 
 
 def main(argv=None):
-    """Run a command; returns the exit code: 0, 2 on bad input (one line on stderr), 130 on Ctrl-C."""
+    """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
     try:
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
-        command(config)
-        return 0
-    except (UserError, EnvUnavailable, argparse.ArgumentError) as error:
+        code = command(config)
+        return code if type(code) is int else 0
+    except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         print(f"sdar.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
