@@ -108,6 +108,49 @@ def test_gates():
         sdar.gate("sharp", gap)
 
 
+def test_gates_of_the_paper_and_controls_hand_numbers():
+    gap, h, nan = tensor([.5, -.2, 0.0, math.nan]), tensor([.1, .7, 0.0, math.nan]), math.nan
+    mask, sigmoid = tensor([1, 1, 1, 0]), lambda x: 1 / (1 + math.exp(-x))
+    g = [.924142, .268941, .5]
+    mean = sum(g) / 3
+    at = lambda kind, **more: sdar.gate(kind, gap, h, 5.0, mask, **more)[0, :3].tolist()
+    assert at("entropy") == pytest.approx([sigmoid(.5), sigmoid(3.5), .5])
+    assert at("soft_or") == pytest.approx([sigmoid(5 * (1 - .9 * .5)), sigmoid(5 * (1 - .3 * 1.2)), .5])
+    assert at("reverse_kl") == pytest.approx([.5, -.2, 0])
+    assert at("constant") == pytest.approx([mean] * 3, abs=1e-6)
+    assert at("centred") == pytest.approx([x - mean for x in g], abs=1e-6)
+    for kind in ("entropy", "soft_or", "reverse_kl", *sdar.CONTROLS):  # what is under the mask reaches nothing
+        student = tensor([-1, -.5, -2, nan]).requires_grad_()
+        loss, stats = sdar.sdar_loss(student, tensor([-.5, -.7, -2, nan]), mask, kind, 5.0, h)
+        gradient = grad_of(loss, student)[0]
+        assert gradient.isfinite().all() and gradient[3] == 0 and all(map(math.isfinite, stats.values())), kind
+    with pytest.raises(AttributeError):
+        sdar.gate("entropy", gap)  # needs the entropy, and does not make one up
+
+
+def test_shuffled_gate_is_a_permutation_within_the_mask():
+    gap = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [6]])).float()
+    draw = lambda seed: sdar.gate("shuffled", gap, None, 5.0, mask, torch.Generator().manual_seed(seed))
+    plain, one = sdar.gate("gap", gap), draw(1)
+    assert sorted(one[mask > 0].tolist()) == sorted(plain[mask > 0].tolist()) and not torch.equal(one, plain)
+    assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2))
+    assert torch.equal(one[mask == 0], plain[mask == 0])
+
+
+def test_skill_sd_and_rlsd_hand_numbers():
+    student = tensor([-1.0, math.nan]).requires_grad_()
+    loss, stats = sdar.skill_sd_loss(student, tensor([-.5, 3]), tensor([-1.1, math.nan]), tensor([1, 0]))
+    assert loss.item() == pytest.approx(.1643624, abs=1e-6) and stats["gap_mean"] == .5
+    assert grad_of(loss, student)[0].tolist() == pytest.approx([-.5525855, 0], abs=1e-6)
+    rlsd = lambda a, gap, **more: sdar.rlsd_advantages(tensor([a]), tensor([gap]), tensor([0.0]), tensor([1]), **more).item()
+    assert rlsd(2, .3) == pytest.approx(2.2) and rlsd(-2, .3) == pytest.approx(-1.8)  # exp(.3) is clipped at 1.2
+    assert rlsd(2, .1) == pytest.approx(2 * (.5 + .5 * math.exp(.1))) and rlsd(2, .3, mix=0.0) == 2
+    assert rlsd(2, -9, clip_eps=.4) == pytest.approx(2 * .8) and rlsd(0, .3) == 0
+    spread = sdar.rlsd_advantages(tensor([2.0], [-2.0]), TEACHER, TEACHER, MASK)  # (B, 1) is spread over the tokens
+    assert spread.tolist() == [[2, 2, 2, 0], [-2, -2, -2, 0]]
+
+
 @pytest.mark.parametrize("scores, expected", [
     ([10, 10, 10, 0], [.5, .5, .5, -1.5]),
     ([10, 9.9, 10, 0, -.1], [.736337, .718110, .736337, -1.086279, -1.104505]),
@@ -172,76 +215,165 @@ def test_masked_values_never_matter():
 
 
 class Enumerated:
-    """Every sequence of length 3 over 4 tokens, with a student softmax policy and a fixed teacher, in float64. All of
-    an estimator's expectations are sums over the 64 sequences: no sampling error."""
+    """Every sequence of length 3 over 3 tokens, with a student softmax policy and a fixed teacher, in float64. All of an
+    estimator's expectations are sums over the 27 sequences (or all 729 pairs of them): no sampling error."""
 
     def __init__(self, scale=1.0):
         draw = torch.Generator().manual_seed(0)
-        self.prefixes = [p for n in range(3) for p in itertools.product(range(4), repeat=n)]
-        self.logits = torch.randn(len(self.prefixes), 4, generator=draw, dtype=torch.float64)
+        self.prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
+        self.logits = torch.randn(len(self.prefixes), 3, generator=draw, dtype=torch.float64)
         nudge = torch.randn(self.logits.shape, generator=draw, dtype=torch.float64)
         self.teacher = torch.log_softmax(self.logits + scale * nudge, -1)
-        self.sequences = list(itertools.product(range(4), repeat=3))
-        self.rows = torch.tensor([[self.prefixes.index(s[:t]) for t in range(3)] for s in self.sequences])
-        self.ids = torch.tensor(self.sequences)
+        self.rewards = torch.randn(27, generator=draw, dtype=torch.float64)
+        sequences = list(itertools.product(range(3), repeat=3))
+        self.rows = torch.tensor([[self.prefixes.index(s[:t]) for t in range(3)] for s in sequences])
+        self.ids = torch.tensor(sequences)
 
-    def expected_gradient(self, loss):
-        """Sum over sequences y of p(y) grad loss(y), by the sampled-token estimator as train() uses it."""
+    def expected_gradient(self, loss, batch=1):
+        """Sum over batches of sequences of p(batch) grad loss(student, teacher (batch, 3), indices of the sequences), by
+        the sampled-token estimator as train() uses it. Returns also the estimator's variance, summed over the logits."""
         logits = self.logits.clone().requires_grad_()
-        student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (64, 3)
-        probability = student.sum(1).exp().detach()
-        losses = torch.stack([loss(student[i:i + 1], self.teacher[self.rows, self.ids][i:i + 1]) for i in range(64)])
-        return grad_of((probability * losses).sum(), logits)
+        student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
+        teacher, p = self.teacher[self.rows, self.ids], student.sum(1).exp().detach()
+        first, second = 0.0, 0.0
+        for chosen in map(list, itertools.product(range(27), repeat=batch)):
+            gradient = torch.autograd.grad(loss(student[chosen], teacher[chosen], chosen), logits, retain_graph=True)[0]
+            first, second = first + p[chosen].prod() * gradient, second + p[chosen].prod() * gradient ** 2
+        return first, (second - first ** 2).sum().item()
 
     def prefix_gradient(self, value):
-        """Gradient of sum over prefixes of p(prefix) E_y[value(y)] / 3, with p(prefix) and value held fixed."""
+        """Gradient of the sum over prefixes of p(prefix) value(student, teacher (prefixes, 3)) / 3, p(prefix) held fixed."""
         logits = self.logits.clone().requires_grad_()
         student = torch.log_softmax(logits, -1)
-        reach = torch.stack([sum(student[self.prefixes.index(p[:t]), p[t]] for t in range(len(p))) if p else
-                             student.new_zeros(()) for p in self.prefixes]).exp().detach()
-        return grad_of((reach[:, None] * student.exp() * value(self.teacher - student).detach()).sum() / 3, logits)
+        reach = torch.stack([sum((student[self.prefixes.index(p[:t]), p[t]] for t in range(len(p))), student.new_zeros(()))
+                             for p in self.prefixes]).exp().detach()
+        return grad_of((reach * value(student, self.teacher)).sum() / 3, logits)
+
+    def success_gradient(self, value):
+        """Gradient of the expectation of value (27,) over the sequences."""
+        logits = self.logits.clone().requires_grad_()
+        return grad_of((torch.log_softmax(logits, -1)[self.rows, self.ids].sum(1).exp() * value).sum(), logits)
 
 
-ONE = torch.ones(1, 3, dtype=torch.float64)
+def gated(kind, beta=5.0):
+    return lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
 
 
-def test_oracle_constant_gate_has_expected_gradient_zero():
+def same(a, b, tolerance=1e-12):
+    assert (a - b).abs().max() <= tolerance, f"the gradients are {(a - b).abs().max():.2g} apart"
+
+
+reverse_kl = lambda s, t: (s.exp() * (s - t)).sum(1)  # KL(student || teacher) at each prefix
+
+
+def oracle_constant_gate():
+    """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils nothing."""
     world = Enumerated()
     for kind, beta in (("none", 5.0), ("gap", 0.0)):
-        gradient = world.expected_gradient(lambda s, t: sdar.sdar_loss(s, t, ONE, kind, beta)[0])
-        assert gradient.abs().max() < 1e-12
-    assert world.expected_gradient(lambda s, t: sdar.sdar_loss(s, t, ONE)[0]).abs().max() > 1e-3
+        same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
+    assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
 
 
-def test_oracle_gap_gate_is_reinforce_with_reward_sigmoid():
+def oracle_gap_gate():
+    """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for later tokens."""
     world = Enumerated()
-    ours = world.expected_gradient(lambda s, t: sdar.sdar_loss(s, t, ONE)[0])
-    assert torch.allclose(ours, -world.prefix_gradient(lambda gap: torch.sigmoid(5 * gap)), atol=1e-12)
-    undetached = lambda s, t: (torch.sigmoid(5 * (t - s)) * (t - s)).mean()  # planted: the gate carries a gradient
-    assert not torch.allclose(world.expected_gradient(undetached), ours, atol=1e-4)
+    reward = lambda s, t: -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
+    same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
 
 
-def test_oracle_small_gaps_give_beta_quarter_of_reverse_kl():
+def oracle_small_gaps():
+    """For small gaps that is beta/4 of the reverse KL's gradient."""
     world = Enumerated(scale=1e-4)
-    ours = world.expected_gradient(lambda s, t: sdar.sdar_loss(s, t, ONE)[0])
-    logits = world.logits.clone().requires_grad_()
-    student = torch.log_softmax(logits, -1)
-    reach = torch.stack([sum(student[world.prefixes.index(p[:t]), p[t]] for t in range(len(p))) if p else
-                         student.new_zeros(()) for p in world.prefixes]).exp().detach()
-    reverse_kl = grad_of((reach * (student.exp() * (student - world.teacher)).sum(1)).sum() / 3, logits)
-    assert torch.allclose(ours, 5 / 4 * reverse_kl, rtol=1e-3, atol=1e-10)
-    assert not torch.allclose(ours, 5 / 2 * reverse_kl, rtol=1e-3, atol=1e-10)
+    exact = world.prefix_gradient(reverse_kl)
+    same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * exact.abs().max()), exact / exact.abs().max(), 1e-3)
 
 
-def test_oracle_policy_loss_is_the_gradient_of_expected_reward():
-    """With the score itself as advantage, GRPO's on-policy estimator is the exact policy gradient (per token mean)."""
+def oracle_reverse_kl():
+    """With the gap itself as the gate it is the reverse KL's gradient exactly; so is Skill-SD's, on policy."""
     world = Enumerated()
-    reward = torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    index = {tuple(world.teacher[world.rows[i], world.ids[i]].tolist()): i for i in range(64)}
-    loss = lambda s, t: sdar.policy_loss(s, s.detach(), reward[index[tuple(t[0].tolist())]].expand(1, 1), ONE)[0]
-    logits = world.logits.clone().requires_grad_()
-    value = (torch.log_softmax(logits, -1)[world.rows, world.ids].sum(1).exp() * reward).sum()
-    assert torch.allclose(world.expected_gradient(loss), -grad_of(value, logits) / 3, atol=1e-12)
+    exact = world.prefix_gradient(reverse_kl)
+    same(world.expected_gradient(gated("reverse_kl"))[0], exact)
+    same(world.expected_gradient(lambda s, t, _: sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0])[0], exact)
+
+
+def oracle_centred():
+    """Less any fixed number the gate keeps its expected gradient, at under half the variance. The mean of the batch's own
+    gates is not quite fixed: it costs 1/M of a batch of M sequences, as GRPO's own mean does, so nothing in a real one."""
+    world, ones = Enumerated(), torch.ones(1, 3)
+    plain, variance = world.expected_gradient(gated("gap"))
+    g = torch.sigmoid(5 * (world.teacher[world.rows, world.ids] - torch.log_softmax(world.logits, -1)[world.rows, world.ids]))
+    mean = (torch.log_softmax(world.logits, -1)[world.rows, world.ids].sum(1).exp() * g.mean(1)).sum()
+    fixed, less = world.expected_gradient(lambda s, t, _: sdar.sdar_loss(s, t, ones, sdar.gate("gap", t - s) - mean)[0])
+    same(fixed, plain)
+    assert less < variance / 2, (less, variance)
+    one, two = (world.expected_gradient(gated("centred"), batch)[0] for batch in (1, 2))
+    same(two - plain, (one - plain) / 2)
+
+
+def oracle_policy_loss():
+    """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's share of it)."""
+    world = Enumerated()
+    loss = lambda s, t, i: sdar.policy_loss(s, s.detach(), world.rewards[i], torch.ones_like(s))[0]
+    same(world.expected_gradient(loss)[0], -world.success_gradient(world.rewards) / 3)
+
+
+def oracle_grpo():
+    """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the policy gradient, since the
+    mean holds the episode itself. With it: the gradient of the chance to beat another episode."""
+    world = Enumerated()
+
+    def grpo(normalize_std):
+        def loss(s, t, i):
+            advantages = sdar.group_advantages(world.rewards[i], torch.zeros(2, dtype=torch.long), None, normalize_std)
+            return sdar.policy_loss(s, s.detach(), advantages, torch.ones_like(s))[0]
+        return world.expected_gradient(loss, batch=2)[0]
+
+    same(grpo(False), -world.success_gradient(world.rewards) / 2 / 3)
+    p = torch.log_softmax(world.logits, -1)[world.rows, world.ids].sum(1).exp()
+    ahead = ((world.rewards[:, None] - world.rewards).sign() * p).sum(1)  # by how much each beats a random other
+    same(grpo(True), -world.success_gradient(ahead) / 2 ** .5 / 3, 1e-4)  # eps 1e-6 in the denominator
+
+
+ORACLES = [value for name, value in sorted(globals().items()) if name.startswith("oracle_")]
+
+
+@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.__name__)
+def test_oracle(oracle):
+    oracle()
+
+
+GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
+
+
+def undetached(s, t, mask, kind="gap", beta=5.0, entropy=None):
+    return sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {}
+
+
+BUGS = {  # what is planted: (the oracle that must see it, the function of sdar.py, what is put in its place)
+    "a gate that is not constant": (oracle_constant_gate, "gate", lambda kind, gap, *rest: GATE("gap", gap)),
+    "the gate is not detached": (oracle_gap_gate, "sdar_loss", undetached),
+    "the gap has the wrong sign": (oracle_gap_gate, "gate", lambda kind, gap, *rest: GATE(kind, -gap, *rest)),
+    "the loss has the wrong sign": (oracle_gap_gate, "masked_mean", lambda x, mask: -(x * mask).sum() / mask.sum()),
+    "beta is forgotten": (oracle_small_gaps, "gate", lambda kind, gap, *rest: GATE(kind, gap, None, 1.0)),
+    "the signed gap is clamped": (oracle_reverse_kl, "gate", lambda kind, gap, *rest: gap.detach().clamp(-.5, .5)),
+    "the signed gap lost its sign": (oracle_reverse_kl, "gate", lambda kind, gap, *rest: gap.detach().abs()),
+    "Skill-SD's ratio has no gradient": (oracle_reverse_kl, "skill_sd_loss", lambda s, t, old, mask: (
+        sdar.masked_mean((t - s).exp() - 1 + s - t, mask), {})),
+    "centred by the token itself": (oracle_centred, "gate", lambda kind, gap, *rest: GATE("gap", gap) * (
+        1 - GATE("gap", gap) if kind == "centred" else 1)),
+    "sums instead of means": (oracle_policy_loss, "masked_mean", lambda x, mask: (x * mask).sum()),
+    "the ratio has no gradient": (oracle_policy_loss, "policy_loss", lambda s, old, a, mask: ((s * 0).sum(), {})),
+    "std with n": (oracle_grpo, "group_advantages", lambda *args: ADVANTAGES(*args) * 2 ** (.5 * args[3])),
+    "group ids shuffled": (oracle_grpo, "group_advantages", lambda x, groups, *rest: ADVANTAGES(x, torch.arange(2), *rest)),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_oracle_finds_the_planted_bug(name, monkeypatch):
+    oracle, target, bug = BUGS[name]
+    monkeypatch.setattr(sdar, target, bug)
+    with pytest.raises(AssertionError):
+        oracle()
 
 
 # --- 2. Log-probs of tokens -----------------------------------------------------------------------------
@@ -369,6 +501,44 @@ def test_retrieval_takes_whole_words():
     assert sdar.skill_text([]) == ""
 
 
+def test_other_retrievals():
+    bank, task = HOME.skills(), "heat a mug and put it in desk 1"
+    names = lambda how, seed=0, **more: [skill.name for skill in sdar.retrieve(bank, task, "heat", how, seed, **more)]
+    assert names("full") == [skill.name for skill in bank] and len(set(names("full"))) == 14
+    assert names("random") == names("random") and len(names("random")) == 2  # as many as keyword finds
+    assert len({tuple(names("random", seed)) for seed in range(50)}) > 20
+    assert {name for seed in range(50) for name in names("random", seed)} == set(names("full"))
+    for seed in range(20):  # of other types: neither the object's skill, which is for all types, nor this verb's
+        assert len(names("wrong", seed)) == 2 and set(names("wrong", seed)) <= {"clean", "cool", "lamp"}
+    assert len(names("ucb")) == envs.Bandit.SLOTS
+
+
+def bandit_round(bandit, bank, task, kind, useful, rng):
+    """One group of four episodes: where a useful skill is read, gaps follow the advantages, otherwise they are noise."""
+    skills = sdar.retrieve(bank, task, kind, "ucb", rng.random(), bandit)
+    advantages = [rng.gauss(0, 1) for _ in range(4)]
+    gaps = [a if useful & {skill.name for skill in skills} else rng.gauss(0, 1) for a in advantages]
+    bandit.learn([sdar.Episode(task, kind, 0, [], [], 0, skills, []) for _ in range(4)], advantages, gaps)
+    return {skill.name for skill in skills}
+
+
+def test_the_bandit_tries_everything_and_then_prefers_what_helps():
+    bank, bandit, rng = HOME.skills(), envs.Bandit(), random.Random(0)
+    play = lambda task, useful: bandit_round(bandit, bank, task, "put", useful, rng)
+    seen = set().union(*(play("put a mug in desk 1", {"mug"}) for _ in range(8)))
+    assert seen == {skill.name for skill in bank}
+    late = [play("put a mug in desk 1", {"mug"}) for _ in range(200)][100:]
+    assert sum("mug" in names for names in late) > 80, "the only skill that helps is not preferred"
+    arms = copy.deepcopy(bandit.arms)
+    assert set(map(type, arms)) == {str} and all(-1 <= total / plays <= 1 for plays, total in arms.values())
+    episodes = [sdar.Episode("put a mug in desk 1", "put", 0, [], [], 0, bank[:1], []) for _ in range(2)]
+    bandit.learn(episodes, [0.0, 0.0], [.1, .2])  # equal rewards say nothing
+    bandit.learn(episodes, [1.0, -1.0], [.1, .1])  # nor do equal gaps
+    assert bandit.arms == arms
+    bandit.learn(episodes, [1.0, -1.0], [.1, .2])
+    assert bandit.arms["apple not found"] == pytest.approx([arms["apple not found"][0] + 1, arms["apple not found"][1] - 1])
+
+
 # --- 4. Rollout and update ---------------------------------------------------------------------------------
 
 
@@ -437,6 +607,17 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, monkeypat
     assert sdar.micro_batches is cut
 
 
+@pytest.mark.parametrize("gate", sdar.CONTROLS)
+def test_controls_take_their_statistics_over_the_mini_batch(policy, gate):
+    """Whatever the micro-batch: gradient and metrics are the same. The gap gate's mean is kept, or taken off."""
+    one, metrics = whole_update(policy, 10 ** 6, gate=gate)
+    many, metrics_many = whole_update(policy, 150, gate=gate)
+    assert torch.allclose(one, many, atol=1e-6) and metrics == pytest.approx(metrics_many, rel=1e-4, abs=1e-6)
+    gap, plain = whole_update(policy, 10 ** 6)
+    assert not torch.allclose(one, gap, atol=1e-5)
+    assert metrics["gate_mean"] == pytest.approx(0 if gate == "centred" else plain["gate_mean"], abs=1e-6)
+
+
 def test_run_time_assertions_find_planted_bugs(policy, monkeypatch):
     """Sampled at one temperature and scored at another; ids changed after sampling: the step stops."""
     model, _ = policy
@@ -463,6 +644,15 @@ def test_the_loss_is_the_sum_of_its_terms_and_the_gradient_is_clipped(policy, me
     expected = (policy_weight * m["policy_loss"] + .3 * m["kl"] - .2 * m["entropy"] + .5 * distil_weight * (m["sdar_loss"] or 0))
     assert m["loss"] == pytest.approx(expected, rel=1e-4) and m["kl"] > 0 and m["entropy"] > .1
     assert m["grad_norm"] > 1e-2 and change.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_skill_sd_is_in_the_loss(policy):
+    _, m = whole_update(policy, 10 ** 6, method="skill_sd", sdar_coef=.5)
+    episodes = play(policy, sdar.Config(group_size=4))
+    student, teacher = (sdar.score(policy[0], episodes, sdar.Config(), skilled) for skilled in (False, True))
+    expected = sdar.skill_sd_loss(student, teacher, student, sdar.response_mask(episodes))[0].item()
+    assert m["sdar_loss"] == pytest.approx(expected, rel=1e-4) and m["gate_mean"] is None
+    assert m["loss"] == pytest.approx(m["policy_loss"] + .01 * m["kl"] + .5 * expected, rel=1e-4)
 
 
 def test_scores_become_advantages(policy):
@@ -752,6 +942,49 @@ def test_bfloat16_samples_and_scores_alike(tmp_path):
     assert {w.dtype for w in load_file(tmp_path / "run/checkpoint/model.safetensors").values()} == {torch.float32}
 
 
+def test_an_empty_skill_is_no_teacher(tmp_path):
+    """With an empty skill the gap is 0 and the gate 1/2, exactly and in every mini-batch, and the update is GRPO+OPSD's."""
+    config = small(tmp_path, skills="empty", steps=2)
+    sdar.train(config)
+    other = small(tmp_path, out=str(tmp_path / "other"), method="grpo_opsd")
+    sdar.train(other)
+    for row, same_row in zip(lines(config), lines(other)):
+        assert (row["gap_mean"], row["gate_mean"], row["gate_active"], row["sdar_loss"]) == (0, .5, 0, 0)
+        assert row["policy_loss"] == pytest.approx(same_row["policy_loss"], abs=1e-6) and row["grad_norm"] > 0
+        assert same_row["gap_mean"] < 0 and same_row["gate_mean"] == .5
+    final = sdar.train(small(tmp_path, out=str(tmp_path / "none"), retrieval="none"))
+    assert final["gap_mean"] == 0 and final["eval_success_skill"] == final["eval_success"]
+
+
+def test_rlsd_becomes_grpo(tmp_path):
+    """Its mix falls linearly and is 0 from step rlsd_decay on: with 1 it is GRPO from the start."""
+    runs = {}
+    for name, changes in {"grpo": {"method": "grpo", "lr": 1e-3}, "rlsd": {"method": "rlsd", "lr": 1e-3, "rlsd_decay": 1},
+                          "mixed": {"method": "rlsd", "lr": 1e-3, "rlsd_decay": 2, "steps": 2}}.items():
+        config = small(tmp_path, **{"out": str(tmp_path / name), "tasks_per_step": 8, **changes})
+        sdar.train(config)
+        runs[name] = [row["policy_loss"] for row in lines(config)]
+    assert runs["grpo"] == runs["rlsd"] != runs["mixed"] and runs["mixed"][0] != runs["rlsd"][0]
+
+
+def test_rlsd_mix_falls_linearly(tmp_path, monkeypatch):
+    mixes, plain = [], sdar.rlsd_advantages
+    monkeypatch.setattr(sdar, "rlsd_advantages", lambda *args: mixes.append(args[-1]) or plain(*args))
+    sdar.train(small(tmp_path, method="rlsd", steps=5, rlsd_mix=.4, rlsd_decay=4))
+    assert mixes == pytest.approx([.3, .2, .1, 0, 0])
+
+
+def test_skill_grpo_reads_the_skill_in_training_only(tmp_path, monkeypatch):
+    asked, rollout = [], sdar.rollout
+    monkeypatch.setattr(sdar, "rollout", lambda *args, **more: asked.append(rollout(*args, **more)) or asked[-1])
+    config = small(tmp_path, method="skill_grpo", steps=1)
+    final = sdar.train(config)
+    decode = sdar.load_policy(config)[1].tokenizer.decode
+    skilled = ["Skill" in decode(episodes[0].ids) for episodes in asked]
+    assert skilled == [False, True, True, False, True]  # before: without, with; the step; after: without, with
+    assert final["success"] > .5 > final["eval_success"] and final["gap_mean"] is None is final["sdar_loss"]
+
+
 def test_teachers_differ(tmp_path):
     """After the first update: live is the step's own weights, lagged and frozen are still the start's."""
     gap = {}
@@ -784,6 +1017,8 @@ def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
 
 def test_presets_and_flags():
     assert (sdar.Config().lr, sdar.Config().sdar_coef) == (sdar.Config(preset="toy").lr, 1.0)
+    assert (sdar.Config(method="opsd").lr, sdar.Config(method="opsd", lr=.5).lr) == (3e-4, .5)  # a method's own defaults
+    assert sdar.Config(method="skill_sd", preset="paper").sdar_coef == .001
     paper = sdar.Config(preset="paper", lr=.5)
     assert (paper.lr, paper.sdar_coef, paper.gate_beta, paper.steps, paper.group_size) == (.5, .01, 5.0, 150, 8)
     command, config = sdar.parse_args(["evaluate", "--sdar_coef", ".3", "--group-size=4", "--no-normalize-std"])
@@ -833,6 +1068,97 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 def test_wilson_interval():
     assert sdar.wilson(8, 10) == pytest.approx((.4902, .9433), abs=1e-4)  # Wilson's own formula, worked by hand
     assert sdar.wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4)
+
+
+def test_t_interval_against_tables():
+    for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (30, 2.045)):
+        gains = np.arange(n, dtype=float)
+        mean, low, high = sdar.t_interval(gains)
+        half = quantile * gains.std(ddof=1) / n ** .5
+        assert (mean, low, high) == pytest.approx((gains.mean(), gains.mean() - half, gains.mean() + half), abs=3e-4 * half)
+
+
+def fake_launch(config, success=None):
+    """Stands for a training process: the files of a finished run, or a failure."""
+    folder, seed = Path(config.out), config.seed
+    if config.method == "opsd" and seed == 1:
+        return "exit code 1: out of luck"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(vars(config)))
+    won = {"grpo": 2, "sdar": 3, "opsd": 0}[config.method] + seed + (config.gate_beta == 1)
+    line = {"step": 1, "eval_success": won / 6, "eval_success_skill": 1.0, "eval_by_type": {"put": [6, won, 6]}}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return ""
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """compare with fake_launch: a function from flags to (exit code, stdout, what was launched)."""
+    launched = []
+    monkeypatch.setattr(sdar, "launch", lambda config: launched.append(Path(config.out).name) or fake_launch(config))
+    monkeypatch.setattr(sdar, "evaluate", lambda *args: {"success": 0.0, "by_type": {"put": [6, 0, 6]}})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    def run(*flags):
+        launched.clear()
+        code = sdar.main(["compare", "--out", str(tmp_path), "--steps", "1", "--seeds", "0,1", *flags])
+        return code, capsys.readouterr().out, sorted(launched)
+    return run
+
+
+def test_compare_reports_resumes_and_redoes(compare, tmp_path):
+    code, out, launched = compare("--methods", "grpo,sdar,sdar")
+    assert code == 0 and launched == ["grpo-steps=1-s0", "grpo-steps=1-s1", "sdar-steps=1-s0", "sdar-steps=1-s1"]
+    row = {line.split()[0]: line for line in out.splitlines() if line and line[0] not in " ▁▂▃▄▅▆▇█"}
+    assert "0.42±0.12" in row["grpo"] and "minus" not in row["grpo"]  # 2/6 and 3/6
+    assert "0.58±0.12" in row["sdar"] and "minus grpo +0.167 [+0.17, +0.17]" in row["sdar"]  # every seed 1/6 ahead
+    assert "0/6" in row["vanilla"] and "6/6" in row["skill_prompt*"]
+    assert "▁▅  0: 0.00  1: 0.58  sdar" in out and "no picture was drawn: it takes matplotlib" in out
+    report = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert report["sdar"]["minus_grpo"] == pytest.approx([1 / 6] * 3)
+    assert report["sdar"]["evaluations"]["1"][0]["eval_by_type"] == {"put": [6, 4, 6]}
+    (tmp_path / "sdar-steps=1-s1/metrics.jsonl").write_text('{"step": ')  # killed while it wrote
+    (tmp_path / "grpo-steps=1-s0/metrics.jsonl").write_text("")
+    code, again, launched = compare("--methods", "grpo,sdar")
+    assert code == 0 and launched == ["grpo-steps=1-s0", "sdar-steps=1-s1"]
+    assert again.split("\n\n")[1:] == out.split("\n\n")[1:]  # the same table and curves
+    assert compare("--methods", "grpo,sdar")[2] == []
+    config = json.loads((tmp_path / "sdar-steps=1-s0/config.json").read_text())
+    (tmp_path / "sdar-steps=1-s0/config.json").write_text(json.dumps({**config, "lr": 1.0}))  # of another recipe
+    assert compare("--methods", "sdar")[0] == 2
+    assert compare("--methods", "sdar", "--overwrite") [::2] == (0, ["sdar-steps=1-s0"])
+
+
+def test_compare_reports_failures_and_the_rest(compare):
+    code, out, _ = compare("--methods", "grpo,opsd")
+    row = {line.split()[0]: line for line in out.splitlines() if line and line[0] != " "}
+    assert code == 1 and "seed 1 failed: exit code 1: out of luck" in row["opsd"] and "0.42±0.12" in row["grpo"]
+    assert "0/6 [0.00, 0.39]" in row["opsd"]  # its other seed
+
+
+def test_a_sweep_shares_its_runs_with_the_table(compare, tmp_path):
+    compare("--methods", "sdar")
+    code, out, launched = compare("--sweep", "gate_beta=1,5", "--gate", "gap", "--teacher", "live")
+    assert code == 0 and launched == ["grpo-steps=1-s0", "grpo-steps=1-s1", "sdar-steps=1-gate_beta=1.0-s0", "sdar-steps=1-gate_beta=1.0-s1"]
+    assert "minus grpo +0.333" in out and "sdar gate_beta=1.0 " in out and (tmp_path / "compare-gate_beta.json").exists()
+    assert compare("--sweep", "gate=centred", "--gate-beta", "1")[2] == [f"sdar-steps=1-gate_beta=1.0-gate=centred-s{s}" for s in "01"]
+
+
+def test_compare_for_real(tmp_path):
+    """Two processes, on the real thing; the runs are what train() makes of the same settings."""
+    flags = ["--steps", "1", "--tasks-per-step", "2", "--group-size", "4", "--eval-episodes", "6", "--eval-every", "0"]
+    assert sdar.main(["compare", "--methods", "grpo,sdar", "--seeds", "3", "--out", str(tmp_path / "all"), *flags]) == 0
+    config = small(tmp_path, seed=3, steps=1)
+    sdar.train(config)
+    found, = (tmp_path / "all").glob("sdar-*-s3")
+    assert lines(dataclasses.replace(config, out=str(found))) == lines(config)
+    config = sdar.Config(out=str(tmp_path / "bad"), model=str(tmp_path))
+    assert "no folder with a config.json" in sdar.launch(config) and not (tmp_path / "bad").exists()
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    sdar.draw({"one": [[(0, .1), (10, .5)]], "two": [[(0, .1), (10, .6)], [(0, .1), (10, .8)]], "failed": []}, tmp_path / "p.svg")
+    assert "</svg>" in (tmp_path / "p.svg").read_text()
 
 
 def test_overwrite_replaces_a_run(tmp_path):
