@@ -116,6 +116,8 @@ def test_gates_of_the_paper_and_controls_hand_numbers():
     at = lambda kind, **more: sdar.gate(kind, gap, h, 5.0, mask, **more)[0, :3].tolist()
     assert at("entropy") == pytest.approx([sigmoid(.5), sigmoid(3.5), .5])
     assert at("soft_or") == pytest.approx([sigmoid(5 * (1 - .9 * .5)), sigmoid(5 * (1 - .3 * 1.2)), .5])
+    unsure = sdar.gate("soft_or", gap, 0 * h + 2)[0]  # above one nat, 1 - h < 0: Soft-OR turns against the teacher
+    assert unsure[0] < unsure[2] < unsure[1]
     assert at("reverse_kl") == pytest.approx([.5, -.2, 0])
     assert at("constant") == pytest.approx([mean] * 3, abs=1e-6)
     assert at("centred") == pytest.approx([x - mean for x in g], abs=1e-6)
@@ -229,17 +231,22 @@ class Enumerated:
         self.rows = torch.tensor([[self.prefixes.index(s[:t]) for t in range(3)] for s in sequences])
         self.ids = torch.tensor(sequences)
 
-    def expected_gradient(self, loss, batch=1):
+    def expected_gradient(self, loss, batch=1, sampled_by=None):
         """Sum over batches of sequences of p(batch) grad loss(student, teacher (batch, 3), indices of the sequences), by
-        the sampled-token estimator as train() uses it. Returns also the estimator's variance, summed over the logits."""
+        the sampled-token estimator as train() uses it; p is the student's or of logits `sampled_by`. Returns also the
+        estimator's variance, summed over the logits."""
         logits = self.logits.clone().requires_grad_()
         student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
-        teacher, p = self.teacher[self.rows, self.ids], student.sum(1).exp().detach()
+        teacher, p = self.teacher[self.rows, self.ids], self.probability(sampled_by)
         first, second = 0.0, 0.0
         for chosen in map(list, itertools.product(range(27), repeat=batch)):
             gradient = torch.autograd.grad(loss(student[chosen], teacher[chosen], chosen), logits, retain_graph=True)[0]
             first, second = first + p[chosen].prod() * gradient, second + p[chosen].prod() * gradient ** 2
         return first, (second - first ** 2).sum().item()
+
+    def probability(self, logits=None):
+        """(27,) of the sequences."""
+        return torch.log_softmax(self.logits if logits is None else logits, -1)[self.rows, self.ids].sum(1).exp()
 
     def prefix_gradient(self, value):
         """Gradient of the sum over prefixes of p(prefix) value(student, teacher (prefixes, 3)) / 3, p(prefix) held fixed."""
@@ -274,6 +281,25 @@ def oracle_constant_gate():
     assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
 
 
+def oracle_constant_gate_off_policy():
+    """In the later mini-batches of a step the weights are no longer those that sampled: there a constant gate of 1/2 is half
+    the gradient of KL(sampling policy || policy), a pull back to the start of the step. It is a trust region, no teacher."""
+    world = Enumerated()
+    old = world.logits + torch.randn(13, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 2
+    logits = world.logits.clone().requires_grad_()
+    kl = (world.probability(old) * (world.probability(old).log() - world.probability(logits).log())).sum()
+    same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], grad_of(kl, logits) / 2 / 3)
+
+
+def oracle_entropy_gate():
+    """The student's entropy is the same whatever token was sampled: its gate, too, has expected gradient zero."""
+    world = Enumerated()
+    scores = torch.log_softmax(world.logits, -1)
+    entropy = -(scores.exp() * scores).sum(1)[world.rows]
+    loss = lambda s, t, i: sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
+    same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
+
+
 def oracle_gap_gate():
     """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for later tokens."""
     world = Enumerated()
@@ -302,7 +328,7 @@ def oracle_centred():
     world, ones = Enumerated(), torch.ones(1, 3)
     plain, variance = world.expected_gradient(gated("gap"))
     g = torch.sigmoid(5 * (world.teacher[world.rows, world.ids] - torch.log_softmax(world.logits, -1)[world.rows, world.ids]))
-    mean = (torch.log_softmax(world.logits, -1)[world.rows, world.ids].sum(1).exp() * g.mean(1)).sum()
+    mean = (world.probability() * g.mean(1)).sum()
     fixed, less = world.expected_gradient(lambda s, t, _: sdar.sdar_loss(s, t, ones, sdar.gate("gap", t - s) - mean)[0])
     same(fixed, plain)
     assert less < variance / 2, (less, variance)
@@ -329,8 +355,7 @@ def oracle_grpo():
         return world.expected_gradient(loss, batch=2)[0]
 
     same(grpo(False), -world.success_gradient(world.rewards) / 2 / 3)
-    p = torch.log_softmax(world.logits, -1)[world.rows, world.ids].sum(1).exp()
-    ahead = ((world.rewards[:, None] - world.rewards).sign() * p).sum(1)  # by how much each beats a random other
+    ahead = ((world.rewards[:, None] - world.rewards).sign() * world.probability()).sum(1)  # by how much each beats a random other
     same(grpo(True), -world.success_gradient(ahead) / 2 ** .5 / 3, 1e-4)  # eps 1e-6 in the denominator
 
 
@@ -351,6 +376,8 @@ def undetached(s, t, mask, kind="gap", beta=5.0, entropy=None):
 
 BUGS = {  # what is planted: (the oracle that must see it, the function of sdar.py, what is put in its place)
     "a gate that is not constant": (oracle_constant_gate, "gate", lambda kind, gap, *rest: GATE("gap", gap)),
+    "a gate twice too large": (oracle_constant_gate_off_policy, "gate", lambda kind, gap, *rest: 2 * GATE(kind, gap, *rest)),
+    "the gap in the entropy gate": (oracle_entropy_gate, "gate", lambda kind, gap, entropy, *rest: GATE(kind, gap, entropy + gap, *rest)),
     "the gate is not detached": (oracle_gap_gate, "sdar_loss", undetached),
     "the gap has the wrong sign": (oracle_gap_gate, "gate", lambda kind, gap, *rest: GATE(kind, -gap, *rest)),
     "the loss has the wrong sign": (oracle_gap_gate, "masked_mean", lambda x, mask: -(x * mask).sum() / mask.sum()),
