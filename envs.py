@@ -42,7 +42,7 @@ def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
     """The skills of a task, a list. seed: of random choices, the same for all episodes of a group.
 
     keyword: those whose task type and whole-word keywords fit it, each once. full: the whole bank. random: as many as
-    keyword finds, from the whole bank. ucb: those that the bandit chooses. none: none. The control wrong: as
+    keyword finds, at least one, from the whole bank. ucb: those that the bandit chooses. none: none. The control wrong: as
     many as keyword finds, of those that are for other task types.
     """
     found, rng = [skill for skill in bank if skill.matches(task, task_type)], random.Random(f"{task}/{seed}")
@@ -88,7 +88,7 @@ class Bandit:
         for group in {episode.group for episode in episodes}:
             rows = [i for i, episode in enumerate(episodes) if episode.group == group]
             pairs, first = np.array([(advantages[i], gaps[i]) for i in rows]).T, episodes[rows[0]]
-            if pairs.std(1).min() > 0:
+            if np.ptp(pairs, 1).min() > 0:
                 for skill in first.skills:
                     arm = self.arms.setdefault(self.arm(skill, first.task, first.task_type), [0, 0.0])
                     arm[0] += 1

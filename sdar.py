@@ -28,7 +28,6 @@ from envs import Bandit, retrieve, skill_text  # the skill banks, and which skil
 
 # ======== PART I: THE PAPER ========
 # --- 1. Configuration (paper, section 4.1 and appendix C) ---------------------------------------
-
 class Method(NamedTuple):
     """A row of the paper's Table 1. toy, paper: what it changes in the presets (chosen on `dev`, like SDAR's own)."""
     policy: float = 1      # weight of GRPO's policy loss
@@ -105,7 +104,7 @@ class Config:
 
     def __post_init__(self):
         self.preset = self.preset or ("toy" if self.model in (None, "tiny") else "paper")
-        own = getattr(METHODS.get(self.method or "sdar"), self.preset, {})
+        own = getattr(METHODS.get(self.method or "sdar"), self.preset if self.preset in ("toy", "paper") else "", {})
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, own.get(f.name, f.metadata.get(self.preset)))
@@ -115,7 +114,6 @@ class Config:
 
 
 # --- 2. Conversation: token in, token out (paper, section 2.1) --------------------------------
-
 class Chat:
     """The chat template's own frames around messages, found by rendering it once around marks. Ids are only appended:
     rendered again, Qwen3's template drops earlier reasoning; tokenised again, text may give other ids than were sampled.
@@ -185,7 +183,6 @@ class Episode:
 
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
-
 class Sampler:
     """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new. Blocks of new
     ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens only, so
@@ -285,7 +282,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
 
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
-
+EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
 
@@ -355,7 +352,6 @@ def score(model, episodes, config, with_skill=False):
 
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
-
 def visible(mask, *tensors):
     """The tensors with 0 wherever mask is 0: what stands there, NaN included, reaches no value and no gradient."""
     return [x.masked_fill((mask == 0).expand_as(x), 0.0) for x in tensors]
@@ -381,7 +377,7 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
         x, w = scores[rows], weights[rows]
         n, mean, std = w.sum(), 0.0, 1.0
         if n > 1:
-            mean = (w * x).sum() / n
+            mean = x[0] if (x == x[0]).all() else (w * x).sum() / n  # rounding must not make advantages of equal scores
             std = ((w * (x - mean) ** 2).sum() / (n - 1)).sqrt()
         advantages[rows] = (x - mean) / (std + eps) if normalize_std else x - mean
     return advantages
@@ -474,15 +470,15 @@ def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, c
 
 
 # --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
-
 def step_batch(model, start, episodes, config):
     """What the update reads besides the teacher, from before its first optimiser step: (B, T) tensors mask, old,
-    advantages and, with a start policy, ref. Asserts that what was sampled is what is scored, by both readers."""
+    advantages, taught (B, 1) and, with a start policy, ref. Asserts that what was sampled is what is scored, by both readers."""
     for e in episodes:
         student, teacher = ([i for i, m in zip(*e.view(skilled)) if m] for skilled in (False, True))
         assert student == teacher and len(student) == len(e.logprobs), "student and teacher must score the sampled ids"
         assert e.view(True)[0][e.skill_at:][:len(e.skill_ids)] == e.skill_ids, "the teacher must read the skill"
     batch = {"mask": response_mask(episodes, model.device), "old": score(model, episodes, config)}
+    batch["taught"] = torch.tensor([[bool(e.skill_ids)] for e in episodes], device=model.device)  # no skill: no teacher
     sampled = torch.tensor([x for episode in episodes for x in episode.logprobs], device=model.device)
     drift = (batch["old"][batch["mask"] > 0] - sampled).abs().mean().item()
     assert drift < DRIFT[config.dtype], f"ids sampled are not ids scored: {drift:.2g} nats apart"
@@ -500,15 +496,15 @@ def update(model, optimizer, episodes, batch, config, rng):
     token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut."""
     method, order, norms = METHODS[config.method], rng.permutation(len(episodes)), []
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
-    taught = torch.tensor([[bool(e.skill_ids)] for e in episodes], device=model.device)
+    kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
         tokens, rest, mini = batch["mask"][chosen].sum().item(), chosen, [episodes[i] for i in chosen]
-        if method.teacher == "gate" and config.gate in CONTROLS:  # they need the gaps of the whole mini-batch
+        if method.teacher == "gate" and kind in CONTROLS:  # they need the gaps of the whole mini-batch
             now, mask = score(model, mini, config), response_mask(mini, model.device)
-            gap = torch.where(taught[chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
+            gap = torch.where(batch["taught"][chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
             batch.setdefault("gate", torch.zeros_like(batch["mask"]))[chosen, :now.shape[1]] = gate(
-                config.gate, gap, None, beta, mask, generator)
+                kind, gap, None, beta, mask, generator)
         for micro in micro_batches(mini, config.micro_tokens):
             rows, rest = rest[:len(micro)], rest[len(micro):]
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
@@ -521,9 +517,9 @@ def update(model, optimizer, episodes, batch, config, rng):
             if "ref" in part:
                 terms["kl"] = (config.kl_coef, masked_mean(kl_k3(logprobs, part["ref"]), mask))
             if method.teacher in ("gate", "skill_sd"):
-                teacher = torch.where(taught[rows], part["teacher"], logprobs.detach())  # no skill: no teacher, gap 0
+                teacher = torch.where(part["taught"], part["teacher"], logprobs.detach())  # else its gap is 0
                 if method.teacher == "gate":
-                    distil, more = sdar_loss(logprobs, teacher, mask, part.get("gate", config.gate), beta, entropy)
+                    distil, more = sdar_loss(logprobs, teacher, mask, part.get("gate", kind), beta, entropy)
                 else:
                     distil, more = skill_sd_loss(logprobs, teacher, part["old"], mask)
                 terms["sdar_loss"] = (config.sdar_coef, distil)
@@ -542,7 +538,6 @@ def update(model, optimizer, episodes, batch, config, rng):
 
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
-
 def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
@@ -581,12 +576,13 @@ def train(config):
             batch["teacher"] = score(teacher, episodes, config, with_skill=True)
         clock.append(time.perf_counter())
         batch |= step_batch(model, run.start if config.kl_coef else None, episodes, config)
-        gap = batch["mask"] * (batch.get("teacher", batch["old"]) - batch["old"])
+        advice = torch.where(batch["taught"], batch.get("teacher", batch["old"]), batch["old"])
+        gap = batch["mask"] * (advice - batch["old"])
         if config.retrieval == "ucb":
             run.bandit.learn(episodes, batch["advantages"][:, 0].tolist(), (gap.sum(1) / batch["mask"].sum(1)).tolist())
         if method.teacher == "advantage":
             mix = config.rlsd_mix * max(0, 1 - step / config.rlsd_decay)
-            batch["advantages"] = rlsd_advantages(batch["advantages"], batch["teacher"], batch["old"], batch["mask"], mix)
+            batch["advantages"] = rlsd_advantages(batch["advantages"], advice, batch["old"], batch["mask"], mix)
         metrics = update(model, run.optimizer, episodes, batch, config, rng)
         metrics["gap_mean"] = masked_mean(gap, batch["mask"]).item() if method.teacher else None
         clock.append(time.perf_counter())
@@ -614,7 +610,6 @@ from envs import ENVS, EnvUnavailable, demonstration, make_env, toy_tokenizer
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
 
 # --- 8. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
-
 WARMSTART = 1  # raise it with every change of warmstart()
 TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
 
@@ -633,7 +628,6 @@ def warmstart(folder, steps=900):
     """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
     matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
     import transformers
-    folder = Path(folder)
     folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
     chat, rng = Chat(toy_tokenizer()), random.Random(0)
     torch.manual_seed(0)
@@ -680,7 +674,6 @@ def tiny_policy():
 
 
 # --- 9. Configuration errors, models, the run's folder -----------------------------------------
-
 CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS),
            "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *CONTROLS),
            "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "ucb", "full", "random", "none"),
@@ -688,7 +681,6 @@ CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHO
            "device": ("", "cpu", "cuda")}
 MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
                "invalid_penalty", "sdar_coef", "gate_beta", "rlsd_mix")
-EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
 
 
 flag = lambda name: "--" + name.replace("_", "-")  # a field of Config as it is typed
@@ -746,8 +738,8 @@ def check_context(model, env, episodes, config):
 
 def make_envs(config):
     """One environment for each episode of a step or of a part of the panel."""
-    return [make_env(config.env, max_turns=config.max_turns)
-            for _ in range(max(EVAL_BATCH, config.tasks_per_step * config.group_size))]
+    number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
+    return [make_env(config.env, max_turns=config.max_turns) for _ in range(number)]
 
 
 def replace_folder(folder, write):
@@ -790,13 +782,13 @@ class Run:
               f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}")
         if teacher <= student:
             print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
-        self.save()
-        (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.jsonl").write_text("")
+        (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+        self.save()
 
     def log(self, step, episodes, metrics, clock):
-        """Append a line to metrics.jsonl and show it; save when due. clock: seconds at the start of the step and after
-        its rollout, teacher and update."""
+        """Append a line to metrics.jsonl; save when due. clock: seconds at the start, after rollout, teacher, update."""
         turns, tokens, n = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes), len(episodes)
         seconds = dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update"), np.diff(clock).tolist()))
         metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
@@ -811,8 +803,7 @@ class Run:
             self.save()
 
     def save(self):
-        """Checkpoint: Hugging Face format, and the trainer's state. Every chance hangs on (seed, step), so there is no
-        random state to keep."""
+        """Checkpoint: Hugging Face format, and the trainer's state. Chances hang on (seed, step): there is none to keep."""
         def write(folder):
             self.model.save_pretrained(folder)
             self.chat.tokenizer.save_pretrained(folder)
@@ -839,6 +830,7 @@ class Run:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
+        (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1) + "\n")
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()[:self.step]
         (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 
@@ -865,8 +857,7 @@ def wilson(wins, n, z=1.96):
 
 
 def print_table(rows):
-    """The paper's Table 1: held-out success by task type, mean±sd over runs; of a single run also n/N and its Wilson
-    interval. rows: (title, [by_type of each run], 0 without or 1 with the skill in the prompt, remark)."""
+    """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], 1 if skilled, remark)."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
     print("\n" + " " * width + "".join(f"{kind:<11}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
     for title, runs, skilled, remark in rows:
@@ -881,7 +872,6 @@ def print_table(rows):
 
 
 # --- 10. Comparison: methods, or values of a setting, over seeds --------------------------------
-
 def plan(given, methods, seeds, sweep, out):
     """What compare runs: {row: [its Config for each seed]}. given: the other flags, {field: value}."""
     def typed(name, text):
@@ -890,27 +880,31 @@ def plan(given, methods, seeds, sweep, out):
     name, _, values = sweep.partition("=")
     rows = [typed(name, value) for value in values.split(",")] if sweep else []
     rows = [("method", "grpo"), *rows] if sweep else [typed("method", method) for method in methods.split(",")]
-    seeds, runs = [typed("seed", seed)[1] for seed in seeds.split(",")], {}
+    seeds, runs = list(dict.fromkeys(typed("seed", seed)[1] for seed in seeds.split(","))), {}
+    if {"seed", "resume", "out"} & {field for field, _ in rows} or {"seed", "resume"} & set(given):
+        raise UserError("compare takes --seeds and one --out, and continues by itself")
     for field, value in rows:
         row = {**given, field: value}
         if METHODS[row.get("method", "sdar")].teacher == "":  # what it does not read does not make it another run
             row = {key: value for key, value in row.items() if key not in ("gate", "gate_beta", "sdar_coef", "teacher")}
-        plain = Config(**{key: row[key] for key in ("env", "model", "preset", "method") if key in row})
+        plain = Config(**{key: given[key] for key in ("env", "model", "preset") if key in given}, method=row.get("method"))
         changed = {key: value for key, value in row.items() if key not in ("out", "overwrite") and value != getattr(plain, key)}
         folder = re.sub(r"[^\w.=+-]+", "_", "-".join([plain.method, *(f"{key}={value}" for key, value in changed.items())]))
         label = f"{plain.method} {field}={value}" if field in changed else plain.method
-        runs[label] = [Config(**{**row, "seed": seed, "out": str(out / f"{folder}-s{seed}")}) for seed in seeds]
+        new = [Config(**{**row, "seed": seed, "out": str(out / f"{folder}-s{seed}")}) for seed in seeds]
+        if runs.setdefault(label, new) != new:
+            raise UserError(f"--sweep {sweep}: two rows would both be called {label!r}")
     return runs
 
 
 def finished(config):
     """The evaluations of a run, if it is complete, else None. UserError if it was made with other settings."""
     try:
-        old = json.loads(Path(config.out, "config.json").read_text())
+        old = dict(json.loads(Path(config.out, "config.json").read_text()))
         lines = [json.loads(line) for line in open(Path(config.out, "metrics.jsonl"))]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
-    same = {**old, "overwrite": config.overwrite} == vars(config)
+    same = {**old, "overwrite": config.overwrite, "out": config.out} == vars(config)
     if not same and not config.overwrite:
         raise UserError(f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
     return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
@@ -918,10 +912,11 @@ def finished(config):
 
 def launch(config):
     """Train from the first step, on one thread of a process of its own. Returns "" or what went wrong."""
-    shutil.rmtree(config.out, ignore_errors=True)  # what is left of a run that did not finish
-    code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(vars(config))], capture_output=True, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)})
+    code = (f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; import json, sdar; "
+            "sdar.train(sdar.Config(**json.loads(sys.argv[1])))")
+    settings = json.dumps({**vars(config), "overwrite": True})  # of what is left of a run that did not finish
+    done = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}" if done.returncode else ""
 
 
@@ -934,23 +929,24 @@ def t_interval(gains):
 
 
 def command_compare(config, given, methods, seeds, sweep, jobs):
-    """Run methods, or values of one setting, over seeds from the same start policy, and report. Finished runs in the
-    folder are kept: a comparison can be stopped, continued and extended. Exit code 1 if a run failed."""
+    """Run methods, or values of one setting, over seeds from the same start policy, and report: the gain is over
+    GRPO at its defaults. Finished runs in the folder are kept: a comparison can be stopped, continued, extended (by one
+    compare at a time). Exit code 1 if a run failed."""
     out = Path(given.get("out") or "runs/compare")
     runs = plan(given, methods, seeds, sweep, out)
     todo = [run for row in runs.values() for run in row if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
     start = evaluate(*load_policy(config), make_envs(config), config)
-    with ThreadPoolExecutor(jobs or (1 if config.device == "cuda" else os.cpu_count())) as pool:
+    with ThreadPoolExecutor(max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())) as pool:
         try:
             reasons = list(tqdm(pool.map(launch, todo), total=len(todo), unit="run"))
         finally:
             pool.shutdown(cancel_futures=True)
-    failed = {run.out: why for run, why in zip(todo, reasons) if why}
+    failed = {run.out: why or "no finished run" for run, why in zip(todo, reasons) if why or finished(run) is None}
+    base = {run.seed: finished(run) for run in runs.get("grpo", ()) if run.out not in failed}
     report, table = {}, [("vanilla", [start["by_type"]], 0, ""), ("skill_prompt*", [start["by_type"]], 1, "")]
     for label, row in runs.items():
         done = {run.seed: finished(run) for run in row if run.out not in failed}
-        base = report.get("grpo", {"evaluations": {}})["evaluations"]
         gains = [lines[-1]["eval_success"] - base[seed][-1]["eval_success"] for seed, lines in done.items() if seed in base]
         gain = t_interval(gains) if len(gains) > 1 and label != "grpo" else None
         report[label] = {"evaluations": done, "failed": {run.seed: failed[run.out] for run in row if run.out in failed},
@@ -960,6 +956,7 @@ def command_compare(config, given, methods, seeds, sweep, jobs):
         by_type = [lines[-1]["eval_by_type"] for lines in done.values()]
         table += [(label, by_type, 0, remark)] + [(label + "*", by_type, 1, "")] * METHODS[row[0].method].skilled
     print_table(table)
+    out.mkdir(parents=True, exist_ok=True)
     name = "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
     (out / f"{name}.json").write_text(json.dumps({"start": start, "rows": report}) + "\n")
     draw({label: [[(0, start["success"]), *((line["step"], line["eval_success"]) for line in lines)]
@@ -990,7 +987,6 @@ def draw(curves, path):
 
 
 # --- 11. Command line ---------------------------------------------------------------------------
-
 def command_evaluate(config, rebuild=False):
     """Play the panel with the given model and print the table. rebuild: first build the carried tiny policy anew."""
     if rebuild:

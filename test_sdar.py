@@ -171,6 +171,8 @@ def test_group_advantages_groups_weights_and_std():
     weighted = sdar.group_advantages(torch.tensor([1., 0.]), torch.zeros(2, dtype=torch.long), torch.tensor([3, 1]))
     assert weighted.tolist() == pytest.approx(rows[2:].tolist())  # an episode of three turns counts as three rows
     assert sdar.group_advantages(torch.ones(8), torch.zeros(8, dtype=torch.long)).tolist() == [0] * 8
+    for score in (.99, .97, -.01, .1):  # equal scores teach nothing, whatever the rounding of their mean
+        assert sdar.group_advantages(torch.full((8,), score), [0] * 8).tolist() == [0] * 8
     assert sdar.group_advantages(torch.tensor([10, 10, 10, 0]), [3] * 4).tolist() == pytest.approx([.5, .5, .5, -1.5])
 
 
@@ -627,11 +629,9 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, monkeypat
     assert torch.allclose(one, many, atol=1e-6) and one.abs().max() > 1e-4
     assert metrics_one == pytest.approx(metrics_many, rel=1e-4, abs=1e-6)
     assert all(metrics_one[key] for key in ("kl", "entropy", "gap_mean", "gate_mean", "grad_norm", "sdar_loss"))
-    cut = sdar.micro_batches
     plain = sdar.masked_mean
     monkeypatch.setattr(sdar, "masked_mean", lambda x, mask: plain(x, mask) * 100 / mask.sum())  # planted: other shares
     assert not torch.allclose(whole_update(policy, 150)[0], whole_update(policy, 10 ** 6)[0], atol=1e-6)
-    assert sdar.micro_batches is cut
 
 
 @pytest.mark.parametrize("gate", sdar.CONTROLS)
@@ -643,6 +643,45 @@ def test_controls_take_their_statistics_over_the_mini_batch(policy, gate):
     gap, plain = whole_update(policy, 10 ** 6)
     assert not torch.allclose(one, gap, atol=1e-5)
     assert metrics["gate_mean"] == pytest.approx(0 if gate == "centred" else plain["gate_mean"], abs=1e-6)
+
+
+def test_controls_follow_the_student_through_the_mini_batches(policy, monkeypatch):
+    """The gap in a control is, as in the gap gate, to the current student: in the second mini-batch it has moved."""
+    gaps, plain = [], sdar.gate
+    monkeypatch.setattr(sdar, "gate", lambda kind, gap, *rest: gaps.append(gap) or plain(kind, gap, *rest))
+    config = sdar.Config(group_size=4, gate="constant", minibatches=2)
+    episodes = play(policy, config)
+    batch = sdar.step_batch(policy[0], None, episodes, config)
+    batch["teacher"] = sdar.score(policy[0], episodes, config, with_skill=True)
+    sdar.update(policy[0], torch.optim.SGD(policy[0].parameters(), lr=1.0), episodes, batch, config, np.random.default_rng(0))
+    order = np.random.default_rng(0).permutation(8)
+    start = (batch["teacher"] - batch["old"])[order].split(4)
+    assert torch.allclose(gaps[0], start[0][:, :gaps[0].shape[1]], atol=1e-5)
+    assert (gaps[1] - start[1][:, :gaps[1].shape[1]]).abs().max() > .01
+
+
+@pytest.mark.parametrize("gate", ["gap", "entropy", "soft_or", "none", "reverse_kl"])
+def test_gates_reach_the_loss(policy, gate):
+    _, metrics = whole_update(policy, 10 ** 6, gate=gate)
+    config = sdar.Config(group_size=4)
+    episodes = play(policy, config)
+    with torch.no_grad():
+        student, entropy = sdar.response_logprobs(policy[0], episodes, config, with_entropy=True)
+    teacher = sdar.score(policy[0], episodes, config, with_skill=True)
+    loss, stats = sdar.sdar_loss(student, teacher, sdar.response_mask(episodes), gate, 5.0, entropy)
+    assert metrics["sdar_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["gate_mean"] == pytest.approx(stats["gate_mean"], rel=1e-4)
+    _, opsd = whole_update(policy, 10 ** 6, gate=gate, method="grpo_opsd")
+    assert opsd["gate_mean"] == pytest.approx(.5)  # whatever --gate says: GRPO+OPSD is the gap gate with beta 0
+
+
+def test_the_wrong_skill_is_read_by_the_teacher_alone(policy):
+    for episode in play(policy, sdar.Config(group_size=4, skills="wrong")):
+        text = policy[1].tokenizer.decode(episode.skill_ids)
+        right = {skill.name for skill in HOME.skills() if skill.matches(episode.task, episode.task_type)}
+        assert len(episode.skills) == len(right) and not right & {skill.name for skill in episode.skills}
+        assert text.startswith("Skill") and all(episode.task_type not in skill.task_types for skill in episode.skills)
+        assert "Skill" not in policy[1].tokenizer.decode(episode.view(False)[0])
 
 
 def test_run_time_assertions_find_planted_bugs(policy, monkeypatch):
@@ -948,14 +987,17 @@ def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"method": "grpo"}, {"teacher": "lagged", "teacher_refresh": 2}, {"teacher": "frozen"},
                                      {"gate": "none", "kl_coef": 0.0}, {"method": "opsd", "turn_weights": True},
-                                     {"gate": "shuffled", "retrieval": "random"}, {"method": "rlsd", "retrieval": "ucb"}])
+                                     {"gate": "shuffled", "retrieval": "random"}, {"method": "rlsd", "retrieval": "ucb", "tasks_per_step": 8, "group_size": 8}])
 def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
-    whole, again, cut = (small(tmp_path, out=str(tmp_path / name), steps=3, **changes) for name in ("whole", "again", "cut"))
+    whole, again, cut = (small(tmp_path, out=str(tmp_path / name), steps=4, **changes) for name in ("whole", "again", "cut"))
     sdar.train(whole), sdar.train(again)
     assert lines(whole) == lines(again)
-    sdar.train(dataclasses.replace(cut, steps=2))
+    sdar.train(dataclasses.replace(cut, steps=3))
     sdar.train(dataclasses.replace(cut, resume=True))
-    assert lines(cut)[2] == lines(whole)[2]
+    assert lines(cut)[3] == lines(whole)[3] and json.load(open(tmp_path / "cut/config.json"))["steps"] == 4
+    if whole.retrieval == "ucb":
+        arms = [torch.load(tmp_path / name / "checkpoint/trainer.pt", weights_only=True)["arms"] for name in ("whole", "cut")]
+        assert arms[0] == arms[1] and sum(plays for plays, _ in arms[0].values()) > 0
     other = small(tmp_path, out=str(tmp_path / "other"), steps=1, seed=1, **changes)
     sdar.train(other)
     assert lines(other)[0] != lines(whole)[0]
@@ -979,8 +1021,8 @@ def test_an_empty_skill_is_no_teacher(tmp_path):
         assert (row["gap_mean"], row["gate_mean"], row["gate_active"], row["sdar_loss"]) == (0, .5, 0, 0)
         assert row["policy_loss"] == pytest.approx(same_row["policy_loss"], abs=1e-6) and row["grad_norm"] > 0
         assert same_row["gap_mean"] < 0 and same_row["gate_mean"] == .5
-    final = sdar.train(small(tmp_path, out=str(tmp_path / "none"), retrieval="none"))
-    assert final["gap_mean"] == 0 and final["eval_success_skill"] == final["eval_success"]
+    final = sdar.train(small(tmp_path, out=str(tmp_path / "none"), retrieval="none", teacher="frozen", lr=3e-3))
+    assert (final["gap_mean"], final["gate_mean"]) == (0, .5) and final["eval_success_skill"] == final["eval_success"]
 
 
 def test_rlsd_becomes_grpo(tmp_path):
@@ -1145,10 +1187,10 @@ def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     assert report["sdar"]["evaluations"]["1"][0]["eval_by_type"] == {"put": [6, 4, 6]}
     (tmp_path / "sdar-steps=1-s1/metrics.jsonl").write_text('{"step": ')  # killed while it wrote
     (tmp_path / "grpo-steps=1-s0/metrics.jsonl").write_text("")
-    code, again, launched = compare("--methods", "grpo,sdar")
+    code, again, launched = compare("--methods", "grpo,sdar", "--seeds", "0,1,0")
     assert code == 0 and launched == ["grpo-steps=1-s0", "sdar-steps=1-s1"]
     assert again.split("\n\n")[1:] == out.split("\n\n")[1:]  # the same table and curves
-    assert compare("--methods", "grpo,sdar")[2] == []
+    assert "minus grpo +0.167" in compare("--methods", "sdar,grpo")[1] and compare("--methods", "grpo,sdar")[2] == []
     config = json.loads((tmp_path / "sdar-steps=1-s0/config.json").read_text())
     (tmp_path / "sdar-steps=1-s0/config.json").write_text(json.dumps({**config, "lr": 1.0}))  # of another recipe
     assert compare("--methods", "sdar")[0] == 2
@@ -1160,6 +1202,23 @@ def test_compare_reports_failures_and_the_rest(compare):
     row = {line.split()[0]: line for line in out.splitlines() if line and line[0] != " "}
     assert code == 1 and "seed 1 failed: exit code 1: out of luck" in row["opsd"] and "0.42±0.12" in row["grpo"]
     assert "0/6 [0.00, 0.39]" in row["opsd"]  # its other seed
+    code, out, _ = compare("--methods", "opsd", "--seeds", "1")
+    assert code == 1 and "seed 1 failed" in out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seed", "7"], "takes --seeds"), (["--resume"], "takes --seeds"), (["--sweep", "seed=3,4"], "takes --seeds"),
+    (["--sweep", "out=a,b"], "one --out"), (["--method", "grpo", "--lr", "5e-4", "--sweep", "lr=1e-3"], "two rows")])
+def test_compare_refuses_what_it_would_mistake(flags, message, capsys):
+    assert sdar.main(["compare", *flags]) == 2 and message in capsys.readouterr().err
+
+
+def test_compare_never_takes_a_folder_that_is_no_run(tmp_path):
+    config = small(tmp_path)
+    Path(config.out).mkdir()
+    (Path(config.out) / "notes.txt").write_text("mine")
+    assert sdar.finished(config) is None and "is not empty" in sdar.launch(config)
+    assert (Path(config.out) / "notes.txt").read_text() == "mine"
 
 
 def test_a_sweep_shares_its_runs_with_the_table(compare, tmp_path):
