@@ -377,7 +377,7 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
         x, w = scores[rows], weights[rows]
         n, mean, std = w.sum(), 0.0, 1.0
         if n > 1:
-            mean = x[0] if (x == x[0]).all() else (w * x).sum() / n  # rounding must not make advantages of equal scores
+            mean = (w * x).sum() / n
             std = ((w * (x - mean) ** 2).sum() / (n - 1)).sqrt()
         advantages[rows] = (x - mean) / (std + eps) if normalize_std else x - mean
     return advantages
