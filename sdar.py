@@ -868,7 +868,7 @@ def print_table(rows):
             line += f"{np.mean(shares):.2f}" + (f"±{np.std(shares, ddof=1):.2f}  " if len(runs) > 1 else " " * 7)
         if len(runs) == 1:
             line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0]))
-        print(line + remark)
+        print((line + remark).rstrip())
 
 
 # --- 10. Comparison: methods, or values of a setting, over seeds --------------------------------

@@ -682,6 +682,25 @@ def test_the_wrong_skill_is_read_by_the_teacher_alone(policy):
         assert "Skill" not in policy[1].tokenizer.decode(episode.view(False)[0])
 
 
+def test_gradient_norms_of_the_terms(policy):
+    """Why the toy's lambda is 1: at the start the gated term's gradient is as long as GRPO's; the signed one's is not."""
+    model, config = policy[0], sdar.Config()
+    world, rng = make_env("toy"), np.random.default_rng([2, 0, 1])  # the batch of step 1, seed 0
+    tasks = [world.tasks("train")[i] for i in rng.choice(len(world.tasks("train")), 8, replace=False)]
+    starts = [(task, int(rng.integers(10 ** 6)), group) for group, task in enumerate(tasks)]
+    starts = [one for one in starts for _ in range(8)]
+    episodes = sdar.rollout(*policy, sdar.make_envs(config), starts, config, (3, 0, 1))
+    batch, teacher = sdar.step_batch(model, None, episodes, config), sdar.score(model, episodes, config, with_skill=True)
+    norm = {}
+    for name, loss in {"grpo": lambda x: sdar.policy_loss(x, batch["old"], batch["advantages"], batch["mask"]),
+                       **{kind: lambda x, kind=kind: sdar.sdar_loss(x, teacher, batch["mask"], kind)
+                          for kind in ("gap", "constant", "reverse_kl")}}.items():
+        student, _ = sdar.response_logprobs(model, episodes, config)
+        gradient = torch.autograd.grad(loss(student)[0], list(model.parameters()))
+        norm[name] = sum((g ** 2).sum() for g in gradient).sqrt().item()
+    assert .5 < norm["gap"] / norm["grpo"] < 2 and norm["constant"] / norm["gap"] > .5 and norm["reverse_kl"] > 5 * norm["gap"], norm
+
+
 def test_run_time_assertions_find_planted_bugs(policy, monkeypatch):
     """Sampled at one temperature and scored at another; ids changed after sampling: the step stops."""
     model, _ = policy
