@@ -41,7 +41,7 @@ class Method(NamedTuple):
 METHODS = {
     "grpo": Method(toy={"lr": 1e-3}),
     "opsd": Method(policy=0, teacher="gate", toy={"lr": 3e-4}),  # like the official baseline it keeps the gate
-    "grpo_opsd": Method(teacher="gate", beta=0),  # the gate is 1/2 on every token, and the expected gradient zero
+    "grpo_opsd": Method(teacher="gate", beta=0),  # the gate is 1/2 on every token: on policy, expected gradient zero
     "skill_grpo": Method(skilled=True),
     "skill_sd": Method(teacher="skill_sd", toy={"sdar_coef": 0.1}, paper={"sdar_coef": 0.001}),
     "rlsd": Method(teacher="advantage"),
@@ -400,7 +400,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """The k3 estimate of KL(policy || reference) on each token: exp(d) - d - 1 with d = reference - policy, >= 0."""
+    """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1 with d = reference - policy, >= 0."""
     d = (ref_logprobs - logprobs).clamp(max=20)  # beyond the clamp of the value; keeps exp, and its gradient, finite
     d = torch.where(d.isnan(), d.detach(), d)  # NaN stays NaN but sends no gradient: it may stand under a mask
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -414,7 +414,7 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     gap is Delta_t = teacher - student, entropy the student's h_t in nats. The paper's: "gap" sigmoid(beta gap),
     "entropy" sigmoid(beta h), "soft_or" sigmoid(beta [1 - (1 - h)(1 - gap)]); "none" 1. Controls, over the tokens where
     mask is 1: "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less
-    its mean: the same expected gradient, less variance. "reverse_kl" the gap itself: the signed gradient of the reverse
+    its mean: the same expected gradient (up to 1/batch), less variance. "reverse_kl" the gap itself: the signed gradient of the reverse
     KL to the teacher, which also pushes down.
     >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))   # 0.924, 0.269, 0.500
     """
@@ -628,6 +628,7 @@ def warmstart(folder, steps=900):
     """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
     matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
     chat, rng = Chat(toy_tokenizer()), random.Random(0)
     torch.manual_seed(0)
@@ -681,8 +682,6 @@ CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHO
            "device": ("", "cpu", "cuda")}
 MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
                "invalid_penalty", "sdar_coef", "gate_beta", "rlsd_mix")
-
-
 flag = lambda name: "--" + name.replace("_", "-")  # a field of Config as it is typed
 
 
@@ -803,7 +802,7 @@ class Run:
             self.save()
 
     def save(self):
-        """Checkpoint: Hugging Face format, and the trainer's state. Chances hang on (seed, step): there is none to keep."""
+        """Checkpoint: Hugging Face format, and the trainer's state. All randomness hangs on (seed, step): none to keep."""
         def write(folder):
             self.model.save_pretrained(folder)
             self.chat.tokenizer.save_pretrained(folder)

@@ -145,6 +145,8 @@ def test_skill_sd_and_rlsd_hand_numbers():
     loss, stats = sdar.skill_sd_loss(student, tensor([-.5, 3]), tensor([-1.1, math.nan]), tensor([1, 0]))
     assert loss.item() == pytest.approx(.1643624, abs=1e-6) and stats["gap_mean"] == .5
     assert grad_of(loss, student)[0].tolist() == pytest.approx([-.5525855, 0], abs=1e-6)
+    far = lambda s, old: sdar.skill_sd_loss(tensor([s]), tensor([0.0]), tensor([old]), tensor([1]))[0].item()
+    assert far(-60.0, -60.0) == pytest.approx(math.exp(20) - 1 - 60) and far(1.0, -60.0) == pytest.approx(math.exp(10 - 1))
     rlsd = lambda a, gap, **more: sdar.rlsd_advantages(tensor([a]), tensor([gap]), tensor([0.0]), tensor([1]), **more).item()
     assert rlsd(2, .3) == pytest.approx(2.2) and rlsd(-2, .3) == pytest.approx(-1.8)  # exp(.3) is clipped at 1.2
     assert rlsd(2, .1) == pytest.approx(2 * (.5 + .5 * math.exp(.1))) and rlsd(2, .3, mix=0.0) == 2
@@ -1042,6 +1044,23 @@ def test_an_empty_skill_is_no_teacher(tmp_path):
     assert (final["gap_mean"], final["gate_mean"]) == (0, .5) and final["eval_success_skill"] == final["eval_success"]
 
 
+def test_an_empty_skill_leaves_controls_at_one_half(policy):
+    for gate in ("constant", "shuffled"):
+        config = sdar.Config(group_size=4, gate=gate, skills="empty", minibatches=2)
+        episodes = play(policy, config)
+        batch = sdar.step_batch(policy[0], None, episodes, config)
+        batch["teacher"] = batch["old"] - 1  # whatever stands there
+        sgd = torch.optim.SGD(policy[0].parameters(), lr=1.0)
+        assert sdar.update(policy[0], sgd, episodes, batch, config, np.random.default_rng(0))["gate_mean"] == .5
+
+
+def test_a_run_retrieves_by_its_own_bandit(tmp_path, monkeypatch):
+    asked, retrieve = [], sdar.retrieve
+    monkeypatch.setattr(sdar, "retrieve", lambda *args: asked.append(args[-1]) or retrieve(*args))
+    sdar.train(small(tmp_path, retrieval="ucb", steps=1))
+    assert len(set(map(id, asked))) == 1 and isinstance(asked[0], envs.Bandit) and len(asked) == 2 * 12 + 8
+
+
 def test_rlsd_becomes_grpo(tmp_path):
     """Its mix falls linearly and is 0 from step rlsd_decay on: with 1 it is GRPO from the start."""
     runs = {}
@@ -1056,7 +1075,8 @@ def test_rlsd_becomes_grpo(tmp_path):
 def test_rlsd_mix_falls_linearly(tmp_path, monkeypatch):
     mixes, plain = [], sdar.rlsd_advantages
     monkeypatch.setattr(sdar, "rlsd_advantages", lambda *args: mixes.append(args[-1]) or plain(*args))
-    sdar.train(small(tmp_path, method="rlsd", steps=5, rlsd_mix=.4, rlsd_decay=4))
+    final = sdar.train(small(tmp_path, method="rlsd", steps=5, rlsd_mix=.4, rlsd_decay=4))
+    assert final["gap_mean"] < 0 and final["sdar_loss"] is None
     assert mixes == pytest.approx([.3, .2, .1, 0, 0])
 
 
