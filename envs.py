@@ -8,12 +8,34 @@ Signatures are Gymnasium's, without the dependency. Rewards are raw (0 or 1, at 
 and penalties belong to the trainer. A missing package, data set or server raises EnvUnavailable:
 trouble with the machinery is never shown to the model as an observation.
 """
+import difflib
+import hashlib
+import json
 import math
 import random
 import re
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+
+class UserError(ValueError):
+    """Bad input: one line on stderr and exit code 2, in sdar.py as here."""
+
+
+def require(ok, message):
+    """UserError unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+def unknown(what, value, known):
+    """The message for a bad choice, the nearest good one first."""
+    near = difflib.get_close_matches(str(value), known, 1)
+    return f"unknown {what} {value!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
 
 
 class EnvUnavailable(RuntimeError):
@@ -105,6 +127,7 @@ class TextEnv:
     has ended by itself).
     """
     name, instructions, default_turns, skills = "", "", 10, ()
+    stop_strings = ("</action>",)  # a response also ends where one of these does
 
     def __init__(self, max_turns=0, max_obs_chars=4000):
         self.max_turns = max_turns or self.default_turns
@@ -437,6 +460,84 @@ def toy_tokenizer():
     core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<!\w)(?:{known})(?!\w)|(?<!\w){other}"), "removed", invert=True)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
                                    additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TOY_TEMPLATE)
+
+
+WARMSTART = 1  # raise it with every change of warmstart()
+TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
+
+
+def fingerprint(folder, chat):
+    """Hashes of a tiny policy's files and of its recipe: WARMSTART and sample demonstrations, in which the world, the
+    scripted player, the skills, the tokenizer and the chat template show. chat: sdar.Chat of toy_tokenizer()."""
+    rng = random.Random("fingerprint")
+    sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
+    parts = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
+    parts["recipe"] = json.dumps(sample).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+
+
+def warmstart(folder, chat, steps=900):
+    """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
+    matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
+    import torch
+    import transformers
+    from tqdm import tqdm
+    transformers.utils.logging.disable_progress_bar()
+    folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(chat.tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if "layers." not in name or p.ndim < 2]
+    optimizers = [torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01),
+                  torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+    schedule = lambda step: min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
+        rows = [demonstration(chat, rng) for _ in range(32)]
+        columns = (*zip(*rows), [[1] * len(ids) for ids, _ in rows])
+        ids, weights, real = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, c)), batch_first=True) for c in columns)
+        logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for item in (*optimizers, *schedulers):
+            item.step()
+        model.zero_grad()
+
+    def write(target):
+        model.save_pretrained(target)
+        chat.tokenizer.save_pretrained(target)
+        (target / "fingerprint.json").write_text(json.dumps(fingerprint(target, chat), indent=1) + "\n")
+    replace_folder(folder, write)
+
+
+def tiny_policy(chat):
+    """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
+    try:
+        trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER, chat)
+    except (OSError, ValueError):
+        trusted = False
+    if not trusted:
+        print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
+        warmstart(TINY_FOLDER, chat)
+    return TINY_FOLDER
+
+
+def replace_folder(folder, write):
+    """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(fresh)  # save_pretrained makes the folder
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 SKILLS = {"toy": HOME.skills()}

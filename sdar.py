@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -37,7 +38,6 @@ class Method(NamedTuple):
     toy: dict = {}
     paper: dict = {}
 
-
 METHODS = {
     "grpo": Method(toy={"lr": 1e-3}),
     "opsd": Method(policy=0, teacher="gate", toy={"lr": 3e-4}),  # like the official baseline it keeps the gate
@@ -48,11 +48,9 @@ METHODS = {
     "sdar": Method(teacher="gate"),
 }
 
-
 def option(help, toy, paper=None):
     """A field of Config: its default is the preset's column, `toy` or, where the paper's run differs, `paper`."""
     return field(default=None, metadata={"help": help, "toy": toy, "paper": toy if paper is None else paper})
-
 
 @dataclass
 class Config:
@@ -69,7 +67,11 @@ class Config:
     save_every: int = option("steps between checkpoints", 10)
     device: str = option("cpu or cuda ('': cuda if there is one and the model is not tiny)", "")
     dtype: str = option("of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
-    micro_tokens: int = option("padded tokens in one training pass; never changes the result", 8192, 16384)
+    micro_tokens: int = option("memory: padded tokens in one training pass; never changes the result", 8192, 16384)
+    rollout_batch: int = option("memory: episodes played at once; never changes the result", 64)
+    gradient_checkpointing: bool = option("memory: compute activations again in the backward pass", False)
+    offload: bool = option("memory: keep the start policy and the lagged teacher on the CPU between their passes", False)
+    kernel: bool = option("CUDA kernel for log-probs, compiled at first use", False)
     # rollouts
     tasks_per_step: int = option("tasks a step; each makes one group", 8, 16)
     group_size: int = option("G, episodes of one task from the same initial state", 8)
@@ -108,19 +110,18 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, own.get(f.name, f.metadata.get(self.preset)))
-        check_config(self)
         self.out = self.out or f"runs/{self.env}-{self.method}-s{self.seed}"
         self.device = self.device or ("cuda" if self.model != "tiny" and torch.cuda.is_available() else "cpu")
-
+        check_config(self)
 
 # --- 2. Conversation: token in, token out (paper, section 2.1) --------------------------------
 class Chat:
     """The chat template's own frames around messages, found by rendering it once around marks. Ids are only appended:
     rendered again, Qwen3's template drops earlier reasoning; tokenised again, text may give other ids than were sampled.
     (The official code makes a row of every turn, its prompt rebuilt from the last two, the skill before the template.)"""
-
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self._frame = lambda text, **options: tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         roles = {"SYSTEMTEXT": "system", "FIRSTTEXT": "user", "ANSWERTEXT": "assistant", "NEXTTEXT": "user"}
         text = tokenizer.apply_chat_template([{"role": role, "content": mark} for mark, role in roles.items()],
                                              tokenize=False, add_generation_prompt=True, enable_thinking=False)
@@ -129,12 +130,12 @@ class Chat:
         self._between, self._after = self._frame(between), self._frame(after)
         self.end_id = self._between[0]  # end of turn: the last id of a finished response
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id} - {None})
+        if self.end_id not in tokenizer.added_tokens_decoder:
+            raise ValueError("its chat template closes a turn with no control token, so a response could not end")
         control = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
         self._control = re.compile(f"(?={'|'.join(control)})")
         self.encode = lru_cache(maxsize=20000)(self._encode)  # environments repeat themselves
-
-    def _frame(self, text, **options):
-        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        self.stop_text = lru_cache(self._stop_text)
 
     def _encode(self, text):
         """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one
@@ -149,10 +150,15 @@ class Chat:
             head += self.encode(instructions) + part
         return head + self.encode(observation) + self._after, len(head)
 
+    def _stop_text(self, strings):
+        """A function of ids (B, n): which rows now hold one of the strings. None if the tokenizer cannot write them."""
+        from transformers import StopStringCriteria
+        writable = [text for text in strings if self.tokenizer.decode(self._encode(text)) == text]
+        return StopStringCriteria(self.tokenizer, writable) if writable else None
+
     def next(self, observation, ended):
         """Ids between two responses. ended: the first response came to its end of turn by itself."""
         return self._between[1 if ended else 0:] + self.encode(observation) + self._after
-
 
 @dataclass
 class Episode:
@@ -172,44 +178,45 @@ class Episode:
     reward: float = 0.0                             # raw: 0 or 1
     won: bool = False
 
-    def append(self, ids, sampled):
-        self.ids += ids
-        self.mask += [int(sampled)] * len(ids)
-
     def view(self, with_skill):
         """(ids, mask) of the sequence as the student or, with the skill spliced in, the teacher reads it."""
         at, skill = self.skill_at, self.skill_ids if with_skill else []
         return self.ids[:at] + skill + self.ids[at:], self.mask[:at] + [0] * len(skill) + self.mask[at:]
-
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
 class Sampler:
     """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new. Blocks of new
     ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens only, so
     log-probs equal those of an unpadded pass."""
-
-    def __init__(self, model, rows, temperature):
+    def __init__(self, model, temperature):
         from transformers import DynamicCache
         self.model, self.temperature, self.cache = model, temperature, DynamicCache(config=model.config)
-        self.real = torch.zeros(rows, 0, dtype=torch.long, device=model.device)  # (B, columns) 1 token, 0 hole
+        self.real = None  # (B, columns) 1 token, 0 hole
 
     def feed(self, ids, new):
         """Append a block of columns, ids (B, n) and new (B, n) 1 where real; keep the logits of its last column."""
-        positions = (self.real.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
-        self.real = torch.cat([self.real, new], 1)
-        self.logits = self.model(input_ids=ids, attention_mask=self.real, position_ids=positions, use_cache=True,
+        past = new[:, :0] if self.real is None else self.real
+        positions = (past.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+        self.real = mask = torch.cat([past, new], 1)
+        if not any(self.cache.is_sliding):  # (B, 1, n, columns), ready made: the library would take a host sync for it
+            own = torch.ones(new.shape[1], mask.shape[1], device=ids.device).tril(past.shape[1]).bool()
+            mask = (own & mask[:, None].bool() | own.triu(past.shape[1]))[:, None]  # a hole sees itself: no NaN in it
+        self.logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                  past_key_values=self.cache, logits_to_keep=1).logits[:, -1].float()
 
     def feed_rows(self, rows):
-        """Append a list of ids to each conversation."""
-        width = max(map(len, rows))
-        ids = [[0] * (width - len(row)) + row for row in rows]
-        new = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        self.feed(*torch.tensor([ids, new], device=self.real.device))
+        """Append a list of ids to each conversation. A long first prompt that several share, as in a group, is fed once."""
+        given = rows
+        if self.real is None and max(map(len, rows)) > 64:
+            rows = list(map(list, dict.fromkeys(map(tuple, rows))))
+        self.feed(*(pad_sequence(list(map(torch.tensor, block)), True, 0, "left").to(self.model.device)
+                    for block in (rows, [[1] * len(row) for row in rows])))
+        if len(rows) < len(given):
+            self.keep([rows.index(row) for row in given])
 
-    def respond(self, uniforms, stop_ids):
-        """Sample a response to each conversation, until a stop id or the end of uniforms (B, max_new_tokens).
-        Returns [(ids, logprobs)]. The last id of a response is not fed yet."""
+    def respond(self, uniforms, stop_ids, stop_text=None):
+        """Sample a response to each conversation, until a stop id, stop_text(ids) or the end of uniforms (B,
+        max_new_tokens). Returns [(ids, logprobs)]. The last id of a response is not fed yet."""
         stop = torch.tensor(stop_ids, device=self.real.device)
         running, columns = torch.ones_like(uniforms[:, 0], dtype=torch.bool), []
         for uniform in uniforms.split(1, dim=1):
@@ -221,16 +228,18 @@ class Sampler:
             chosen = draw if self.temperature else scores.argmax(-1, keepdim=True)
             columns.append((chosen[:, 0], scores.gather(1, chosen)[:, 0], running))
             running = running & ~torch.isin(chosen[:, 0], stop)
-            if not running.any():
+            if stop_text:
+                running = running & ~stop_text(torch.stack([ids for ids, _, _ in columns[-32:]], 1), None)
+            if not running.any():  # the only host sync of a token
                 break
         ids, logprobs, alive = (torch.stack(column, 1) for column in zip(*columns))
         return [(row[:n], scores[:n]) for row, scores, n in zip(ids.tolist(), logprobs.tolist(), alive.sum(1).tolist())]
 
     def keep(self, rows):
-        """Drop the other conversations from the batch."""
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.real.device))
-        self.real = self.real[rows]
-
+        """The batch of conversations becomes these rows of it; a row may be named several times."""
+        rows = torch.tensor(rows, device=self.real.device)
+        self.cache.batch_select_indices(rows)
+        self.real, self.logits = self.real[rows], self.logits[rows]
 
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
@@ -249,48 +258,49 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
         episodes.append(episode)
     check_context(model, envs[0], episodes, config)
     streams = [np.random.default_rng([*stream, i]) for i in range(len(episodes))]
-    sampler = Sampler(model, len(episodes), config.temperature if temperature is None else temperature)
-    live, fed = list(range(len(episodes))), [0] * len(episodes)
-    while live:
-        uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
-        with forward_dtype(model, config):
-            sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
-            responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids)
-        keep = []
-        for row, (i, (ids, logprobs)) in enumerate(zip(live, responses)):
-            episode = episodes[i]
-            episode.append(ids, sampled=True)
-            episode.logprobs += logprobs
-            fed[i] = len(episode.ids) - 1  # the last sampled id is fed with the next observation
-            text = chat.tokenizer.decode(ids, skip_special_tokens=True)
-            action, valid = envs[i].parse(text)
-            observation, reward, terminated, truncated, info = envs[i].step(action)
-            episode.turns += 1
-            episode.invalid += not (valid and info["valid"])
-            episode.reward += reward
-            episode.won = info["won"]
-            episode.transcript += [text, observation]
-            if terminated or truncated:
-                continue
-            episode.append(chat.next(observation, ended=ids[-1] == chat.end_id), sampled=False)
-            if len(episode.ids) + len(episode.skill_ids) + config.max_new_tokens <= model.config.max_position_embeddings:
-                keep.append(row)  # else the model's context is full, and the episode ends here
-        live = [live[row] for row in keep]
-        if live:
-            sampler.keep(keep)
+    for first in range(0, len(episodes), config.rollout_batch):
+        live = list(range(len(episodes)))[first:first + config.rollout_batch]
+        sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(episodes)
+        while live:
+            uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
+            with forward_dtype(model, config):
+                sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
+                responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids,
+                                            chat.stop_text(envs[0].stop_strings))
+            keep = []
+            for row, (i, (ids, logprobs)) in enumerate(zip(live, responses)):
+                episode = episodes[i]
+                episode.ids, episode.mask = episode.ids + ids, episode.mask + [1] * len(ids)
+                episode.logprobs += logprobs
+                fed[i] = len(episode.ids) - 1  # the last sampled id is fed with the next observation
+                text = chat.tokenizer.decode(ids, skip_special_tokens=True)
+                action, valid = envs[i].parse(text)
+                observation, reward, terminated, truncated, info = envs[i].step(action)
+                episode.turns += 1
+                episode.invalid += not (valid and info["valid"])
+                episode.reward += reward
+                episode.won = info["won"]
+                episode.transcript += [text, observation]
+                if terminated or truncated:
+                    continue
+                between = chat.next(observation, ended=ids[-1] == chat.end_id)
+                episode.ids, episode.mask = episode.ids + between, episode.mask + [0] * len(between)
+                if len(episode.ids) + len(episode.skill_ids) + config.max_new_tokens <= model.config.max_position_embeddings:
+                    keep.append(row)  # else the model's context is full, and the episode ends here
+            live = [live[row] for row in keep]
+            if live:
+                sampler.keep(keep)
     return episodes
-
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
+KERNEL = None  # the function of logits that --kernel puts here
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
-
 
 def forward_dtype(model, config):
     """Context of every forward pass, sampling included: --dtype bfloat16 computes in it, on float32 weights."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False):
     """Log-softmax of hidden (N, H) @ head_weight (V, H).T / temperature at ids (N,), and its exact entropy in nats.
@@ -298,6 +308,8 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False
     again: float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB)."""
     def chunk(hidden, head_weight, ids):
         logits = hidden @ head_weight.T
+        if KERNEL and logits.is_cuda and len(ids):
+            return KERNEL(logits, ids, temperature, with_entropy)
         scores = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
         entropy = -(scores.exp() * scores).sum(-1) if with_entropy else scores[:, 0]
         return scores.gather(1, ids[:, None])[:, 0], entropy
@@ -308,19 +320,16 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False
     logprobs, entropy = (torch.cat(part) for part in zip(*parts))
     return logprobs, entropy if with_entropy else None
 
-
 def response_mask(episodes, device="cpu"):
     """(B, T) 1.0 where an episode has a t-th sampled id: that is what column t is from here on, for both readers."""
     counts = torch.tensor([sum(episode.mask) for episode in episodes], device=device)
     return (torch.arange(int(counts.max()), device=device) < counts[:, None]).float()
 
-
 def response_logprobs(model, episodes, config, with_skill=False, with_entropy=False):
     """Log-probs (and entropy) of the sampled ids as the student or, with_skill, the teacher sees them: (B, T)."""
     views = [episode.view(with_skill) for episode in episodes]
-    width = max(len(ids) for ids, _ in views)
-    ids, mask, real = torch.tensor([[row + [0] * (width - len(row)) for row in rows] for rows in
-                                    (*zip(*views), [[1] * len(ids) for ids, _ in views])], device=model.device)  # (B, S)
+    ids, mask, real = (pad_sequence(list(map(torch.tensor, rows)), True).to(model.device)  # (B, S)
+                       for rows in (*zip(*views), [[1] * len(ids) for ids, _ in views]))
     sampled = mask[:, 1:].bool()  # the state at position s-1 predicts the id at s
     with forward_dtype(model, config):
         hidden = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
@@ -329,7 +338,6 @@ def response_logprobs(model, episodes, config, with_skill=False, with_entropy=Fa
     inside = response_mask(episodes, model.device) > 0
     place = lambda x: torch.zeros(inside.shape, device=x.device).masked_scatter(inside, x)
     return place(logprobs), place(entropy) if with_entropy else None
-
 
 def micro_batches(episodes, budget):
     """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
@@ -341,26 +349,26 @@ def micro_batches(episodes, budget):
         batches[-1].append(episode)
     return batches
 
-
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without graph: (B, T)."""
+    home = model.device  # the CPU for --offload's frozen copies
+    model.to(config.device)
     parts = [response_logprobs(model, micro, config, with_skill)[0]
              for micro in micro_batches(episodes, config.micro_tokens)]
+    model.to(home)
+    torch.cuda.is_available() and torch.cuda.synchronize()  # or the step's clock would be read too early
     width = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
-
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 def visible(mask, *tensors):
     """The tensors with 0 wherever mask is 0: what stands there, NaN included, reaches no value and no gradient."""
     return [x.masked_fill((mask == 0).expand_as(x), 0.0) for x in tensors]
 
-
 def masked_mean(x, mask):
     """Mean of x over the tokens where mask is 1; 0 if there are none."""
     return (visible(mask, x)[0] * mask).sum() / mask.sum().clamp(min=1)
-
 
 def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6):
     """GRPO's advantage (section 2.2): (score - mean) / (std + eps) within each group, std with n-1.
@@ -382,7 +390,6 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
         advantages[rows] = (x - mean) / (std + eps) if normalize_std else x - mean
     return advantages
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_clip=3.0):
     """PPO's clipped loss (section 2.2); advantages (B, T) or broadcastable, or (B,): one an episode.
     dual_clip (official code; None: off) caps the loss of a token with negative advantage A at -A dual_clip.
@@ -398,24 +405,21 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
     return masked_mean(loss, mask), {"clip_fraction": masked_mean((clipped > plain).float(), mask).item(),
                                      "ratio_mean": masked_mean(ratio, mask).item()}
 
-
 def kl_k3(logprobs, ref_logprobs):
-    """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1 with d = reference - policy, >= 0."""
+    """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1, d = reference - policy."""
     d = (ref_logprobs - logprobs).clamp(max=20)  # beyond the clamp of the value; keeps exp, and its gradient, finite
     d = torch.where(d.isnan(), d.detach(), d)  # NaN stays NaN but sends no gradient: it may stand under a mask
     return (d.exp() - d - 1).clamp(-10, 10)
 
-
 CONTROLS = ("constant", "shuffled", "centred")  # gates whose value on a token depends on the other tokens of the batch
-
 
 def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     """The gate g_t (section 2.4): how far the teacher is trusted on each token. Detached, shaped like gap (B, T).
     gap is Delta_t = teacher - student, entropy the student's h_t in nats. The paper's: "gap" sigmoid(beta gap),
     "entropy" sigmoid(beta h), "soft_or" sigmoid(beta [1 - (1 - h)(1 - gap)]); "none" 1. Controls, over the tokens where
-    mask is 1: "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less
-    its mean: the same expected gradient (up to 1/batch), less variance. "reverse_kl" the gap itself: the signed gradient of the reverse
-    KL to the teacher, which also pushes down.
+    mask is 1: "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less its
+    mean: the same expected gradient (up to 1/batch), less variance; "reverse_kl" the gap itself: the signed gradient of the
+    reverse KL to the teacher, which also pushes down.
     >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))   # 0.924, 0.269, 0.500
     """
     gap = gap.detach()
@@ -435,7 +439,6 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
         raise ValueError(f"unknown gate {kind!r}")
     return gates[kind]()
 
-
 def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=None):
     """The gated self-distillation loss (section 2.4): mean of g_t (log pi_T - log pi_theta).
     Its gradient on a token is -g_t grad log pi_theta, through the student alone: every sampled token is pushed up,
@@ -450,7 +453,6 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
                                         "gate_active": masked_mean((g > 0.5).float(), mask).item(),
                                         "gap_mean": masked_mean(gap.detach(), mask).item()}
 
-
 def skill_sd_loss(logprobs, teacher_logprobs, old_logprobs, mask):
     """Skill-SD (arXiv 2604.10674, a baseline of section 4): mean of rho k3(l), l = student - teacher, rho = exp(student -
     old), not detached. On policy the gradient on a token is l grad log pi_theta: signed, as the reverse KL's, and
@@ -460,7 +462,6 @@ def skill_sd_loss(logprobs, teacher_logprobs, old_logprobs, mask):
     k3, rho = (-l).clamp(max=20).exp() - 1 + l, (logprobs - old).clamp(max=10).exp()
     return masked_mean(rho * k3, mask), {"gap_mean": -masked_mean(l.detach(), mask).item()}
 
-
 def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, clip_eps=0.2):
     """RLSD's advantages (B, T), a baseline of section 4: A ((1 - mix) + mix clip(exp(sign(A) gap), 1 - eps, 1 + eps)), with
     gap = teacher - old. The reward keeps the direction; the teacher moves the size, mix 0.5 from 0.9 A to 1.1 A."""
@@ -468,11 +469,10 @@ def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, c
     weight = (advantages.sign() * gap).exp().clamp(1 - clip_eps, 1 + clip_eps)
     return (advantages * (1 - mix + mix * weight)).detach()
 
-
 # --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR --------------------
 def step_batch(model, start, episodes, config):
     """What the update reads besides the teacher, from before its first optimiser step: (B, T) tensors mask, old,
-    advantages, taught (B, 1) and, with a start policy, ref. Asserts that what was sampled is what is scored, by both readers."""
+    advantages, taught (B, 1) and, with a start policy, ref. Asserts that both readers score what was sampled."""
     for e in episodes:
         student, teacher = ([i for i, m in zip(*e.view(skilled)) if m] for skilled in (False, True))
         assert student == teacher and len(student) == len(e.logprobs), "student and teacher must score the sampled ids"
@@ -489,7 +489,6 @@ def step_batch(model, start, episodes, config):
     if start is not None:
         batch["ref"] = score(start, episodes, config)
     return batch
-
 
 def update(model, optimizer, episodes, batch, config, rng):
     """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
@@ -536,8 +535,12 @@ def update(model, optimizer, episodes, batch, config, rng):
     means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
     return means | {"grad_norm": sum(norms) / len(norms)}
 
-
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
+def make_envs(config):
+    """One environment for each episode of a step or of a part of the panel."""
+    return [make_env(config.env, max_turns=config.max_turns)
+            for _ in range(max(EVAL_BATCH, config.tasks_per_step * config.group_size))]
+
 def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
@@ -552,223 +555,236 @@ def evaluate(model, chat, envs, config, bandit=None):
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
     return {"success": won / episodes, "success_skill": won_skill / episodes, "episodes": episodes, "by_type": by_type}
 
+def training_step(run, step):
+    """Rollouts, teacher, update. Returns (episodes, metrics, clock): seconds at the start and after each of the three."""
+    config, method, model, chat, envs = run.config, METHODS[run.config.method], run.model, run.chat, run.envs
+    rng, tasks = np.random.default_rng([2, config.seed, step]), envs[0].tasks("train")  # so a resumed run draws the same
+    chosen = rng.choice(len(tasks), config.tasks_per_step, replace=len(tasks) < config.tasks_per_step)
+    starts = [(tasks[task], int(rng.integers(10 ** 6)), group) for group, task in enumerate(chosen)]
+    starts = [one for one in starts for _ in range(config.group_size)]
+    clock = [time.perf_counter()]
+    episodes = rollout(model, chat, envs, starts, config, (3, config.seed, step), method.skilled, bandit=run.bandit)
+    clock.append(time.perf_counter())
+    batch = {}
+    if method.teacher:
+        if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
+            run.lagged = run.frozen_copy()
+        teacher = {"live": model, "lagged": run.lagged, "frozen": run.start}[config.teacher]
+        batch["teacher"] = score(teacher, episodes, config, with_skill=True)
+    clock.append(time.perf_counter())
+    batch |= step_batch(model, run.start if config.kl_coef else None, episodes, config)
+    advice = torch.where(batch["taught"], batch.get("teacher", batch["old"]), batch["old"])
+    gap = batch["mask"] * (advice - batch["old"])
+    if config.retrieval == "ucb":
+        run.bandit.learn(episodes, batch["advantages"][:, 0].tolist(), (gap.sum(1) / batch["mask"].sum(1)).tolist())
+    if method.teacher == "advantage":
+        mix = config.rlsd_mix * max(0, 1 - step / config.rlsd_decay)
+        batch["advantages"] = rlsd_advantages(batch["advantages"], advice, batch["old"], batch["mask"], mix)
+    metrics = update(model, run.optimizer, episodes, batch, config, rng)
+    metrics["gap_mean"] = masked_mean(gap, batch["mask"]).item() if method.teacher else None
+    return episodes, metrics, clock + [time.perf_counter()]
 
 def train(config):
     """The whole run, written below config.out alone. Returns the last step's metrics and start_* from before training."""
-    run, method = Run(config), METHODS[config.method]
-    model, chat, envs, tasks = run.model, run.chat, run.envs, run.envs[0].tasks("train")
+    run = Run(config)
+    check = lambda: evaluate(run.model, run.chat, run.envs, config, run.bandit)
     if not run.step:
-        run.begin(evaluate(model, chat, envs, config, run.bandit))
+        run.begin(check())
     run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
     for step in run.bar:
-        rng = np.random.default_rng([2, config.seed, step])  # so a resumed run draws the same
-        chosen = rng.choice(len(tasks), config.tasks_per_step, replace=len(tasks) < config.tasks_per_step)
-        starts = [(tasks[task], int(rng.integers(10 ** 6)), group) for group, task in enumerate(chosen)]
-        starts = [one for one in starts for _ in range(config.group_size)]
-        clock = [time.perf_counter()]
-        episodes = rollout(model, chat, envs, starts, config, (3, config.seed, step), method.skilled, bandit=run.bandit)
-        clock.append(time.perf_counter())
-        batch = {}
-        if method.teacher:
-            if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
-                run.lagged = copy.deepcopy(model)
-            teacher = {"live": model, "lagged": run.lagged, "frozen": run.start}[config.teacher]
-            batch["teacher"] = score(teacher, episodes, config, with_skill=True)
-        clock.append(time.perf_counter())
-        batch |= step_batch(model, run.start if config.kl_coef else None, episodes, config)
-        advice = torch.where(batch["taught"], batch.get("teacher", batch["old"]), batch["old"])
-        gap = batch["mask"] * (advice - batch["old"])
-        if config.retrieval == "ucb":
-            run.bandit.learn(episodes, batch["advantages"][:, 0].tolist(), (gap.sum(1) / batch["mask"].sum(1)).tolist())
-        if method.teacher == "advantage":
-            mix = config.rlsd_mix * max(0, 1 - step / config.rlsd_decay)
-            batch["advantages"] = rlsd_advantages(batch["advantages"], advice, batch["old"], batch["mask"], mix)
-        metrics = update(model, run.optimizer, episodes, batch, config, rng)
-        metrics["gap_mean"] = masked_mean(gap, batch["mask"]).item() if method.teacher else None
-        clock.append(time.perf_counter())
+        episodes, metrics, clock = training_step(run, step)
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= {"eval_" + k: value for k, value in evaluate(model, chat, envs, config, run.bandit).items()}
+            metrics |= {"eval_" + key: value for key, value in check().items()}
         run.log(step, episodes, metrics, clock)
     return run.finish()
 
-
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
-
 import argparse
 import difflib
-import hashlib
 import json
 import os
-import random
-import shutil
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 
-from envs import ENVS, EnvUnavailable, demonstration, make_env, toy_tokenizer
+from envs import (ENVS, TINY_FOLDER, EnvUnavailable, UserError, make_env, replace_folder, require, tiny_policy,
+                  toy_tokenizer, unknown, warmstart)
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
 
-# --- 8. The tiny policy: a real Qwen3 with a real tokenizer, warm-started in random households --
-WARMSTART = 1  # raise it with every change of warmstart()
-TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
+# --- 8. The CUDA kernel: log-prob and entropy of a row of logits in one read ---------------------
+# Why online: sum e^(x - max) needs the maximum, so a row (300 kB of Qwen's 151,936 logits) would be read twice; carrying the
+# maximum along, and rescaling the sums when it grows, reads it once. Why one block per row: its threads' sums meet in shared
+# memory, and thousands of rows fill any card. What limits it: reading. So a thread takes 32 bytes at a time, branch-free.
+KERNEL_SOURCE = r"""
+#if TYPE == 2  // float16: by the conversion instructions
+__device__ float decode(Bits b) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(b)); return x; }
+__device__ Bits encode(float x) { Bits b; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(x)); return b; }
+#else  // float32 or bfloat16, which is its upper half, rounded to the nearest, ties to even
+__device__ float decode(Bits b) { return __uint_as_float((unsigned)b << 16 * TYPE); }
+__device__ Bits encode(float x) {
+    unsigned b = __float_as_uint(x);
+    return TYPE == 0 ? b : x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+}
+#endif
+const int PACK = 32 / sizeof(Bits);
+union Pack { uint4 loads[2]; Bits at[PACK]; };
+__device__ int packs(const Bits *x, int V) { return (size_t)x % 16 ? 0 : V / PACK; }  // the rest goes one by one
 
+struct Sums { float max, s, u; };  // the largest x; the sums of e^(t (x - max)) and of (x - max) e^(t (x - max))
+__device__ Sums merged(Sums a, Sums b, float k) {  // the online step
+    float max = fmaxf(a.max, b.max), p = exp2f(k * (a.max - max)), q = exp2f(k * (b.max - max));  // fmaxf drops NaN, s does not
+    float u = p > 0 ? p * (a.u + (a.max - max) * a.s) : 0, v = q > 0 ? q * (b.u + (b.max - max) * b.s) : 0;
+    return {max, p * a.s + q * b.s, u + v};
+}
 
-def fingerprint(folder):
-    """Hashes of a tiny policy's files and of its recipe: WARMSTART and sample demonstrations, in which the world, the
-    scripted player, the skills, the tokenizer and the chat template show."""
-    chat, rng = Chat(toy_tokenizer()), random.Random("fingerprint")
-    sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
-    parts = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
-    parts["recipe"] = json.dumps(sample).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+// Of each row of logits (N, V) times t: log-prob of ids, entropy in nats, max, log s
+extern "C" __global__ void forward(const Bits *logits, const long long *ids, float4 *out, int V, double scale) {
+    const Bits *x = logits + (size_t)blockIdx.x * V;  // 64 bits: N V passes 2^31
+    const float t = scale, k = t * 1.44269504f;  // e^(t x) = 2^(k x)
+    Sums a = {-3e38f, 0, 0};  // not -inf: -inf - -inf is NaN
+    for (int i = threadIdx.x; i < packs(x, V); i += blockDim.x) {
+        Pack p = ((const Pack *)x)[i];
+        Sums b = {-3e38f, 0, 0};
+        for (int j = 0; j < PACK; j++) b.max = fmaxf(b.max, decode(p.at[j]));
+        for (int j = 0; j < PACK; j++) {
+            float d = decode(p.at[j]) - b.max, e = exp2f(k * d);
+            b.s += e, b.u += fmaxf(d, -3e38f) * e;  // of -inf: 0, not NaN
+        }
+        a = merged(a, b, k);
+    }
+    for (int i = packs(x, V) * PACK + threadIdx.x; i < V; i += blockDim.x) a = merged(a, {decode(x[i]), 1, 0}, k);
+    __shared__ Sums all[512];
+    all[threadIdx.x] = a;
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) all[threadIdx.x] = a = merged(a, all[threadIdx.x + half], k);
+    }
+    float logp = t * (decode(x[ids[blockIdx.x]]) - a.max) - logf(a.s), entropy = logf(a.s) - t * a.u / a.s;
+    if (threadIdx.x == 0) out[blockIdx.x] = {logp, entropy, a.max, logf(a.s)};
+}
 
+// The gradient of g logprob + h entropy, t (g [i = id] - p_i (g + h (log p_i + entropy))), takes the place of logit i
+extern "C" __global__ void backward(Bits *logits, const long long *ids, const float4 *out, const float *g, const float *h,
+                                    int V, double scale) {
+    Bits *x = logits + (size_t)blockIdx.x * V;
+    const float t = scale, G = g[blockIdx.x], H = h[blockIdx.x];
+    const float entropy = out[blockIdx.x].y, max = out[blockIdx.x].z, log_s = out[blockIdx.x].w;
+    auto gradient = [=](Bits b, int i) {
+        float logp = fmaxf(t * (decode(b) - max) - log_s, -3e38f), p = exp2f(1.44269504f * logp);
+        return encode(t * ((i == ids[blockIdx.x] ? G : 0) - p * (G + H * (logp + entropy))));
+    };
+    for (int i = threadIdx.x; i < packs(x, V); i += blockDim.x) {
+        Pack p = ((Pack *)x)[i];
+        for (int j = 0; j < PACK; j++) p.at[j] = gradient(p.at[j], i * PACK + j);
+        ((Pack *)x)[i] = p;
+    }
+    for (int i = packs(x, V) * PACK + threadIdx.x; i < V; i += blockDim.x) x[i] = gradient(x[i], i);
+}
+"""
 
-def warmstart(folder, steps=900):
-    """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
-    matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
-    chat, rng = Chat(toy_tokenizer()), random.Random(0)
-    torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(chat.tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id))
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for name, p in model.named_parameters() if "layers." not in name or p.ndim < 2]
-    optimizers = [torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01),
-                  torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)]
-    schedule = lambda step: min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
-    for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
-        rows = [demonstration(chat, rng) for _ in range(32)]
-        columns = (*zip(*rows), [[1] * len(ids) for ids, _ in rows])
-        ids, weights, real = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, c)), batch_first=True) for c in columns)
-        logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for item in (*optimizers, *schedulers):
-            item.step()
-        model.zero_grad()
+@lru_cache(maxsize=None)
+def compiled(name, dtype):
+    """A kernel of KERNEL_SOURCE for logits of dtype, by NVRTC; _compile_kernel is a private name, used here alone."""
+    kind = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    source = f"#define TYPE {kind}\ntypedef unsigned {'short' if kind else 'int'} Bits;" + KERNEL_SOURCE
+    return torch.cuda._compile_kernel(source, name, nvcc_options=["--ftz=true"])
 
-    def write(target):
-        model.save_pretrained(target)
-        chat.tokenizer.save_pretrained(target)
-        (target / "fingerprint.json").write_text(json.dumps(fingerprint(target), indent=1) + "\n")
-    replace_folder(folder, write)
+class KernelLogprobs(torch.autograd.Function):
+    """Log-probs and entropy (N,) of ids in logits (N, V): no other tensor of N x V, the gradient overwrites the logits."""
+    @staticmethod
+    def forward(ctx, logits, ids, temperature, with_entropy):
+        logits, out = logits.contiguous(), torch.empty(len(ids), 4, device=logits.device)
+        ctx.save_for_backward(logits, ids, out)
+        ctx.scale = 1 / temperature
+        compiled("forward", logits.dtype)((len(ids), 1, 1), (512, 1, 1), [logits, ids, out, logits.shape[1], ctx.scale])
+        return out[:, 0].clone(), out[:, 1].clone()
 
-
-def tiny_policy():
-    """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
-    try:
-        trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER)
-    except (OSError, ValueError):
-        trusted = False
-    if not trusted:
-        print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
-        warmstart(TINY_FOLDER)
-    return TINY_FOLDER
-
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        logits, ids, out = ctx.saved_tensors
+        torch.autograd.graph.increment_version(logits)  # a second backward pass is an error
+        args = [logits, ids, out, *(g.float().contiguous() for g in gradients), logits.shape[1], ctx.scale]
+        compiled("backward", logits.dtype)((len(ids), 1, 1), (512, 1, 1), args)
+        return logits, None, None, None
 
 # --- 9. Configuration errors, models, the run's folder -----------------------------------------
-CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS),
-           "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *CONTROLS),
-           "teacher": ("live", "lagged", "frozen"), "retrieval": ("keyword", "ucb", "full", "random", "none"),
-           "skills": ("right", "wrong", "empty"), "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval"),
-           "device": ("", "cpu", "cuda")}
+CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS), "device": ("cpu", "cuda"),
+           "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *CONTROLS), "teacher": ("live", "lagged", "frozen"),
+           "retrieval": ("keyword", "ucb", "full", "random", "none"), "skills": ("right", "wrong", "empty"),
+           "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval")}
 MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
                "invalid_penalty", "sdar_coef", "gate_beta", "rlsd_mix")
 flag = lambda name: "--" + name.replace("_", "-")  # a field of Config as it is typed
 
-
-class UserError(ValueError):
-    """Bad input; main() prints it as one line and exits with 2."""
-
-
-def unknown(what, value, known):
-    """The message for a bad choice, the nearest good one first."""
-    near = difflib.get_close_matches(str(value), known, 1)
-    return f"unknown {what} {value!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
-
-
 def check_config(config):
     """UserError for a value that no run could use."""
     for name, known in CHOICES.items():
-        if getattr(config, name) not in known:
-            raise UserError(unknown(flag(name), getattr(config, name), known))
+        require(getattr(config, name) in known, unknown(flag(name), getattr(config, name), known))
     for name, value in vars(config).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
-            raise UserError(f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
-    if config.retrieval == "ucb" and METHODS[config.method].skilled:
-        raise UserError(f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
-    if config.group_size < 2:
-        raise UserError("--group-size must be at least 2: an advantage compares the episodes of one task")
-
+        good = type(value) not in (int, float) or 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO
+        require(good, f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
+    require(config.retrieval != "ucb" or not METHODS[config.method].skilled,
+            f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
+    require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    require(not config.kernel or config.device == "cuda", "--kernel is a CUDA kernel: it needs --device cuda")
+    require(config.group_size > 1, "--group-size must be at least 2: an advantage compares the episodes of one task")
 
 def load_policy(config):
     """The start policy and its Chat, ready for use. UserError if it is no usable checkpoint."""
+    global KERNEL
     import transformers  # late: it takes seconds
     transformers.utils.logging.disable_progress_bar()
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    path = tiny_policy() if config.model == "tiny" else config.model
+    KERNEL = None
+    try:
+        KERNEL = KernelLogprobs.apply if config.kernel and compiled("forward", torch.float32) else None
+    except Exception as error:  # whatever a private function raises when it has changed
+        print(f"--kernel: this PyTorch cannot compile it, its own functions do the work: {error!r:.200}", file=sys.stderr)
+    path = tiny_policy(Chat(toy_tokenizer())) if config.model == "tiny" else config.model
     is_path = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if is_path and not (Path(path) / "config.json").is_file():
-        raise UserError(f"--model {path}: no folder with a config.json (a hub name looks like Qwen/Qwen3-0.6B)")
+    require(not is_path or (Path(path) / "config.json").is_file(), f"--model {path}: no folder with a config.json")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        return model.to(config.device).eval(), Chat(tokenizer)
+        require(tokenizer.chat_template, "it has no chat template; take the -Instruct checkpoint of its family")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
+                                                                  attn_implementation="sdpa").to(config.device).eval()
+        ids, same = torch.arange(1, 9, device=config.device)[None], partial(torch.allclose, rtol=1e-2, atol=1e-2)
+        with torch.no_grad():  # what the rest of this file takes for granted of an ordinary causal LM
+            hidden, logits, first = model.base_model(ids).last_hidden_state, model(ids).logits, model(ids[:, :4]).logits
+            require(same(hidden @ model.get_output_embeddings().weight.T, logits) and same(first, logits[:, :4]),
+                    "its logits are not causal, or not its last states times one matrix")
+        for layer in model.modules() if config.gradient_checkpointing else ():  # the library's own switch drops KV caches
+            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        return model, Chat(tokenizer)
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
-        raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
-
+        raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]:.200}") from error
 
 def check_context(model, env, episodes, config):
     """UserError if episodes of `env` that start with these prompts cannot fit the model's context."""
     prompt, context = max(len(episode.view(True)[0]) for episode in episodes), model.config.max_position_embeddings
-    if prompt + env.max_turns * config.max_new_tokens > context:
-        raise UserError(f"a prompt of {prompt} tokens and --max-turns {env.max_turns} x --max-new-tokens "
-                        f"{config.max_new_tokens} do not fit the model's context of {context}")
-
-
-def make_envs(config):
-    """One environment for each episode of a step or of a part of the panel."""
-    number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
-    return [make_env(config.env, max_turns=config.max_turns) for _ in range(number)]
-
-
-def replace_folder(folder, write):
-    """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(fresh)  # save_pretrained makes the folder
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
+    require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
+            f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
-    FREE = ("steps", "out", "resume", "overwrite", "device", "micro_tokens", "eval_every", "save_every")  # may change
+    FREE = ("steps", "out", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
+            "gradient_checkpointing", "kernel", "eval_every", "save_every")  # may change
 
     def __init__(self, config):
-        self.config, self.folder, self.step, self.lagged = config, Path(config.out), 0, None
-        self.envs, self.bandit = make_envs(config), Bandit()
+        self.folder, self.lines, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
+        self.config, self.envs, self.bandit, self.lagged = config, make_envs(config), Bandit(), None
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise UserError(f"--out {config.out}: {parent} is not a folder that can be written")
-        run_there = (self.folder / "metrics.jsonl").exists()
-        if not config.resume and any(self.folder.glob("*")) and not (run_there and config.overwrite):
-            raise UserError(f"--out {config.out} is not empty: --resume continues a run there, --overwrite replaces it")
+        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: {parent} is no folder that can be written")
+        over = config.resume or config.overwrite and self.lines.exists()
+        require(over or not any(self.folder.glob("*")), f"--out {config.out} is not empty: --resume it or --overwrite it")
         self.model, self.chat = load_policy(config)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.01)
-        self.start = copy.deepcopy(self.model) if config.kl_coef or config.teacher == "frozen" else None  # frozen
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.01, fused=config.model != "tiny")
+        self.frozen_copy = lambda: copy.deepcopy(self.model).to("cpu" if config.offload else config.device)
+        self.start = self.frozen_copy() if config.kl_coef or config.teacher == "frozen" else None
         if config.resume:
             self.load()
 
@@ -776,13 +792,13 @@ class Run:
         """Say where training starts from, and write the folder's first files."""
         config, self.before = self.config, {"start_" + key: value for key, value in before.items()}
         size, student, teacher = sum(p.numel() for p in self.model.parameters()), before["success"], before["success_skill"]
+        hint = "\nThe teacher is not better than the student: there is nothing to distil. Can this model use a skill?"
         print(f"{config.method} on {config.env} with {config.model} ({size:,} parameters), {config.preset} preset, seed "
               f"{config.seed}: {config.steps} steps of {config.tasks_per_step} tasks x {config.group_size} episodes\n"
-              f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}")
-        if teacher <= student:
-            print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
+              f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}"
+              + hint * (teacher <= student))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "metrics.jsonl").write_text("")
+        self.lines.write_text("")
         (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         self.save()
 
@@ -793,10 +809,10 @@ class Run:
         metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
                    "turns": turns / n, "invalid_rate": sum(e.invalid for e in episodes) / turns,
                    "response_tokens": tokens / n, **seconds, "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
-        with open(self.folder / "metrics.jsonl", "a") as lines:
+        with open(self.lines, "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
-        shown = {key: metrics[key] for key in ("success", "gap_mean", "gate_mean", "loss") if metrics[key] is not None}
-        self.bar.set_postfix(shown)
+        shown = ("success", "gap_mean", "gate_mean", "loss")
+        self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes = step, metrics, episodes
         if step == self.config.steps or step % self.config.save_every == 0:
             self.save()
@@ -819,27 +835,24 @@ class Run:
         except Exception as error:  # whatever a torn file makes a library raise
             raise UserError(f"--resume: {self.folder} holds no run that can be read: {error!r:.200}") from error
         changed = [flag(key) for key, value in vars(self.config).items() if key not in self.FREE and old.get(key) != value]
-        if changed:
-            raise UserError(f"--resume: {', '.join(changed)} not as in {self.folder}/config.json")
-        if state["step"] >= self.config.steps:
-            raise UserError(f"--resume: the run in {self.folder} has all of its {state['step']} steps; raise --steps")
+        require(not changed, f"--resume: {', '.join(changed)} not as in {self.folder}/config.json")
+        require(state["step"] < self.config.steps, f"--resume: {self.folder} has all of its {state['step']} steps; raise --steps")
         if state["lagged"]:
-            self.lagged = copy.deepcopy(self.model)
+            self.lagged = self.frozen_copy()
             self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
         (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1) + "\n")
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()[:self.step]
-        (self.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+        self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         played = {"before": [self.before["start_by_type"]], "after": [self.metrics["eval_by_type"]]}
         print_table([(title + "*" * skilled, runs, skilled, "") for title, runs in played.items() for skilled in (0, 1)])
-        lines = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        parts = {name: sum(line["seconds_" + name] for line in lines) for name in ("rollout", "teacher", "update")}
-        print("\nseconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
+        lines = [json.loads(line) for line in open(self.lines)]
+        spent = {part: sum(line["seconds_" + part] for line in lines) for part in ("rollout", "teacher", "update")}
+        print("\nseconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.items()))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
@@ -847,13 +860,11 @@ class Run:
         print(f"\n{self.folder}: config.json, metrics.jsonl, checkpoint/")
         return {**self.before, **self.metrics}
 
-
 def wilson(wins, n, z=1.96):
     """95 % Wilson score interval of a proportion: (low, high)."""
     p, scale = wins / n, 1 + z * z / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / scale, (middle + half) / scale
-
 
 def print_table(rows):
     """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], 1 if skilled, remark)."""
@@ -865,36 +876,21 @@ def print_table(rows):
             counts = [[sum(run[kind][i] for kind in group) for i in (1 + skilled, 0)] for run in runs]
             shares = [wins / n for wins, n in counts]
             line += f"{np.mean(shares):.2f}" + (f"±{np.std(shares, ddof=1):.2f}  " if len(runs) > 1 else " " * 7)
-        if len(runs) == 1:
-            line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0]))
+        line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0])) if len(runs) == 1 else ""
         print((line + remark).rstrip())
-
 
 # --- 10. Comparison: methods, or values of a setting, over seeds --------------------------------
 def plan(given, methods, seeds, sweep, out):
     """What compare runs: {row: [its Config for each seed]}. given: the other flags, {field: value}."""
-    def typed(name, text):
-        return name.replace("-", "_"), getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
-
-    name, _, values = sweep.partition("=")
-    rows = [typed(name, value) for value in values.split(",")] if sweep else []
-    rows = [("method", "grpo"), *rows] if sweep else [typed("method", method) for method in methods.split(",")]
-    seeds, runs = list(dict.fromkeys(typed("seed", seed)[1] for seed in seeds.split(","))), {}
-    if {"seed", "resume", "out"} & {field for field, _ in rows} or {"seed", "resume"} & set(given):
-        raise UserError("compare takes --seeds and one --out, and continues by itself")
-    for field, value in rows:
-        row = {**given, field: value}
-        if METHODS[row.get("method", "sdar")].teacher == "":  # what it does not read does not make it another run
-            row = {key: value for key, value in row.items() if key not in ("gate", "gate_beta", "sdar_coef", "teacher")}
-        plain = Config(**{key: given[key] for key in ("env", "model", "preset") if key in given}, method=row.get("method"))
-        changed = {key: value for key, value in row.items() if key not in ("out", "overwrite") and value != getattr(plain, key)}
-        folder = re.sub(r"[^\w.=+-]+", "_", "-".join([plain.method, *(f"{key}={value}" for key, value in changed.items())]))
-        label = f"{plain.method} {field}={value}" if field in changed else plain.method
-        new = [Config(**{**row, "seed": seed, "out": str(out / f"{folder}-s{seed}")}) for seed in seeds]
-        if runs.setdefault(label, new) != new:
-            raise UserError(f"--sweep {sweep}: two rows would both be called {label!r}")
+    typed = lambda name, text: getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
+    name, _, values = (sweep or f"method={methods}").partition("=")
+    rows = [("method", "grpo")] * bool(sweep) + [(name.replace("-", "_"), typed(name, value)) for value in values.split(",")]
+    require(not {"seed", "resume", "out"} & {*dict(rows)} | {"seed", "resume"} & {*given}, "compare takes --seeds and one --out")
+    seeds, runs = [typed("seed", seed) for seed in dict.fromkeys(seeds.split(","))], {}
+    for name, value in rows:
+        label = value if name == "method" else f"{name}={value}"
+        runs[label] = [Config(**{**given, name: value, "seed": seed, "out": f"{out / label}-s{seed}"}) for seed in seeds]
     return runs
-
 
 def finished(config):
     """The evaluations of a run, if it is complete, else None. UserError if it was made with other settings."""
@@ -904,20 +900,16 @@ def finished(config):
     except (OSError, ValueError, TypeError):
         return None
     same = {**old, "overwrite": config.overwrite, "out": config.out} == vars(config)
-    if not same and not config.overwrite:
-        raise UserError(f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
+    require(same or config.overwrite, f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
     return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
-
 
 def launch(config):
     """Train from the first step, on one thread of a process of its own. Returns "" or what went wrong."""
-    code = (f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; import json, sdar; "
-            "sdar.train(sdar.Config(**json.loads(sys.argv[1])))")
     settings = json.dumps({**vars(config), "overwrite": True})  # of what is left of a run that did not finish
-    done = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    done = subprocess.run([sys.executable, "-c", code, settings], env=place, capture_output=True, text=True)
     return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}" if done.returncode else ""
-
 
 def t_interval(gains):
     """[mean, low, high]: 95 % interval of Student's t; with t = sqrt(df) tan(x) its density is prop. to cos(x)^(df-1)."""
@@ -926,57 +918,47 @@ def t_interval(gains):
     half = math.sqrt(df) * math.tan(np.interp(0.975, mass / mass[-1], x)) * np.std(gains, ddof=1) / math.sqrt(len(gains))
     return [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half]
 
-
-def command_compare(config, given, methods, seeds, sweep, jobs):
-    """Run methods, or values of one setting, over seeds from the same start policy, and report: the gain is over
-    GRPO at its defaults. Finished runs in the folder are kept: a comparison can be stopped, continued, extended (by one
-    compare at a time). Exit code 1 if a run failed."""
+def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
+    """Run --methods, or a --sweep NAME=VALUE,VALUE,... of one setting, over --seeds, --jobs at a time (0: one a core), and
+    report the gain over GRPO. Finished runs in the folder are kept. Returns whether a run failed: exit code 1."""
     out = Path(given.get("out") or "runs/compare")
     runs = plan(given, methods, seeds, sweep, out)
     todo = [run for row in runs.values() for run in row if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
     start = evaluate(*load_policy(config), make_envs(config), config)
     with ThreadPoolExecutor(max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())) as pool:
-        try:
-            reasons = list(tqdm(pool.map(launch, todo), total=len(todo), unit="run"))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    failed = {run.out: why or "no finished run" for run, why in zip(todo, reasons) if why or finished(run) is None}
-    base = {run.seed: finished(run) for run in runs.get("grpo", ()) if run.out not in failed}
-    report, table = {}, [("vanilla", [start["by_type"]], 0, ""), ("skill_prompt*", [start["by_type"]], 1, "")]
+        reasons = dict(zip((run.out for run in todo), tqdm(pool.map(launch, todo), total=len(todo), unit="run")))
+    done = {label: {run.seed: lines for run in row if (lines := finished(run))} for label, row in runs.items()}
+    table = [("vanilla", [start["by_type"]], 0, ""), ("skill_prompt*", [start["by_type"]], 1, "")]
     for label, row in runs.items():
-        done = {run.seed: finished(run) for run in row if run.out not in failed}
-        gains = [lines[-1]["eval_success"] - base[seed][-1]["eval_success"] for seed, lines in done.items() if seed in base]
-        gain = t_interval(gains) if len(gains) > 1 and label != "grpo" else None
-        report[label] = {"evaluations": done, "failed": {run.seed: failed[run.out] for run in row if run.out in failed},
-                         "minus_grpo": gain}
-        remark = "minus grpo {:+.3f} [{:+.2f}, {:+.2f}]".format(*gain) if gain else ""
-        remark += "".join(f"  seed {seed} failed: {why}" for seed, why in report[label]["failed"].items())
-        by_type = [lines[-1]["eval_by_type"] for lines in done.values()]
-        table += [(label, by_type, 0, remark)] + [(label + "*", by_type, 1, "")] * METHODS[row[0].method].skilled
+        ends = {seed: lines[-1]["eval_success"] for seed, lines in done[label].items()}
+        gains = [end - done["grpo"][seed][-1]["eval_success"] for seed, end in ends.items() if seed in done.get("grpo", ())]
+        remark = ["minus grpo {:+.3f} [{:+.2f}, {:+.2f}]".format(*t_interval(gains))] if len(gains) > 1 and label != "grpo" else []
+        remark += [f"seed {run.seed} failed: {reasons[run.out] or 'no finished run'}" for run in row if run.seed not in ends]
+        by_type = [lines[-1]["eval_by_type"] for lines in done[label].values()]
+        table += [(label, by_type, 0, "  ".join(remark))] + [(label + "*", by_type, 1, "")] * METHODS[row[0].method].skilled
     print_table(table)
     out.mkdir(parents=True, exist_ok=True)
     name = "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
-    (out / f"{name}.json").write_text(json.dumps({"start": start, "rows": report}) + "\n")
-    draw({label: [[(0, start["success"]), *((line["step"], line["eval_success"]) for line in lines)]
-                  for lines in row["evaluations"].values()] for label, row in report.items()}, out / f"{name}.svg")
-    return int(bool(failed))
+    (out / f"{name}.json").write_text(json.dumps({"start": start, "evaluations": done}) + "\n")
+    draw(done, start["success"], out / f"{name}.svg")
+    return any(len(row) > len(done[label]) for label, row in runs.items())
 
-
-def draw(curves, path):
-    """Mean learning curves, {label: [[(step, value), ...] of each run]}: as text and, with bands of one sd, as a picture."""
+def draw(done, start, path):
+    """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and with bands of one sd as a picture."""
     print("\nheld-out success without the skill at training steps")
-    curves = {label: (np.array(runs)[0, :, 0], np.array(runs)[:, :, 1]) for label, runs in curves.items() if runs}
+    curves = {label: ([0, *(line["step"] for line in [*runs.values()][0])], np.array(
+        [[start, *(line["eval_success"] for line in lines)] for lines in runs.values()])) for label, runs in done.items() if runs}
     for label, (steps, values) in curves.items():
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in values.mean(0))
-        print(bars + "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in zip(steps, values.mean(0))) + f"  {label}")
+        shown = "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in zip(steps, values.mean(0)))
+        print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in values.mean(0)) + shown + f"  {label}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
     axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
     for label, (steps, values) in curves.items():
-        mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
+        mean, sd = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
         line, = axes.plot(steps, mean, label=label)
         axes.fill_between(steps, mean - sd, mean + sd, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set(xlabel="training step", ylabel="held-out success without the skill", ylim=(0, 1))
@@ -984,61 +966,85 @@ def draw(curves, path):
     axes.figure.savefig(path)
     print(path)
 
+def command_bench(config):
+    """Where the time of a training step goes; then token_logprobs on each of its paths."""
+    global KERNEL, LOGITS_AT_ONCE
+    from torch.utils.benchmark import Timer
+    run = Run(replace(config, out=config.out + "-bench", resume=False))  # which writes nothing before it begins
+    steps = [training_step(run, step) for step in (1, 2, 3)][1:]  # the first warms up
+    seconds = np.mean([np.diff(clock) for _, _, clock in steps], axis=0)
+    tokens = np.mean([sum(len(e.logprobs) for e in episodes) for episodes, _, _ in steps])
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"a step: {len(steps[0][0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB")
+    for part, spent in zip(("rollout", "teacher", "update"), seconds):
+        print(f"{part:<9}{spent:8.2f} s {spent / seconds.sum():5.0%} {tokens / spent:10,.0f} tokens/s")
+    print(f"the teacher adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to the step without it")
+    time_of = lambda work: Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.5).median  # one thread
+    head = run.model.get_output_embeddings().weight.detach().to(getattr(torch, config.dtype)).requires_grad_()
+    rows = config.micro_tokens if head.is_cuda else max(1, min(config.micro_tokens, 2 ** 28 // len(head)))
+    hidden = torch.randn(rows, head.shape[1], device=head.device).to(head.dtype).requires_grad_()
+    ids, (a, b) = torch.randint(len(head), (rows,), device=head.device), torch.zeros(2, 2 ** 27, device=head.device)
+    exact = torch.log_softmax(hidden[:64].double() @ head.double().T, -1).gather(1, ids[:64, None])[:, 0]
+    product, copy_speed = time_of(lambda: hidden @ head.T), 2 * a.nbytes / time_of(lambda: a.copy_(b))
+    print(f"\n{rows:,} x {len(head):,} logits, {config.dtype}: product {product * 1e3:.1f} ms; copy {copy_speed / 1e9:.0f} GB/s")
+    paths = {"plain": (None, 2 ** 62), "chunked": (None, LOGITS_AT_ONCE)} | ({"kernel": (KERNEL, 2 ** 62)} if KERNEL else {})
+    for name, (KERNEL, LOGITS_AT_ONCE) in paths.items():
+        logprobs = lambda: token_logprobs(hidden, head, ids)[0]
+        torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
+        forward, before = time_of(logprobs), torch.cuda.memory_allocated()
+        both = time_of(lambda: torch.autograd.grad(logprobs().sum(), (hidden, head)))
+        read = rows * len(head) * head.itemsize / max(forward - product, 1e-9)  # of logits, a second, after the product
+        peak, error = torch.cuda.max_memory_allocated() - before, (logprobs()[:64] - exact).abs().max()
+        print(f"{name:<8} forward {forward * 1e3:.1f} ms ({read / 1e9:.0f} GB/s, {read / copy_speed:.0%} of a copy), with "
+              f"backward {both * 1e3:.1f} ms, GPU memory {peak / 1e6:.0f} MB, largest error {error:.1e}")
 
 # --- 11. Command line ---------------------------------------------------------------------------
-def command_evaluate(config, rebuild=False):
-    """Play the panel with the given model and print the table. rebuild: first build the carried tiny policy anew."""
-    if rebuild:
-        warmstart(TINY_FOLDER)
+def command_evaluate(config):
+    """Play the panel with the given model and print the table."""
     by_type = evaluate(*load_policy(config), make_envs(config), config)["by_type"]
     print_table([("student", [by_type], 0, ""), ("student*", [by_type], 1, "")])
 
-
-COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare,
-            "warmstart": partial(command_evaluate, rebuild=True)}
-COMPARE = {"methods": (str, ",".join(METHODS), "rows"), "seeds": (str, "0,1,2,3,4", "of each row"),
-           "sweep": (str, "", "NAME=VALUE,VALUE,...: rows of one setting instead"), "jobs": (int, 0, "at once (0: one a core)")}
-
+COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,
+            "warmstart": lambda config: warmstart(TINY_FOLDER, Chat(toy_tokenizer())) or command_evaluate(config)}
 
 def parse_args(argv):
     """Command line -> (command, Config). The flags are Config's fields; - and _ are the same in them."""
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    if command not in COMMANDS:
-        raise UserError(unknown("command", command, list(COMMANDS)))
+    require(command in COMMANDS, unknown("command", command, list(COMMANDS)))
     parser = argparse.ArgumentParser(f"python sdar.py {command}", allow_abbrev=False, exit_on_error=False,
-                                     description=f"Commands: {', '.join(COMMANDS)} (default: train).")
+                                     epilog=COMMANDS[command].__doc__, description=f"Commands: {', '.join(COMMANDS)}.")
     for f in fields(Config):
         known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
         default = " paper: ".join(dict.fromkeys(map(str, (f.metadata["toy"], f.metadata["paper"]))))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
         parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
-    for name, (kind, default, text) in COMPARE.items() if command == "compare" else ():
-        parser.add_argument(flag(name), type=kind, default=default, help=f"{text} [{default}]")
+    own = {name: p.default for name, p in signature(COMMANDS[command]).parameters.items() if type(p.default) in (int, str)}
+    for name, default in own.items():  # the command's own flags
+        parser.add_argument(flag(name), type=type(default), default=default, help=f"[{default}]")
     values, rest = parser.parse_known_args(argv)
-    if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], parser._option_string_actions, 1)
-        raise UserError(f"unknown flag {rest[0]}: " + (f"did you mean {near[0]}?" if near else "--help lists them, after the command"))
+    near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
+    hint = f"did you mean {near[0]}?" if near else "--help lists them, after the command"
+    require(not rest, f"unknown flag {''.join(rest[:1])}: {hint}")
     given = {key: value for key, value in vars(values).items() if value is not None}
-    if command == "compare":
-        options = {name: given.pop(name) for name in COMPARE}
-        return partial(command_compare, given=given, **options), Config(**given)
-    return COMMANDS[command], Config(**given)
-
+    options = {name: given.pop(name) for name in own}
+    return partial(COMMANDS[command], **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
     """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
     try:
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
-        code = command(config)
-        return code if type(code) is int else 0
+        return int(command(config) is True)
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
-        print(f"sdar.py: {error}", file=sys.stderr)
-        return 2
+        message, code = error, 2
     except KeyboardInterrupt:
-        print("sdar.py: stopped; if this was a training run, --resume continues it", file=sys.stderr)
-        return 130
-
+        message, code = "stopped; if this was a training run, --resume continues it", 130
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+            raise
+        message, code = "out of memory: lower --rollout-batch, --micro-tokens, or add --gradient-checkpointing, --offload", 2
+    print(f"sdar.py: {message}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
