@@ -1,4 +1,4 @@
-"""Text environments for sdar.py: one small base class, the toy household, the skill banks.
+"""Text environments for sdar.py: one small base class, the skill banks, the toy household and its tiny policy's warm start.
 
     env = make_env("toy")
     observation, info = env.reset(env.tasks("train")[0], seed=0)

@@ -119,7 +119,7 @@ class Chat:
     """The chat template's own frames around messages, found by rendering it once around marks. Ids are only appended:
     rendered again, Qwen3's template drops earlier reasoning; tokenised again, text may give other ids than were sampled.
     (The official code makes a row of every turn, its prompt rebuilt from the last two, the skill before the template.)"""
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, eos=None):  # eos: the checkpoint's own ends of a generation, an id or several
         self.tokenizer = tokenizer
         self._frame = lambda text, **options: tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         roles = {"SYSTEMTEXT": "system", "FIRSTTEXT": "user", "ANSWERTEXT": "assistant", "NEXTTEXT": "user"}
@@ -129,7 +129,7 @@ class Chat:
         between, after = text.split("ANSWERTEXT")[1].split("NEXTTEXT")
         self._between, self._after = self._frame(between), self._frame(after)
         self.end_id = self._between[0]  # end of turn: the last id of a finished response
-        self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id} - {None})
+        self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None})
         if self.end_id not in tokenizer.added_tokens_decoder:
             raise ValueError("its chat template closes a turn with no control token, so a response could not end")
         control = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
@@ -199,8 +199,8 @@ class Sampler:
         positions = (past.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
         self.real = mask = torch.cat([past, new], 1)
         if not any(self.cache.is_sliding):  # (B, 1, n, columns), ready made: the library would take a host sync for it
-            own = torch.ones(new.shape[1], mask.shape[1], device=ids.device).tril(past.shape[1]).bool()
-            mask = (own & mask[:, None].bool() | own.triu(past.shape[1]))[:, None]  # a hole sees itself: no NaN in it
+            causal = torch.ones(new.shape[1], mask.shape[1], device=ids.device).tril(past.shape[1]).bool()
+            mask = (causal & mask[:, None].bool())[:, None]
         self.logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                  past_key_values=self.cache, logits_to_keep=1).logits[:, -1].float()
 
@@ -759,7 +759,7 @@ def load_policy(config):
         for layer in model.modules() if config.gradient_checkpointing else ():  # the library's own switch drops KV caches
             if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        return model, Chat(tokenizer)
+        return model, Chat(tokenizer, model.generation_config.eos_token_id)
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]:.200}") from error
 

@@ -367,8 +367,10 @@ def test_token_logprobs_against_float64(at_once, monkeypatch):
     monkeypatch.setattr(sdar, "LOGITS_AT_ONCE", at_once)
     draw = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 6, generator=draw, requires_grad=True) for n in (7, 50))
-    ids = torch.randint(50, (7,), generator=draw)
-    logprobs, entropy = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
+    ids, kept = torch.randint(50, (7,), generator=draw), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        logprobs, entropy = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
+    assert (max(kept) < 7 * 50) == (at_once == 100)  # in chunks no logits wait for the backward pass
     exact = torch.distributions.Categorical(logits=hidden.double() @ head.double().T / .7)
     assert torch.allclose(logprobs.double(), exact.log_prob(ids), atol=1e-5)
     assert torch.allclose(entropy.double(), exact.entropy(), atol=1e-5)
@@ -421,6 +423,7 @@ def checkpoint(request, tmp_path_factory):
         request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param == "qwen3",
         max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id))
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # as Qwen's
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     return folder
@@ -433,6 +436,7 @@ def test_chat_frames_are_the_template(checkpoint):
     messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "You see a mug."}]
     prompt = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert decode(first) == prompt and decode(first[:at]) == prompt.split("You see")[0]
+    assert sorted(map(decode, chat.stop_ids)) == ["<|endoftext|>", "<|im_end|>"] and decode(chat.end_id) == "<|im_end|>"
     two = first + answer + [chat.end_id] + chat.next("Nothing happens.", ended=True)
     frame = "<|im_end|>\n<|im_start|>user\nNothing happens." + prompt.split("You see a mug.")[1]
     assert decode(two) == prompt + "take mug 1" + frame
@@ -1113,7 +1117,8 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 
 @pytest.mark.parametrize("change, message", [
     ("no template", "it has no chat template; take the -Instruct"), ("no end of turn", "closes a turn with no control token"),
-    ("not causal", "not causal, or not its last states times one matrix"), ("not a language model", "Unrecognized")])
+    ("not causal", "not causal, or not its last states times one matrix"), ("not a language model", "Unrecognized"),
+    ("another head", "not causal, or not its last states times one matrix")])
 def test_unusable_checkpoints(checkpoint, change, message, tmp_path, capsys):
     import transformers
     folder = shutil.copytree(checkpoint, tmp_path / "model")
@@ -1122,11 +1127,16 @@ def test_unusable_checkpoints(checkpoint, change, message, tmp_path, capsys):
         template.unlink()
     elif change == "no end of turn":
         template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
+    elif change == "not causal":
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, "is_causal": False}))
     else:
         size = dict(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-        kind = (transformers.BertConfig, transformers.BertLMHeadModel) if change == "not causal" else (
+        kind = (transformers.PhiConfig, transformers.PhiForCausalLM) if change == "another head" else (
             transformers.ViTConfig, transformers.ViTModel)
-        kind[1](kind[0](**size)).save_pretrained(folder)
+        model = kind[1](kind[0](**size))
+        getattr(model, "lm_head", model).register_parameter("bias", torch.nn.Parameter(torch.ones(500)))  # Phi's has one
+        model.save_pretrained(folder)
     assert sdar.main(["--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
@@ -1295,6 +1305,7 @@ def kernel(request, tmp_path_factory):
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "k.cpp").write_text(CPU_SHIM + source(int(request.param == torch.bfloat16)) + """
+        extern "C" void run_encode(int N, float *x, Bits *y) { for (int i = 0; i < N; i++) y[i] = encode(x[i]); }
         extern "C" void run_forward(int N, Bits *x, long long *ids, float4 *out, int V, double t) {
             launch(N, [=] { forward(x, ids, out, V, t); }); }
         extern "C" void run_backward(int N, Bits *x, long long *ids, float4 *out, float *g, float *h, int V, double t) {
@@ -1303,19 +1314,19 @@ def kernel(request, tmp_path_factory):
     library = ctypes.CDLL(str(folder / "k.so"))
     convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
-    return request.param, run("forward"), run("backward")
+    return request.param, run("forward"), run("backward"), run("encode")
 
 
 @pytest.mark.parametrize("rows, width, temperature, offset", [
     (3, 1003, 1.0, 0), (2, 5, .7, 0), (2, 1024, 1.3, 3), (2, 64, .5, 0), (1, 1, 1.0, 0)])
 def test_the_kernels_source_against_float64(kernel, rows, width, temperature, offset):
     """Any width, alignment and temperature; -inf logits; a row with one huge value."""
-    dtype, forward, backward = kernel
+    dtype, forward, backward, _ = kernel
     draw = torch.Generator().manual_seed(0)
     logits = torch.zeros(rows * width + offset, dtype=dtype)[offset:].view(rows, width)
     logits.copy_(4 * torch.randn(rows, width, generator=draw))
     if width > 64:
-        logits[0, ::7], logits[1, 5] = -math.inf, 1e30
+        logits[0, ::7], logits[0, 200:400], logits[1, 5] = -math.inf, -math.inf, 1e30
     ids, g, h = torch.full((rows,), width // 2 + 1 - width % 2), *torch.randn(2, rows, generator=draw)
     ids, out = ids.clamp(max=width - 1), torch.empty(rows, 4)
     exact = logits.double().requires_grad_()
@@ -1328,10 +1339,19 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
     assert (logits.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * expected.norm() + 1e-7
 
 
+def test_the_kernels_rounding_is_pytorchs(kernel):
+    dtype, *_, encode = kernel
+    x = torch.randint(-2 ** 31, 2 ** 31, (10 ** 5,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
+    x[:2] = torch.tensor([0x7fffffff, 0x3f808000], dtype=torch.int32).view(torch.float32)  # a GPU's NaN, and a tie
+    y = torch.empty(len(x), dtype=dtype)
+    encode(len(x), x, y)
+    assert torch.equal(y.nan_to_num(0.5), x.to(dtype).nan_to_num(0.5)) and y[0].isnan()
+
+
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_the_kernels_source_with_nothing_to_say(kernel, bad):
     """NaN in, NaN out, in that row alone; nor has a row of -inf a log-prob."""
-    dtype, forward, backward = kernel
+    dtype, forward, backward, _ = kernel
     logits, ids, out = torch.ones(2, 200).to(dtype), torch.zeros(2, dtype=torch.long), torch.empty(2, 4)
     logits[0, slice(17, 18) if math.isnan(bad) else slice(None)] = bad
     forward(2, logits, ids, out, 200, 1.0)
