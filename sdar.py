@@ -68,7 +68,7 @@ class Config:
     device: str = option("cpu or cuda ('': cuda if there is one and the model is not tiny)", "")
     dtype: str = option("of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
     micro_tokens: int = option("memory: padded tokens in one training pass; never changes the result", 8192, 16384)
-    rollout_batch: int = option("memory: episodes played at once; never changes the result", 64)
+    rollout_batch: int = option("memory: episodes played at once", 64)
     gradient_checkpointing: bool = option("memory: compute activations again in the backward pass", False)
     offload: bool = option("memory: keep the start policy and the lagged teacher on the CPU between their passes", False)
     kernel: bool = option("CUDA kernel for log-probs, compiled at first use", False)
@@ -190,17 +190,17 @@ class Sampler:
     log-probs equal those of an unpadded pass."""
     def __init__(self, model, temperature):
         from transformers import DynamicCache
-        self.model, self.temperature, self.cache = model, temperature, DynamicCache(config=model.config)
-        self.real = None  # (B, columns) 1 token, 0 hole
+        self.model, self.temperature, self.real = model, temperature, None  # real (B, columns): 1 token, 0 hole
+        self.cache = DynamicCache(config=model.config)  # keys, which leave RoPE in float32, in the dtype of the pass, as values
+        self.cache.update = lambda k, v, *more: DynamicCache.update(self.cache, k.to(v.dtype), v, *more)
 
     def feed(self, ids, new):
         """Append a block of columns, ids (B, n) and new (B, n) 1 where real; keep the logits of its last column."""
         past = new[:, :0] if self.real is None else self.real
         positions = (past.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
-        self.real = mask = torch.cat([past, new], 1)
-        if not any(self.cache.is_sliding):  # (B, 1, n, columns), ready made: the library would take a host sync for it
-            causal = torch.ones(new.shape[1], mask.shape[1], device=ids.device).tril(past.shape[1]).bool()
-            mask = (causal & mask[:, None].bool())[:, None]
+        self.real = torch.cat([past, new], 1)
+        causal = torch.ones(new.shape[1], self.real.shape[1], device=ids.device).tril(past.shape[1]).bool()
+        mask = (causal & self.real[:, None].bool())[:, None]  # (B, 1, n, columns); the library would take a host sync for it
         self.logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                  past_key_values=self.cache, logits_to_keep=1).logits[:, -1].float()
 
@@ -294,7 +294,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
-LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
+LOGITS_AT_ONCE = 2 ** 27  # 512 MB in float32
 KERNEL = None  # the function of logits that --kernel puts here
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
 
@@ -307,7 +307,7 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, with_entropy=False
     Returns (logprobs (N,), entropy (N,) or None) in at least float32. Rows go in chunks that the backward pass computes
     again: float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would take 10 GB)."""
     def chunk(hidden, head_weight, ids):
-        logits = hidden @ head_weight.T
+        logits = F.linear(hidden, head_weight)  # not @ .T: of a view, autocast would keep no copy for the next chunk
         if KERNEL and logits.is_cuda and len(ids):
             return KERNEL(logits, ids, temperature, with_entropy)
         scores = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
@@ -672,9 +672,9 @@ extern "C" __global__ void backward(Bits *logits, const long long *ids, const fl
     Bits *x = logits + (size_t)blockIdx.x * V;
     const float t = scale, G = g[blockIdx.x], H = h[blockIdx.x];
     const float entropy = out[blockIdx.x].y, max = out[blockIdx.x].z, log_s = out[blockIdx.x].w;
-    auto gradient = [=](Bits b, int i) {
-        float logp = fmaxf(t * (decode(b) - max) - log_s, -3e38f), p = exp2f(1.44269504f * logp);
-        return encode(t * ((i == ids[blockIdx.x] ? G : 0) - p * (G + H * (logp + entropy))));
+    auto gradient = [=, id = ids[blockIdx.x]](Bits b, int i) {
+        float logp = fmaxf(t * (decode(b) - max) - log_s, -1e30f), p = exp2f(1.44269504f * logp);
+        return encode(t * ((i == id ? G : 0) - p * (G + H * (logp + entropy))));
     };
     for (int i = threadIdx.x; i < packs(x, V); i += blockDim.x) {
         Pack p = ((Pack *)x)[i];
@@ -688,17 +688,18 @@ extern "C" __global__ void backward(Bits *logits, const long long *ids, const fl
 @lru_cache(maxsize=None)
 def compiled(name, dtype):
     """A kernel of KERNEL_SOURCE for logits of dtype, by NVRTC; _compile_kernel is a private name, used here alone."""
+    from torch.utils import cpp_extension
     kind = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
-    source = f"#define TYPE {kind}\ntypedef unsigned {'short' if kind else 'int'} Bits;" + KERNEL_SOURCE
-    return torch.cuda._compile_kernel(source, name, nvcc_options=["--ftz=true"])
+    cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or "/nowhere"  # it would ask for a toolkit; no header is needed
+    options = ["--ftz=true", f"-DTYPE={kind}", f"-DBits=unsigned {'short' if kind else 'int'}"]
+    return torch.cuda._compile_kernel(KERNEL_SOURCE, name, nvcc_options=options)
 
 class KernelLogprobs(torch.autograd.Function):
     """Log-probs and entropy (N,) of ids in logits (N, V): no other tensor of N x V, the gradient overwrites the logits."""
     @staticmethod
     def forward(ctx, logits, ids, temperature, with_entropy):
-        logits, out = logits.contiguous(), torch.empty(len(ids), 4, device=logits.device)
+        logits, out, ctx.scale = logits.contiguous(), torch.empty(len(ids), 4, device=logits.device), 1 / temperature
         ctx.save_for_backward(logits, ids, out)
-        ctx.scale = 1 / temperature
         compiled("forward", logits.dtype)((len(ids), 1, 1), (512, 1, 1), [logits, ids, out, logits.shape[1], ctx.scale])
         return out[:, 0].clone(), out[:, 1].clone()
 
@@ -740,7 +741,8 @@ def load_policy(config):
     transformers.utils.logging.disable_progress_bar()
     KERNEL = None
     try:
-        KERNEL = KernelLogprobs.apply if config.kernel and compiled("forward", torch.float32) else None
+        if config.kernel and all(compiled(name, getattr(torch, config.dtype)) for name in ("forward", "backward")):
+            KERNEL = KernelLogprobs.apply
     except Exception as error:  # whatever a private function raises when it has changed
         print(f"--kernel: this PyTorch cannot compile it, its own functions do the work: {error!r:.200}", file=sys.stderr)
     path = tiny_policy(Chat(toy_tokenizer())) if config.model == "tiny" else config.model
@@ -754,8 +756,9 @@ def load_policy(config):
         ids, same = torch.arange(1, 9, device=config.device)[None], partial(torch.allclose, rtol=1e-2, atol=1e-2)
         with torch.no_grad():  # what the rest of this file takes for granted of an ordinary causal LM
             hidden, logits, first = model.base_model(ids).last_hidden_state, model(ids).logits, model(ids[:, :4]).logits
-            require(same(hidden @ model.get_output_embeddings().weight.T, logits) and same(first, logits[:, :4]),
-                    "its logits are not causal, or not its last states times one matrix")
+            require(same(hidden @ model.get_output_embeddings().weight.T, logits) and same(first, logits[:, :4])
+                    and not any(transformers.DynamicCache(config=model.config).is_sliding),
+                    "its logits are not causal, or not its last states times one matrix, or its attention has a window")
         for layer in model.modules() if config.gradient_checkpointing else ():  # the library's own switch drops KV caches
             if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -799,7 +802,6 @@ class Run:
               + hint * (teacher <= student))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines.write_text("")
-        (self.folder / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
         self.save()
 
     def log(self, step, episodes, metrics, clock):
@@ -824,6 +826,7 @@ class Run:
             self.chat.tokenizer.save_pretrained(folder)
             torch.save({"step": self.step, "before": self.before, "optimizer": self.optimizer.state_dict(),
                         "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms}, folder / "trainer.pt")
+        (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1) + "\n")
         replace_folder(self.folder / "checkpoint", write)
 
     def load(self):
@@ -837,27 +840,23 @@ class Run:
         changed = [flag(key) for key, value in vars(self.config).items() if key not in self.FREE and old.get(key) != value]
         require(not changed, f"--resume: {', '.join(changed)} not as in {self.folder}/config.json")
         require(state["step"] < self.config.steps, f"--resume: {self.folder} has all of its {state['step']} steps; raise --steps")
-        if state["lagged"]:
-            self.lagged = self.frozen_copy()
-            self.lagged.load_state_dict(state["lagged"])
+        self.lagged = self.frozen_copy() if state["lagged"] else None
+        state["lagged"] and self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
-        (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1) + "\n")
         self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         played = {"before": [self.before["start_by_type"]], "after": [self.metrics["eval_by_type"]]}
         print_table([(title + "*" * skilled, runs, skilled, "") for title, runs in played.items() for skilled in (0, 1)])
-        lines = [json.loads(line) for line in open(self.lines)]
-        spent = {part: sum(line["seconds_" + part] for line in lines) for part in ("rollout", "teacher", "update")}
-        print("\nseconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.items()))
+        seconds = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
+        print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {seconds(part):.1f}" for part in ("rollout", "teacher", "update")))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
         print("\n".join("  " + "> " * (i % 2) + text for i, text in enumerate(sample.transcript)))
-        print(f"\n{self.folder}: config.json, metrics.jsonl, checkpoint/")
         return {**self.before, **self.metrics}
 
 def wilson(wins, n, z=1.96):
@@ -888,8 +887,10 @@ def plan(given, methods, seeds, sweep, out):
     require(not {"seed", "resume", "out"} & {*dict(rows)} | {"seed", "resume"} & {*given}, "compare takes --seeds and one --out")
     seeds, runs = [typed("seed", seed) for seed in dict.fromkeys(seeds.split(","))], {}
     for name, value in rows:
-        label = value if name == "method" else f"{name}={value}"
-        runs[label] = [Config(**{**given, name: value, "seed": seed, "out": f"{out / label}-s{seed}"}) for seed in seeds]
+        row = {**given, name: value}
+        plain = Config(**{key: given[key] for key in ("env", "model", "preset") if key in given}, method=row.get("method"))
+        label = plain.method + (f" {name}={value}" if value != getattr(plain, name) else "")
+        runs[label] = [Config(**{**row, "seed": seed, "out": f"{out / label.replace(' ', '-')}-s{seed}"}) for seed in seeds]
     return runs
 
 def finished(config):
@@ -899,7 +900,8 @@ def finished(config):
         lines = [json.loads(line) for line in open(Path(config.out, "metrics.jsonl"))]
     except (OSError, ValueError, TypeError):
         return None
-    same = {**old, "overwrite": config.overwrite, "out": config.out} == vars(config)
+    read = [key for key in vars(config) if key not in Run.FREE or key in ("steps", "eval_every")]
+    same = all(old.get(key) == getattr(config, key) for key in read)
     require(same or config.overwrite, f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
     return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
 
@@ -907,7 +909,7 @@ def launch(config):
     """Train from the first step, on one thread of a process of its own. Returns "" or what went wrong."""
     settings = json.dumps({**vars(config), "overwrite": True})  # of what is left of a run that did not finish
     code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code, settings], env=place, capture_output=True, text=True)
     return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}" if done.returncode else ""
 
@@ -919,13 +921,13 @@ def t_interval(gains):
     return [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half]
 
 def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
-    """Run --methods, or a --sweep NAME=VALUE,VALUE,... of one setting, over --seeds, --jobs at a time (0: one a core), and
-    report the gain over GRPO. Finished runs in the folder are kept. Returns whether a run failed: exit code 1."""
+    """Run --methods, or --sweep NAME=VALUE,..., over --seeds, --jobs at once (0: one a core). Returns True if a run failed."""
     out = Path(given.get("out") or "runs/compare")
     runs = plan(given, methods, seeds, sweep, out)
     todo = [run for row in runs.values() for run in row if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
     start = evaluate(*load_policy(config), make_envs(config), config)
+    torch.cuda.empty_cache()  # for the processes
     with ThreadPoolExecutor(max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())) as pool:
         reasons = dict(zip((run.out for run in todo), tqdm(pool.map(launch, todo), total=len(todo), unit="run")))
     done = {label: {run.seed: lines for run in row if (lines := finished(run))} for label, row in runs.items()}
@@ -945,7 +947,7 @@ def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4",
     return any(len(row) > len(done[label]) for label, row in runs.items())
 
 def draw(done, start, path):
-    """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and with bands of one sd as a picture."""
+    """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and, with sd bands, a picture."""
     print("\nheld-out success without the skill at training steps")
     curves = {label: ([0, *(line["step"] for line in [*runs.values()][0])], np.array(
         [[start, *(line["eval_success"] for line in lines)] for lines in runs.values()])) for label, runs in done.items() if runs}
@@ -964,7 +966,6 @@ def draw(done, start, path):
     axes.set(xlabel="training step", ylabel="held-out success without the skill", ylim=(0, 1))
     axes.legend(fontsize="small")
     axes.figure.savefig(path)
-    print(path)
 
 def command_bench(config):
     """Where the time of a training step goes; then token_logprobs on each of its paths."""
@@ -975,19 +976,19 @@ def command_bench(config):
     seconds = np.mean([np.diff(clock) for _, _, clock in steps], axis=0)
     tokens = np.mean([sum(len(e.logprobs) for e in episodes) for episodes, _, _ in steps])
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"a step: {len(steps[0][0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB")
+    print(f"a step: {len(steps[0][0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB; the teacher "
+          f"adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to it")
     for part, spent in zip(("rollout", "teacher", "update"), seconds):
         print(f"{part:<9}{spent:8.2f} s {spent / seconds.sum():5.0%} {tokens / spent:10,.0f} tokens/s")
-    print(f"the teacher adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to the step without it")
     time_of = lambda work: Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.5).median  # one thread
     head = run.model.get_output_embeddings().weight.detach().to(getattr(torch, config.dtype)).requires_grad_()
     rows = config.micro_tokens if head.is_cuda else max(1, min(config.micro_tokens, 2 ** 28 // len(head)))
     hidden = torch.randn(rows, head.shape[1], device=head.device).to(head.dtype).requires_grad_()
     ids, (a, b) = torch.randint(len(head), (rows,), device=head.device), torch.zeros(2, 2 ** 27, device=head.device)
-    exact = torch.log_softmax(hidden[:64].double() @ head.double().T, -1).gather(1, ids[:64, None])[:, 0]
+    exact = torch.log_softmax((hidden[:64] @ head.T).double(), -1).gather(1, ids[:64, None])[:, 0]
     product, copy_speed = time_of(lambda: hidden @ head.T), 2 * a.nbytes / time_of(lambda: a.copy_(b))
     print(f"\n{rows:,} x {len(head):,} logits, {config.dtype}: product {product * 1e3:.1f} ms; copy {copy_speed / 1e9:.0f} GB/s")
-    paths = {"plain": (None, 2 ** 62), "chunked": (None, LOGITS_AT_ONCE)} | ({"kernel": (KERNEL, 2 ** 62)} if KERNEL else {})
+    paths = {"chunked": (None, LOGITS_AT_ONCE), "kernel" if KERNEL else "chunked": (KERNEL, LOGITS_AT_ONCE), "plain": (None, 2 ** 62)}
     for name, (KERNEL, LOGITS_AT_ONCE) in paths.items():
         logprobs = lambda: token_logprobs(hidden, head, ids)[0]
         torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
@@ -1024,8 +1025,7 @@ def parse_args(argv):
         parser.add_argument(flag(name), type=type(default), default=default, help=f"[{default}]")
     values, rest = parser.parse_known_args(argv)
     near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists them, after the command"
-    require(not rest, f"unknown flag {''.join(rest[:1])}: {hint}")
+    require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = {key: value for key, value in vars(values).items() if value is not None}
     options = {name: given.pop(name) for name in own}
     return partial(COMMANDS[command], **options, **({"given": given} if command == "compare" else {})), Config(**given)
@@ -1040,7 +1040,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         message, code = "stopped; if this was a training run, --resume continues it", 130
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise
         message, code = "out of memory: lower --rollout-batch, --micro-tokens, or add --gradient-checkpointing, --offload", 2
     print(f"sdar.py: {message}", file=sys.stderr)
