@@ -293,8 +293,8 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     return episodes
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
-EVAL_BATCH = 64  # episodes of the panel played at once; fixed, so that their sampling is too
-LOGITS_AT_ONCE = 2 ** 27  # 512 MB in float32
+EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams hang on it
+LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
 KERNEL = None  # the function of logits that --kernel puts here
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
 

@@ -815,6 +815,16 @@ def test_impossible_and_malformed_actions(action, valid):
     assert (observation, reward, terminated) == ("Nothing happens.", 0.0, False) and info["valid"] is valid
 
 
+def test_closed_places_and_broken_appliances():
+    house = Household({c: "cabinet 1" for c in envs.CLASSES}, {"clean": "sinkbasin 1", "heat": "microwave 2",
+                                                              "cool": "fridge 1"}, "shelf 1")
+    world = make_env("toy", household=house)
+    world.reset("heat a mug and put it in desk 1")
+    script = {"go to cabinet 1": True, "take mug 1": False, "open cabinet 1": True, "take mug 1 from cabinet 1": True,
+              "go to microwave 1": True, "heat mug 1": False, "go to microwave 2": True, "heat mug 1 with microwave 2": True}
+    assert {action: world.step(action)[0] != "Nothing happens." for action in script} == script
+
+
 def test_admissible_actions_all_do_something():
     world, rng = make_env("toy"), random.Random(1)
     for i, task in enumerate(world.tasks("train")[:40]):
@@ -1342,6 +1352,24 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
     assert torch.allclose(out[:, :2].double(), torch.stack([logprob, entropy], 1).detach(), rtol=1e-5, atol=1e-6)
     backward(rows, logits, ids, out, g.contiguous(), h.contiguous(), width, 1 / temperature)
     assert (logits.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * expected.norm() + 1e-7
+
+
+def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
+    """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
+    dtype, forward, backward, _ = kernel
+    run = {"forward": forward, "backward": backward}
+    monkeypatch.setattr(sdar, "compiled", lambda name, dtype: lambda grid, block, args: run[name](grid[0], *args))
+    leaf = (3 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    exact, ids, logits = leaf.detach().double().requires_grad_(), torch.tensor([0, 7, 299]), leaf * 1
+    scores = torch.log_softmax(exact / .7, -1)
+    logprob, entropy = scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores).sum(1)
+    ours = sdar.KernelLogprobs.apply(logits, ids, .7, True)
+    assert torch.allclose(torch.stack(ours).double(), torch.stack([logprob, entropy]), atol=1e-5)
+    expected, = torch.autograd.grad((logprob - .3 * entropy).sum(), exact)
+    gradient, = torch.autograd.grad((ours[0] - .3 * ours[1]).sum(), leaf, retain_graph=True)
+    assert (gradient.double() - expected).norm() < 1e-2 * expected.norm() and torch.equal(gradient, logits)
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(ours[0].sum(), leaf)
 
 
 def test_the_kernels_rounding_is_pytorchs(kernel):
