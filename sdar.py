@@ -10,7 +10,6 @@ decides how far it is trusted on that token. At test time there is no skill: wha
 Sections: 1 configuration, 2 conversation, 3 rollout, 4 log-probs, 5 objectives, 6 update, 7 evaluation and training.
 Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence, V vocabulary, H width.
 """
-import copy
 import math
 import re
 import time
@@ -25,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from envs import Bandit, retrieve, skill_text  # the skill banks, and which skills a task gets (paper, section 2.1)
+from envs import Bandit, EnvUnavailable, retrieve, skill_text  # skills: paper, section 2.1
 
 # ======== PART I: THE PAPER ========
 # --- 1. Configuration (paper, section 4.1 and appendix C) ---------------------------------------
@@ -56,6 +55,8 @@ def option(help, toy, paper=None):
 class Config:
     """One run. Every field is also a flag; a value given by hand wins over the preset's."""
     env: str = option("environment", "toy")
+    env_data: str = option("its games, checkout or questions ('': ALFWORLD_DATA or WEBSHOP_ROOT; toy: none)", "")
+    search_url: str = option("of the retrieval server ('': http://127.0.0.1:8000/retrieve)", "")
     model: str = option("'tiny' (carried with the code), a hub name or a checkpoint folder", "tiny")
     preset: str = option("column of defaults: toy with the tiny model, paper with any other", "toy", "paper")
     method: str = option("row of the paper's Table 1", "sdar")
@@ -78,6 +79,7 @@ class Config:
     temperature: float = option("of sampling, and therefore of every log-prob", 1.0)
     max_turns: int = option("turns an episode (0: the environment's own; toy 10)", 0)
     max_new_tokens: int = option("tokens a response", 8, 512)
+    max_obs_tokens: int = option("tokens an observation, the admissible actions under it not counted", 512)
     # GRPO, the backbone
     lr: float = option("learning rate of AdamW, constant (toy: grpo 1e-3, opsd 3e-4)", 6e-4, 1e-6)
     minibatches: int = option("optimiser steps a batch", 4)
@@ -177,6 +179,7 @@ class Episode:
     invalid: int = 0                                # turns whose action was invalid
     reward: float = 0.0                             # raw: 0 or 1
     won: bool = False
+    overflowed: bool = False                        # ended because the model's context was full
 
     def view(self, with_skill):
         """(ids, mask) of the sequence as the student or, with the skill spliced in, the teacher reads it."""
@@ -243,23 +246,28 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
-    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes.
-    stream: ints; episode i samples from the random stream (*stream, i), whatever its neighbours in the batch do.
-    with_skill: the skill is in the prompt that is sampled from. bandit: chooses it under --retrieval ucb."""
-    episodes, strategy = [], {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
-    for env, (task, seed, group) in zip(envs, starts):
-        observation, info = env.reset(task, seed)
-        skills = retrieve(env.skills, info["task"], info["task_type"], strategy, seed, bandit)
-        ids, at = chat.first(env.instructions, observation)
+    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes. Those whose engine or
+    server fails are left out; EnvUnavailable if that is half of them or more. stream: ints; episode i samples from the random
+    stream (*stream, i), whatever its neighbours in the batch do. with_skill: the skill is in the prompt that is sampled from.
+    bandit: chooses it under --retrieval ucb."""
+    strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
+    for env in envs:
+        env.cut = partial(cut_text, chat.tokenizer, config.max_obs_tokens)
+    episodes = call_all([partial(env.reset, *start[:2]) for env, start in zip(envs, starts)], envs[0].slow)
+    playing = [i for i, begun in enumerate(episodes) if not isinstance(begun, EnvUnavailable)]
+    for i in playing:
+        (observation, info), (_, seed, group) = episodes[i], starts[i]
+        skills = retrieve(envs[i].skills, info["task"], info["task_type"], strategy, seed, bandit)
+        ids, at = chat.first(envs[i].instructions, observation)
         episode = Episode(info["task"], info["task_type"], group, ids, [0] * len(ids), at, skills,
                           chat.encode(skill_text(skills)), transcript=[observation])
         if with_skill:
             (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
-        episodes.append(episode)
-    check_context(model, envs[0], episodes, config)
+        episodes[i] = episode
+    check_context(model, envs[0], [episodes[i] for i in playing], config)
     streams = [np.random.default_rng([*stream, i]) for i in range(len(episodes))]
-    for first in range(0, len(episodes), config.rollout_batch):
-        live = list(range(len(episodes)))[first:first + config.rollout_batch]
+    for first in range(0, len(playing), config.rollout_batch):
+        live = playing[first:first + config.rollout_batch]
         sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(episodes)
         while live:
             uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
@@ -267,30 +275,34 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
                 sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
                 responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids,
                                             chat.stop_text(envs[0].stop_strings))
-            keep = []
-            for row, (i, (ids, logprobs)) in enumerate(zip(live, responses)):
-                episode = episodes[i]
+            texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in responses]
+            parsed, keep = [envs[i].parse(text) for i, text in zip(live, texts)], []
+            results = call_all([partial(envs[i].step, action) for i, (action, _) in zip(live, parsed)], envs[0].slow)
+            for row, (i, (ids, logprobs), text, result) in enumerate(zip(live, responses, texts, results)):
+                if isinstance(result, EnvUnavailable):
+                    episodes[i] = result
+                    continue
+                episode, (observation, reward, terminated, truncated, info) = episodes[i], result
                 episode.ids, episode.mask = episode.ids + ids, episode.mask + [1] * len(ids)
                 episode.logprobs += logprobs
                 fed[i] = len(episode.ids) - 1  # the last sampled id is fed with the next observation
-                text = chat.tokenizer.decode(ids, skip_special_tokens=True)
-                action, valid = envs[i].parse(text)
-                observation, reward, terminated, truncated, info = envs[i].step(action)
                 episode.turns += 1
-                episode.invalid += not (valid and info["valid"])
+                episode.invalid += not (parsed[row][1] and info["valid"])
                 episode.reward += reward
                 episode.won = info["won"]
                 episode.transcript += [text, observation]
                 if terminated or truncated:
                     continue
                 between = chat.next(observation, ended=ids[-1] == chat.end_id)
-                episode.ids, episode.mask = episode.ids + between, episode.mask + [0] * len(between)
-                if len(episode.ids) + len(episode.skill_ids) + config.max_new_tokens <= model.config.max_position_embeddings:
-                    keep.append(row)  # else the model's context is full, and the episode ends here
+                length = len(episode.ids) + len(between) + len(episode.skill_ids) + config.max_new_tokens
+                episode.overflowed = length > model.config.max_position_embeddings
+                if not episode.overflowed:
+                    episode.ids, episode.mask = episode.ids + between, episode.mask + [0] * len(between)
+                    keep.append(row)
             live = [live[row] for row in keep]
             if live:
                 sampler.keep(keep)
-    return episodes
+    return survivors(episodes)
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams hang on it
@@ -339,16 +351,6 @@ def response_logprobs(model, episodes, config, with_skill=False, with_entropy=Fa
     place = lambda x: torch.zeros(inside.shape, device=x.device).masked_scatter(inside, x)
     return place(logprobs), place(entropy) if with_entropy else None
 
-def micro_batches(episodes, budget):
-    """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
-    batches = [[]]
-    for episode in episodes:
-        longest = max(len(e.ids) + len(e.skill_ids) for e in batches[-1] + [episode])
-        if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(episode)
-    return batches
-
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without graph: (B, T)."""
@@ -358,8 +360,7 @@ def score(model, episodes, config, with_skill=False):
              for micro in micro_batches(episodes, config.micro_tokens)]
     model.to(home)
     torch.cuda.is_available() and torch.cuda.synchronize()  # or the step's clock would be read too early
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+    return pad_sequence([row for part in parts for row in part], True)
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 def visible(mask, *tensors):
@@ -536,22 +537,19 @@ def update(model, optimizer, episodes, batch, config, rng):
     return means | {"grad_norm": sum(norms) / len(norms)}
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
-def make_envs(config):
-    """One environment for each episode of a step or of a part of the panel."""
-    return [make_env(config.env, max_turns=config.max_turns)
-            for _ in range(max(EVAL_BATCH, config.tasks_per_step * config.group_size))]
-
 def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
-    by_type, tasks = {}, envs[0].panel(config.eval_split, config.eval_episodes)
+    played, by_type = ({}, {}), {}
+    starts = [(*start, i) for i, start in enumerate(envs[0].panel(config.eval_split, config.eval_episodes))]
     for with_skill in (False, True):
-        for first in range(0, len(tasks), EVAL_BATCH):
-            starts = [(task, seed, 0) for task, seed in tasks[first:first + EVAL_BATCH]]
-            for episode in rollout(model, chat, envs, starts, config, (1, first), with_skill, config.eval_temperature, bandit):
-                row = by_type.setdefault(episode.task_type, [0, 0, 0])
-                row[0] += not with_skill
-                row[1 + with_skill] += episode.won
+        for first in range(0, len(starts), EVAL_BATCH):
+            some = starts[first:first + EVAL_BATCH]
+            for e in rollout(model, chat, envs, some, config, (1, first), with_skill, config.eval_temperature, bandit):
+                played[with_skill][e.group] = e
+    for i in played[0].keys() & played[1].keys():  # a failing environment may have cost some
+        row = by_type.setdefault(played[0][i].task_type, [0, 0, 0])
+        row[:] = row[0] + 1, row[1] + played[0][i].won, row[2] + played[1][i].won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
     return {"success": won / episodes, "success_skill": won_skill / episodes, "episodes": episodes, "by_type": by_type}
 
@@ -592,26 +590,30 @@ def train(config):
         run.begin(check())
     run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
     for step in run.bar:
-        episodes, metrics, clock = training_step(run, step)
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics |= {"eval_" + key: value for key, value in check().items()}
-        run.log(step, episodes, metrics, clock)
+        with run.logged(step) as results:
+            results += training_step(run, step)  # episodes, metrics, clock
+            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                results[1].update({"eval_" + key: value for key, value in check().items()})
     return run.finish()
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
 import argparse
+import copy
 import difflib
+import hashlib
 import json
 import os
+import random
 import resource
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 
-from envs import (ENVS, TINY_FOLDER, EnvUnavailable, UserError, make_env, replace_folder, require, tiny_policy,
-                  toy_tokenizer, unknown, warmstart)
+from envs import CLASSES, ENVS, PHRASES, PLACES, UserError, demonstration, make_env, require, unknown
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
 
 # --- 8. The CUDA kernel: log-prob and entropy of a row of logits in one read ---------------------
@@ -766,20 +768,67 @@ def load_policy(config):
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]:.200}") from error
 
+def make_envs(config):
+    """One environment for each episode of a step or of a part of the panel."""
+    options = {name: value for name, value in (("data", config.env_data), ("url", config.search_url)) if value}
+    number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
+    envs = [make_env(config.env, max_turns=config.max_turns, **options) for _ in range(number)]
+    envs[0].tasks(config.eval_split)  # none? say so now
+    return envs
+
+def cut_text(tokenizer, limit, text):
+    """The text, cut after `limit` tokens."""
+    if len(text.encode(errors="replace")) <= limit:  # a token is a byte or more
+        return text
+    spans = tokenizer(text[:64 * limit], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(spans) <= limit else text[:spans[limit - 1][1]] + " ..."
+
+def call_all(calls, at_once):
+    """The results of functions without arguments, in order; where one raised EnvUnavailable, that error. at_once: in threads."""
+    def result(call):
+        try:
+            return call()
+        except EnvUnavailable as error:
+            return error
+    if not at_once:
+        return list(map(result, calls))
+    with ThreadPoolExecutor(64) as pool:
+        return list(pool.map(result, calls))
+
+def survivors(results):
+    """The Episodes among what rollout got. EnvUnavailable if half of it or more are failures."""
+    failures = [result for result in results if isinstance(result, EnvUnavailable)]
+    for failure in failures[:1]:
+        message = f"{len(failures)} of {len(results)} episodes failed: {failure}"
+        require(2 * len(failures) < len(results), message, EnvUnavailable)
+        tqdm.write(message, sys.stderr)
+    return [result for result in results if isinstance(result, Episode)]
+
+def micro_batches(episodes, budget):
+    """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
+    batches = [[]]
+    for episode in episodes:
+        longest = max(len(e.ids) + len(e.skill_ids) for e in batches[-1] + [episode])
+        if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(episode)
+    return batches
+
 def check_context(model, env, episodes, config):
     """UserError if episodes of `env` that start with these prompts cannot fit the model's context."""
-    prompt, context = max(len(episode.view(True)[0]) for episode in episodes), model.config.max_position_embeddings
+    prompt, context = max((len(episode.view(True)[0]) for episode in episodes), default=0), model.config.max_position_embeddings
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
             f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
-    FREE = ("steps", "out", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
+    FREE = ("steps", "out", "search_url", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
             "gradient_checkpointing", "kernel", "eval_every", "save_every")  # may change
 
     def __init__(self, config):
         self.folder, self.lines, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
         self.config, self.envs, self.bandit, self.lagged = config, make_envs(config), Bandit(), None
+        self.envs[0].tasks("train")
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: {parent} is no folder that can be written")
         over = config.resume or config.overwrite and self.lines.exists()
@@ -804,13 +853,29 @@ class Run:
         self.lines.write_text("")
         self.save()
 
+    @contextmanager
+    def logged(self, step):
+        """Of a step that puts its results (log's arguments) into the list: log them. An environment that fails stops the run,
+        with all that was learned on disk."""
+        results = []
+        try:
+            yield results
+        except EnvUnavailable:
+            if results:  # only the evaluation failed
+                self.log(step, *results)
+            self.save()
+            raise
+        self.log(step, *results)
+
     def log(self, step, episodes, metrics, clock):
         """Append a line to metrics.jsonl; save when due. clock: seconds at the start, after rollout, teacher, update."""
         turns, tokens, n = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes), len(episodes)
         seconds = dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update"), np.diff(clock).tolist()))
         metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
                    "turns": turns / n, "invalid_rate": sum(e.invalid for e in episodes) / turns,
-                   "response_tokens": tokens / n, **seconds, "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
+                   "response_tokens": tokens / n, "overflowed": sum(e.overflowed for e in episodes),
+                   "dropped": self.config.tasks_per_step * self.config.group_size - n, **seconds,
+                   "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         with open(self.lines, "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
         shown = ("success", "gap_mean", "gate_mean", "loss")
@@ -878,7 +943,96 @@ def print_table(rows):
         line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0])) if len(runs) == 1 else ""
         print((line + remark).rstrip())
 
-# --- 10. Comparison: methods, or values of a setting, over seeds --------------------------------
+# --- 10. The tiny policy, and its warm start by imitation ----------------------------------------
+TOY_TEMPLATE = (  # no system role: what the system message says, the tiny policy learned in its warm start
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+def toy_tokenizer():
+    """One token a phrase of the toy world, articles and punctuation dropped; an episode is some 90 tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    things = [*PLACES, *CLASSES, *(f"{c} {n}" for c in CLASSES for n in (1, 2))]
+    words = sorted({*PHRASES, *things}, key=lambda word: (-len(word), word))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>"] + words)}, unk_token="<unk>"))
+    known = "|".join(map(re.escape, words))
+    other = r"(?!(?:a|an|and|the|The)(?!\w))[^\s.,:]+"
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"(?<!\w)(?:{known})(?!\w)|(?<!\w){other}"), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
+                                   additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=TOY_TEMPLATE)
+
+WARMSTART = 1  # raise it with every change of warmstart()
+TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
+
+def fingerprint(folder, chat):
+    """Hashes of a tiny policy's files and of its recipe: WARMSTART and sample demonstrations, in which the world, the
+    scripted player, the skills, the tokenizer and the chat template show. chat: of toy_tokenizer()."""
+    rng = random.Random("fingerprint")
+    sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
+    parts = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
+    parts["recipe"] = json.dumps(sample).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+
+def warmstart(folder, chat, steps=900):
+    """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
+    matrices matters: with AdamW alone the policy needs several times the steps before it reads the skill."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    folder.with_name(folder.name + ".new").mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(chat.tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=chat.tokenizer.eos_token_id, pad_token_id=chat.tokenizer.pad_token_id))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if "layers." not in name or p.ndim < 2]
+    optimizers = [torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01),
+                  torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+    schedule = lambda step: min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
+        rows = [demonstration(chat, rng) for _ in range(32)]
+        columns = (*zip(*rows), [[1] * len(ids) for ids, _ in rows])
+        ids, weights, real = (pad_sequence(list(map(torch.tensor, column)), True) for column in columns)
+        logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        ((losses * weights[:, 1:]).sum() / weights[:, 1:].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for item in (*optimizers, *schedulers):
+            item.step()
+        model.zero_grad()
+
+    def write(target):
+        model.save_pretrained(target)
+        chat.tokenizer.save_pretrained(target)
+        (target / "fingerprint.json").write_text(json.dumps(fingerprint(target, chat), indent=1) + "\n")
+    replace_folder(folder, write)
+
+def tiny_policy(chat):
+    """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
+    try:
+        trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER, chat)
+    except (OSError, ValueError):
+        trusted = False
+    if not trusted:
+        print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
+        warmstart(TINY_FOLDER, chat)
+    return TINY_FOLDER
+
+def replace_folder(folder, write):
+    """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(fresh)  # save_pretrained makes the folder
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+# --- 11. Comparison: methods, or values of a setting, over seeds --------------------------------
 def plan(given, methods, seeds, sweep, out):
     """What compare runs: {row: [its Config for each seed]}. given: the other flags, {field: value}."""
     typed = lambda name, text: getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
@@ -926,7 +1080,8 @@ def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4",
     runs = plan(given, methods, seeds, sweep, out)
     todo = [run for row in runs.values() for run in row if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
-    start = evaluate(*load_policy(config), make_envs(config), config)
+    envs = make_envs(config)
+    start = evaluate(*load_policy(config), envs, config)
     torch.cuda.empty_cache()  # for the processes
     with ThreadPoolExecutor(max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())) as pool:
         reasons = dict(zip((run.out for run in todo), tqdm(pool.map(launch, todo), total=len(todo), unit="run")))
@@ -999,10 +1154,11 @@ def command_bench(config):
         print(f"{name:<8} forward {forward * 1e3:.1f} ms ({read / 1e9:.0f} GB/s, {read / copy_speed:.0%} of a copy), with "
               f"backward {both * 1e3:.1f} ms, GPU memory {peak / 1e6:.0f} MB, largest error {error:.1e}")
 
-# --- 11. Command line ---------------------------------------------------------------------------
+# --- 12. Command line ---------------------------------------------------------------------------
 def command_evaluate(config):
     """Play the panel with the given model and print the table."""
-    by_type = evaluate(*load_policy(config), make_envs(config), config)["by_type"]
+    envs = make_envs(config)
+    by_type = evaluate(*load_policy(config), envs, config)["by_type"]
     print_table([("student", [by_type], 0, ""), ("student*", [by_type], 1, "")])
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,

@@ -876,13 +876,13 @@ def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
     assert not any(tokenizer.unk_token_id in chat.encode(text) for text in texts)
     assert tokenizer.unk_token_id in chat.encode("inside the fridgelet")
     assert type(model).__name__ == "Qwen3ForCausalLM" and 10 ** 5 <= sum(p.numel() for p in model.parameters()) <= 10 ** 6
-    assert sum(path.stat().st_size for path in envs.TINY_FOLDER.iterdir()) <= 1.5e6
+    assert sum(path.stat().st_size for path in sdar.TINY_FOLDER.iterdir()) <= 1.5e6
 
 
 def test_demonstrations_never_show_this_household():
     """Each is in a household of its own, a player's actions are imitated only where it was neither exploring for the
     teacher nor acting at random, and the prompt is never in the loss."""
-    chat = sdar.Chat(envs.toy_tokenizer())
+    chat = sdar.Chat(sdar.toy_tokenizer())
     draw = lambda n, rng: [envs.demonstration(chat, rng) for _ in range(n)]
     rows = draw(300, random.Random(0))
     assert draw(30, random.Random(0)) == rows[:30]
@@ -898,23 +898,23 @@ def test_demonstrations_never_show_this_household():
 
 
 def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monkeypatch):
-    chat = sdar.Chat(envs.toy_tokenizer())
+    chat = sdar.Chat(sdar.toy_tokenizer())
     for name in "ab":
-        envs.warmstart(tmp_path / name, chat, steps=3)
+        sdar.warmstart(tmp_path / name, chat, steps=3)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     assert not list(tmp_path.glob("*.new")) and not list(tmp_path.rglob("*.bin"))
-    assert envs.fingerprint(envs.TINY_FOLDER, chat) == json.loads((envs.TINY_FOLDER / "fingerprint.json").read_text()), \
+    assert sdar.fingerprint(sdar.TINY_FOLDER, chat) == json.loads((sdar.TINY_FOLDER / "fingerprint.json").read_text()), \
         "the carried policy is of another recipe: python sdar.py warmstart"
     weights, view, built = (tmp_path / "b/model.safetensors").read_bytes(), ToyEnv._view, []
     (tmp_path / "b/model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    monkeypatch.setattr(envs, "warmstart", lambda folder, chat: built.append(folder))
-    monkeypatch.setattr(envs, "TINY_FOLDER", tmp_path / "a")
-    assert envs.tiny_policy(chat) == tmp_path / "a" and not built
-    for target, name, value in ((envs, "TINY_FOLDER", tmp_path / "absent"), (envs, "TINY_FOLDER", tmp_path / "b"),  # corrupt
-                                (envs, "WARMSTART", 0), (ToyEnv, "_view", lambda self: view(self).replace("you see", ""))):
+    monkeypatch.setattr(sdar, "warmstart", lambda folder, chat: built.append(folder))
+    monkeypatch.setattr(sdar, "TINY_FOLDER", tmp_path / "a")
+    assert sdar.tiny_policy(chat) == tmp_path / "a" and not built
+    for target, name, value in ((sdar, "TINY_FOLDER", tmp_path / "absent"), (sdar, "TINY_FOLDER", tmp_path / "b"),  # corrupt
+                                (sdar, "WARMSTART", 0), (ToyEnv, "_view", lambda self: view(self).replace("you see", ""))):
         with monkeypatch.context() as patch:  # the last two: of another recipe, of another world
             patch.setattr(target, name, value)
-            envs.tiny_policy(chat)
+            sdar.tiny_policy(chat)
         assert len(built) == 1, name
         built.clear()
 
