@@ -607,7 +607,6 @@ import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from inspect import signature
 from pathlib import Path
 
 from envs import (ENVS, TINY_FOLDER, EnvUnavailable, UserError, make_env, replace_folder, require, tiny_policy,
@@ -920,7 +919,7 @@ def t_interval(gains):
     half = math.sqrt(df) * math.tan(np.interp(0.975, mass / mass[-1], x)) * np.std(gains, ddof=1) / math.sqrt(len(gains))
     return [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half]
 
-def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
+def command_compare(config, given, *, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
     """Run --methods, or --sweep NAME=VALUE,..., over --seeds, --jobs at once (0: one a core). Returns True if a run failed."""
     out = Path(given.get("out") or "runs/compare")
     runs = plan(given, methods, seeds, sweep, out)
@@ -1013,22 +1012,23 @@ def parse_args(argv):
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     require(command in COMMANDS, unknown("command", command, list(COMMANDS)))
-    parser = argparse.ArgumentParser(f"python sdar.py {command}", allow_abbrev=False, exit_on_error=False,
-                                     epilog=COMMANDS[command].__doc__, description=f"Commands: {', '.join(COMMANDS)}.")
+    run, text = COMMANDS[command], f"Commands: {', '.join(COMMANDS)}."
+    parser = argparse.ArgumentParser(f"python sdar.py {command}", description=text, epilog=run.__doc__, allow_abbrev=False,
+                                     exit_on_error=False, argument_default=argparse.SUPPRESS)  # what is not typed is not there
     for f in fields(Config):
         known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
         default = " paper: ".join(dict.fromkeys(map(str, (f.metadata["toy"], f.metadata["paper"]))))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
-    own = {name: p.default for name, p in signature(COMMANDS[command]).parameters.items() if type(p.default) in (int, str)}
-    for name, default in own.items():  # the command's own flags
-        parser.add_argument(flag(name), type=type(default), default=default, help=f"[{default}]")
+        parser.add_argument(flag(f.name), help=f"{f.metadata['help']}{known} [{default}]", **kind)
+    own = run.__kwdefaults__ or {}  # the command's own flags: its keyword-only arguments
+    for name, default in own.items():
+        parser.add_argument(flag(name), type=type(default), help=f"[{default}]")
     values, rest = parser.parse_known_args(argv)
     near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
     require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-    given = {key: value for key, value in vars(values).items() if value is not None}
-    options = {name: given.pop(name) for name in own}
-    return partial(COMMANDS[command], **options, **({"given": given} if command == "compare" else {})), Config(**given)
+    given = vars(values)
+    options = {name: given.pop(name) for name in own if name in given}
+    return partial(run, **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
     """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
