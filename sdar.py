@@ -792,13 +792,12 @@ class Run:
 
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
-        config, self.before = self.config, {"start_" + key: value for key, value in before.items()}
-        size, student, teacher = sum(p.numel() for p in self.model.parameters()), before["success"], before["success_skill"]
-        hint = "\nThe teacher is not better than the student: there is nothing to distil. Can this model use a skill?"
-        print(f"{config.method} on {config.env} with {config.model} ({size:,} parameters), {config.preset} preset, seed "
-              f"{config.seed}: {config.steps} steps of {config.tasks_per_step} tasks x {config.group_size} episodes\n"
-              f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}"
-              + hint * (teacher <= student))
+        self.before = {"start_" + key: value for key, value in before.items()}
+        print("{method} on {env} with {model} ({size:,} parameters), {preset} preset, seed {seed}: {steps} steps of "
+              "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success {success:.2f}, "
+              "with the skill {success_skill:.2f}".format(size=self.model.num_parameters(), **vars(self.config), **before))
+        if before["success_skill"] <= before["success"]:
+            print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines.write_text("")
         self.save()
@@ -850,8 +849,8 @@ class Run:
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         before, after = [self.before["start_by_type"]], [self.metrics["eval_by_type"]]
         print_table([("before", before, ""), ("before*", before, ""), ("after", after, ""), ("after*", after, "")])
-        seconds = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
-        print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {seconds(part):.1f}" for part in ("rollout", "teacher", "update")))
+        spent = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
+        print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {spent(part):.1f}" for part in ("rollout", "teacher", "update")))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
