@@ -947,8 +947,8 @@ def command_compare(config, given, *, methods=",".join(METHODS), seeds="0,1,2,3,
 
 def draw(done, start, path):
     """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and, with sd bands, a picture."""
-    curves = {label: np.array([[(0, start), *((line["step"], line["eval_success"]) for line in lines)] for lines in runs.values()])
-              for label, runs in done.items() if runs}  # (seeds, points, 2)
+    curves = {label: np.array([[(0, start), *((line["step"], line["eval_success"]) for line in lines)] for lines in row.values()])
+              for label, row in done.items() if row}  # (seeds, points, 2)
     print("\nheld-out success without the skill at training steps")
     for label, curve in curves.items():
         shown = "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in curve.mean(0))
