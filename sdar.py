@@ -971,11 +971,10 @@ def command_bench(config):
     global KERNEL, LOGITS_AT_ONCE
     from torch.utils.benchmark import Timer
     run = Run(replace(config, out=config.out + "-bench", resume=False))  # which writes nothing before it begins
-    steps = [training_step(run, step) for step in (1, 2, 3)][1:]  # the first warms up
-    seconds = np.mean([np.diff(clock) for _, _, clock in steps], axis=0)
-    tokens = np.mean([sum(len(e.logprobs) for e in episodes) for episodes, _, _ in steps])
+    steps, _, clocks = zip(*[training_step(run, step) for step in (1, 2, 3)][1:])  # the first warms up
+    seconds, tokens = np.diff(clocks).mean(0), np.mean([sum(len(e.logprobs) for e in episodes) for episodes in steps])
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"a step: {len(steps[0][0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB; the teacher "
+    print(f"a step: {len(steps[0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB; the teacher "
           f"adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to it")
     for part, spent in zip(("rollout", "teacher", "update"), seconds):
         print(f"{part:<9}{spent:8.2f} s {spent / seconds.sum():5.0%} {tokens / spent:10,.0f} tokens/s")
@@ -987,8 +986,8 @@ def command_bench(config):
     exact = torch.log_softmax((hidden[:64] @ head.T).double(), -1).gather(1, ids[:64, None])[:, 0]
     product, copy_speed = time_of(lambda: hidden @ head.T), 2 * a.nbytes / time_of(lambda: a.copy_(b))
     print(f"\n{rows:,} x {len(head):,} logits, {config.dtype}: product {product * 1e3:.1f} ms; copy {copy_speed / 1e9:.0f} GB/s")
-    paths = {"chunked": (None, LOGITS_AT_ONCE), "kernel" if KERNEL else "chunked": (KERNEL, LOGITS_AT_ONCE), "plain": (None, 2 ** 62)}
-    for name, (KERNEL, LOGITS_AT_ONCE) in paths.items():
+    paths = [("chunked", None, LOGITS_AT_ONCE), ("kernel", KERNEL, LOGITS_AT_ONCE), ("plain", None, 2 ** 62)]
+    for name, KERNEL, LOGITS_AT_ONCE in paths if KERNEL else paths[::2]:
         logprobs = lambda: token_logprobs(hidden, head, ids)[0]
         torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
         forward, before = time_of(logprobs), torch.cuda.memory_allocated()
