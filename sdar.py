@@ -794,8 +794,8 @@ class Run:
         """Say where training starts from, and write the folder's first files."""
         self.before = {"start_" + key: value for key, value in before.items()}
         print("{method} on {env} with {model} ({size:,} parameters), {preset} preset, seed {seed}: {steps} steps of "
-              "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success {success:.2f}, "
-              "with the skill {success_skill:.2f}".format(size=self.model.num_parameters(), **vars(self.config), **before))
+              "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success "
+              "{success:.2f}, with the skill {success_skill:.2f}".format(size=self.model.num_parameters(), **vars(self.config), **before))
         if before["success_skill"] <= before["success"]:
             print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
