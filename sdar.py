@@ -610,8 +610,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
+
+from tqdm.contrib.concurrent import thread_map
 
 from envs import CLASSES, ENVS, PHRASES, PLACES, UserError, demonstration, make_env, require, unknown
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
@@ -842,13 +843,12 @@ class Run:
 
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
-        config, self.before = self.config, {"start_" + key: value for key, value in before.items()}
-        size, student, teacher = sum(p.numel() for p in self.model.parameters()), before["success"], before["success_skill"]
-        hint = "\nThe teacher is not better than the student: there is nothing to distil. Can this model use a skill?"
-        print(f"{config.method} on {config.env} with {config.model} ({size:,} parameters), {config.preset} preset, seed "
-              f"{config.seed}: {config.steps} steps of {config.tasks_per_step} tasks x {config.group_size} episodes\n"
-              f"before training, {before['episodes']} held-out episodes: success {student:.2f}, with the skill {teacher:.2f}"
-              + hint * (teacher <= student))
+        self.before = {"start_" + key: value for key, value in before.items()}
+        print("{method} on {env} with {model} ({size:,} parameters), {preset} preset, seed {seed}: {steps} steps of "
+              "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success "
+              "{success:.2f}, with the skill {success_skill:.2f}".format(size=self.model.num_parameters(), **vars(self.config), **before))
+        if before["success_skill"] <= before["success"]:
+            print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lines.write_text("")
         self.save()
@@ -914,10 +914,10 @@ class Run:
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
-        played = {"before": [self.before["start_by_type"]], "after": [self.metrics["eval_by_type"]]}
-        print_table([(title + "*" * skilled, runs, skilled, "") for title, runs in played.items() for skilled in (0, 1)])
-        seconds = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
-        print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {seconds(part):.1f}" for part in ("rollout", "teacher", "update")))
+        before, after = [self.before["start_by_type"]], [self.metrics["eval_by_type"]]
+        print_table([("before", before, ""), ("before*", before, ""), ("after", after, ""), ("after*", after, "")])
+        spent = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
+        print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {spent(part):.1f}" for part in ("rollout", "teacher", "update")))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
@@ -931,13 +931,13 @@ def wilson(wins, n, z=1.96):
     return (middle - half) / scale, (middle + half) / scale
 
 def print_table(rows):
-    """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], 1 if skilled, remark)."""
+    """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
     print("\n" + " " * width + "".join(f"{kind:<11}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
-    for title, runs, skilled, remark in rows:
+    for title, runs, remark in rows:
         line = f"{title:<{width}}"
         for group in [[kind] for kind in kinds] + [kinds] if runs else []:
-            counts = [[sum(run[kind][i] for kind in group) for i in (1 + skilled, 0)] for run in runs]
+            counts = [[sum(run[kind][i] for kind in group) for i in (1 + title.endswith("*"), 0)] for run in runs]
             shares = [wins / n for wins, n in counts]
             line += f"{np.mean(shares):.2f}" + (f"±{np.std(shares, ddof=1):.2f}  " if len(runs) > 1 else " " * 7)
         line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0])) if len(runs) == 1 else ""
@@ -1033,18 +1033,18 @@ def replace_folder(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 # --- 11. Comparison: methods, or values of a setting, over seeds --------------------------------
-def plan(given, methods, seeds, sweep, out):
-    """What compare runs: {row: [its Config for each seed]}. given: the other flags, {field: value}."""
+def plan(config, given, methods, seeds, sweep, out):
+    """What compare runs: {label: {seed: Config}}. given: the flags that made config, {field: value}."""
     typed = lambda name, text: getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
     name, _, values = (sweep or f"method={methods}").partition("=")
-    rows = [("method", "grpo")] * bool(sweep) + [(name.replace("-", "_"), typed(name, value)) for value in values.split(",")]
-    require(not {"seed", "resume", "out"} & {*dict(rows)} | {"seed", "resume"} & {*given}, "compare takes --seeds and one --out")
-    seeds, runs = [typed("seed", seed) for seed in dict.fromkeys(seeds.split(","))], {}
-    for name, value in rows:
-        row = {**given, name: value}
-        plain = Config(**{key: given[key] for key in ("env", "model", "preset") if key in given}, method=row.get("method"))
-        label = plain.method + (f" {name}={value}" if value != getattr(plain, name) else "")
-        runs[label] = [Config(**{**row, "seed": seed, "out": f"{out / label.replace(' ', '-')}-s{seed}"}) for seed in seeds]
+    rows = [{"method": "grpo"}] * bool(sweep) + [{name.replace("-", "_"): typed(name, value)} for value in values.split(",")]
+    require(not {"seed", "resume"} & {name, *given} and name != "out", "compare takes --seeds and one --out")
+    seeds, runs = [typed("seed", seed) for seed in seeds.split(",")], {}
+    for row in rows:
+        plain = Config(env=config.env, model=config.model, preset=config.preset, method=row.get("method", config.method))
+        label = plain.method + "".join(f" {key}={value}" for key, value in row.items() if value != getattr(plain, key))
+        folder = out / label.replace(" ", "-")
+        runs[label] = {seed: Config(**{**given, **row, "seed": seed, "out": f"{folder}-s{seed}"}) for seed in seeds}
     return runs
 
 def finished(config):
@@ -1054,7 +1054,7 @@ def finished(config):
         lines = [json.loads(line) for line in open(Path(config.out, "metrics.jsonl"))]
     except (OSError, ValueError, TypeError):
         return None
-    read = [key for key in vars(config) if key not in Run.FREE or key in ("steps", "eval_every")]
+    read = {*vars(config)} - {*Run.FREE} | {"steps", "eval_every"}
     same = all(old.get(key) == getattr(config, key) for key in read)
     require(same or config.overwrite, f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
     return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
@@ -1063,7 +1063,7 @@ def launch(config):
     """Train from the first step, on one thread of a process of its own. Returns "" or what went wrong."""
     settings = json.dumps({**vars(config), "overwrite": True})  # of what is left of a run that did not finish
     code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path])}
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code, settings], env=place, capture_output=True, text=True)
     return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}" if done.returncode else ""
 
@@ -1074,50 +1074,51 @@ def t_interval(gains):
     half = math.sqrt(df) * math.tan(np.interp(0.975, mass / mass[-1], x)) * np.std(gains, ddof=1) / math.sqrt(len(gains))
     return [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half]
 
-def command_compare(config, given, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
+def command_compare(config, given, *, methods=",".join(METHODS), seeds="0,1,2,3,4", sweep="", jobs=0):
     """Run --methods, or --sweep NAME=VALUE,..., over --seeds, --jobs at once (0: one a core). Returns True if a run failed."""
     out = Path(given.get("out") or "runs/compare")
-    runs = plan(given, methods, seeds, sweep, out)
-    todo = [run for row in runs.values() for run in row if finished(run) is None]
+    runs = plan(config, given, methods, seeds, sweep, out)
+    todo = [run for row in runs.values() for run in row.values() if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
     envs = make_envs(config)
     start = evaluate(*load_policy(config), envs, config)
     torch.cuda.empty_cache()  # for the processes
-    with ThreadPoolExecutor(max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())) as pool:
-        reasons = dict(zip((run.out for run in todo), tqdm(pool.map(launch, todo), total=len(todo), unit="run")))
-    done = {label: {run.seed: lines for run in row if (lines := finished(run))} for label, row in runs.items()}
-    table = [("vanilla", [start["by_type"]], 0, ""), ("skill_prompt*", [start["by_type"]], 1, "")]
+    at_once = max(jobs, 0) or (1 if config.device == "cuda" else os.cpu_count())
+    reasons = dict(zip((run.out for run in todo), thread_map(launch, todo, max_workers=at_once, unit="run")))
+    done = {label: {seed: lines for seed, run in row.items() if (lines := finished(run))} for label, row in runs.items()}
+    success = {label: {seed: lines[-1]["eval_success"] for seed, lines in row.items()} for label, row in done.items()}
+    rows = [("vanilla", [start["by_type"]], ""), ("skill_prompt*", [start["by_type"]], "")]
     for label, row in runs.items():
-        ends = {seed: lines[-1]["eval_success"] for seed, lines in done[label].items()}
-        gains = [end - done["grpo"][seed][-1]["eval_success"] for seed, end in ends.items() if seed in done.get("grpo", ())]
-        remark = ["minus grpo {:+.3f} [{:+.2f}, {:+.2f}]".format(*t_interval(gains))] if len(gains) > 1 and label != "grpo" else []
-        remark += [f"seed {run.seed} failed: {reasons[run.out] or 'no finished run'}" for run in row if run.seed not in ends]
+        base = success.get("grpo", {}) if label != "grpo" else {}
+        gains = [won - base[seed] for seed, won in success[label].items() if seed in base]
+        remark = ["minus grpo {:+.3f} [{:+.2f}, {:+.2f}]".format(*t_interval(gains))] if len(gains) > 1 else []
+        remark += [f"seed {seed} failed: {reasons[row[seed].out]}" for seed in row if seed not in success[label]]
         by_type = [lines[-1]["eval_by_type"] for lines in done[label].values()]
-        table += [(label, by_type, 0, "  ".join(remark))] + [(label + "*", by_type, 1, "")] * METHODS[row[0].method].skilled
-    print_table(table)
+        rows += [(label, by_type, "  ".join(remark))] + [(label + "*", by_type, "")] * METHODS[label.split()[0]].skilled
+    print_table(rows)
     out.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
-    (out / f"{name}.json").write_text(json.dumps({"start": start, "evaluations": done}) + "\n")
-    draw(done, start["success"], out / f"{name}.svg")
+    report = out / "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
+    report.with_suffix(".json").write_text(json.dumps({"start": start, "evaluations": done}) + "\n")
+    draw(done, start["success"], report.with_suffix(".svg"))
     return any(len(row) > len(done[label]) for label, row in runs.items())
 
 def draw(done, start, path):
     """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and, with sd bands, a picture."""
+    curves = {label: np.array([[(0, start), *((line["step"], line["eval_success"]) for line in lines)] for lines in row.values()])
+              for label, row in done.items() if row}  # (seeds, points, 2)
     print("\nheld-out success without the skill at training steps")
-    curves = {label: ([0, *(line["step"] for line in [*runs.values()][0])], np.array(
-        [[start, *(line["eval_success"] for line in lines)] for lines in runs.values()])) for label, runs in done.items() if runs}
-    for label, (steps, values) in curves.items():
-        shown = "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in zip(steps, values.mean(0)))
-        print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in values.mean(0)) + shown + f"  {label}")
+    for label, curve in curves.items():
+        shown = "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in curve.mean(0))
+        print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for _, mean in curve.mean(0)) + shown + f"  {label}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
     axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
-    for label, (steps, values) in curves.items():
-        mean, sd = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
-        line, = axes.plot(steps, mean, label=label)
-        axes.fill_between(steps, mean - sd, mean + sd, alpha=0.15, color=line.get_color(), linewidth=0)
+    for label, curve in curves.items():
+        (steps, mean), sd = curve.mean(0).T, curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
+        axes.plot(steps, mean, label=label)
+        axes.fill_between(steps, mean - sd, mean + sd, alpha=0.15, linewidth=0)
     axes.set(xlabel="training step", ylabel="held-out success without the skill", ylim=(0, 1))
     axes.legend(fontsize="small")
     axes.figure.savefig(path)
@@ -1127,11 +1128,10 @@ def command_bench(config):
     global KERNEL, LOGITS_AT_ONCE
     from torch.utils.benchmark import Timer
     run = Run(replace(config, out=config.out + "-bench", resume=False))  # which writes nothing before it begins
-    steps = [training_step(run, step) for step in (1, 2, 3)][1:]  # the first warms up
-    seconds = np.mean([np.diff(clock) for _, _, clock in steps], axis=0)
-    tokens = np.mean([sum(len(e.logprobs) for e in episodes) for episodes, _, _ in steps])
+    steps, _, clocks = zip(*[training_step(run, step) for step in (1, 2, 3)][1:])  # the first warms up
+    seconds, tokens = np.diff(clocks).mean(0), np.mean([sum(len(e.logprobs) for e in episodes) for episodes in steps])
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"a step: {len(steps[0][0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB; the teacher "
+    print(f"a step: {len(steps[0])} episodes, {tokens:,.0f} sampled tokens, peak memory {peak / 1e9:.2f} GB; the teacher "
           f"adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to it")
     for part, spent in zip(("rollout", "teacher", "update"), seconds):
         print(f"{part:<9}{spent:8.2f} s {spent / seconds.sum():5.0%} {tokens / spent:10,.0f} tokens/s")
@@ -1143,8 +1143,8 @@ def command_bench(config):
     exact = torch.log_softmax((hidden[:64] @ head.T).double(), -1).gather(1, ids[:64, None])[:, 0]
     product, copy_speed = time_of(lambda: hidden @ head.T), 2 * a.nbytes / time_of(lambda: a.copy_(b))
     print(f"\n{rows:,} x {len(head):,} logits, {config.dtype}: product {product * 1e3:.1f} ms; copy {copy_speed / 1e9:.0f} GB/s")
-    paths = {"chunked": (None, LOGITS_AT_ONCE), "kernel" if KERNEL else "chunked": (KERNEL, LOGITS_AT_ONCE), "plain": (None, 2 ** 62)}
-    for name, (KERNEL, LOGITS_AT_ONCE) in paths.items():
+    paths = [("chunked", None, LOGITS_AT_ONCE), ("kernel", KERNEL, LOGITS_AT_ONCE), ("plain", None, 2 ** 62)]
+    for name, KERNEL, LOGITS_AT_ONCE in paths if KERNEL else paths[::2]:
         logprobs = lambda: token_logprobs(hidden, head, ids)[0]
         torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
         forward, before = time_of(logprobs), torch.cuda.memory_allocated()
@@ -1159,7 +1159,7 @@ def command_evaluate(config):
     """Play the panel with the given model and print the table."""
     envs = make_envs(config)
     by_type = evaluate(*load_policy(config), envs, config)["by_type"]
-    print_table([("student", [by_type], 0, ""), ("student*", [by_type], 1, "")])
+    print_table([("student", [by_type], ""), ("student*", [by_type], "")])
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,
             "warmstart": lambda config: warmstart(TINY_FOLDER, Chat(toy_tokenizer())) or command_evaluate(config)}
@@ -1169,22 +1169,23 @@ def parse_args(argv):
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     require(command in COMMANDS, unknown("command", command, list(COMMANDS)))
-    parser = argparse.ArgumentParser(f"python sdar.py {command}", allow_abbrev=False, exit_on_error=False,
-                                     epilog=COMMANDS[command].__doc__, description=f"Commands: {', '.join(COMMANDS)}.")
+    run, text = COMMANDS[command], f"Commands: {', '.join(COMMANDS)}."
+    parser = argparse.ArgumentParser(f"python sdar.py {command}", description=text, epilog=run.__doc__, allow_abbrev=False,
+                                     exit_on_error=False, argument_default=argparse.SUPPRESS)  # what is not typed is not there
     for f in fields(Config):
         known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
         default = " paper: ".join(dict.fromkeys(map(str, (f.metadata["toy"], f.metadata["paper"]))))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument(flag(f.name), default=None, help=f"{f.metadata['help']}{known} [{default}]", **kind)
-    own = {name: p.default for name, p in signature(COMMANDS[command]).parameters.items() if type(p.default) in (int, str)}
-    for name, default in own.items():  # the command's own flags
-        parser.add_argument(flag(name), type=type(default), default=default, help=f"[{default}]")
+        parser.add_argument(flag(f.name), help=f"{f.metadata['help']}{known} [{default}]", **kind)
+    own = run.__kwdefaults__ or {}  # the command's own flags: its keyword-only arguments
+    for name, default in own.items():
+        parser.add_argument(flag(name), type=type(default), help=f"[{default}]")
     values, rest = parser.parse_known_args(argv)
     near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
     require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-    given = {key: value for key, value in vars(values).items() if value is not None}
-    options = {name: given.pop(name) for name in own}
-    return partial(COMMANDS[command], **options, **({"given": given} if command == "compare" else {})), Config(**given)
+    given = vars(values)
+    options = {name: given.pop(name) for name in own if name in given}
+    return partial(run, **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
     """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
