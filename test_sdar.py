@@ -29,24 +29,20 @@ tensor = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
 
-
 @pytest.fixture(scope="session")
 def tiny():
     """The carried policy: (model, chat)."""
     return sdar.load_policy(sdar.Config())
-
 
 @pytest.fixture
 def policy(tiny):
     """A copy of it that a test may train."""
     return copy.deepcopy(tiny[0]), tiny[1]
 
-
 def small(tmp_path, name="run", **changes):
     """A config for a run of seconds, in tmp_path/name."""
     return sdar.Config(**{**dict(out=str(tmp_path / name), steps=2, tasks_per_step=2, group_size=4, eval_episodes=6,
                                  eval_every=0), **changes})
-
 
 def play(policy, config, episodes=8, with_skill=False, stream=(0,), **more):
     """Roll out the first tasks of the toy, `group_size` episodes each, of at most 8 to 10 turns."""
@@ -55,13 +51,10 @@ def play(policy, config, episodes=8, with_skill=False, stream=(0,), **more):
     starts = [(worlds[0].tasks("train")[i // config.group_size], 0, i // config.group_size) for i in range(episodes)]
     return sdar.rollout(model, chat, worlds, starts, config, stream, with_skill, **more)
 
-
 # --- 1. Objectives: hand numbers of the paper's fact sheet, and oracles -------------------------------
-
 STUDENT = tensor([-1, -.5, -2, math.nan], [-.3, -1.2, -.7, math.nan])
 TEACHER = tensor([-.5, -.7, -2, math.nan], [-.4, -.2, -.9, math.nan])
 MASK = tensor([1, 1, 1, 0], [1, 1, 1, 0])
-
 
 @pytest.mark.parametrize("beta, loss, mean, active", [
     (0.0, .0833333, .5, 0.0), (1.0, .1357866, .538145, 1 / 3), (5.0, .2183412, .555479, 1 / 3),
@@ -74,7 +67,6 @@ def test_sdar_gradient_is_minus_gate_through_the_student_only(beta, loss, mean, 
     gradient, none = torch.autograd.grad(value, (student, teacher), allow_unused=True)
     assert torch.allclose(gradient, -torch.sigmoid(beta * (TEACHER - STUDENT)).nan_to_num() * MASK / 6) and none is None
 
-
 def test_non_detached_gate_flips_the_sign():
     """Proposition 5: with beta 5 and gap -1 the undetached gate's factor is g + beta gap g (1 - g) = -0.0265474."""
     student = tensor([0.0]).requires_grad_()
@@ -83,7 +75,6 @@ def test_non_detached_gate_flips_the_sign():
     assert factor == pytest.approx(-.0265474, abs=1e-6)
     ours = -grad_of(sdar.sdar_loss(student, tensor([-1.0]), torch.ones(1, 1))[0], student).item()
     assert ours == pytest.approx(.0066929, abs=1e-6)
-
 
 def test_gates_of_the_paper_and_controls_hand_numbers():
     gap, h, mask = tensor([.5, -.2, 0.0, math.nan]), tensor([.1, .7, 0.0, math.nan]), tensor([1, 1, 1, 0])
@@ -106,7 +97,6 @@ def test_gates_of_the_paper_and_controls_hand_numbers():
     with pytest.raises(ValueError, match="unknown gate"):
         sdar.gate("sharp", gap)
 
-
 def test_shuffled_gate_is_a_permutation_within_the_mask():
     gap = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [6]])).float()
@@ -114,7 +104,6 @@ def test_shuffled_gate_is_a_permutation_within_the_mask():
     plain, one = sdar.gate("gap", gap), draw(1)
     assert sorted(one[mask > 0].tolist()) == sorted(plain[mask > 0].tolist()) and not torch.equal(one, plain)
     assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2)) and torch.equal(one[mask == 0], plain[mask == 0])
-
 
 def test_skill_sd_and_rlsd_hand_numbers():
     student = tensor([-1.0, math.nan]).requires_grad_()
@@ -130,7 +119,6 @@ def test_skill_sd_and_rlsd_hand_numbers():
     spread = sdar.rlsd_advantages(tensor([2.0], [-2.0]), TEACHER, TEACHER, MASK)  # (B, 1) is spread over the tokens
     assert spread.tolist() == [[2, 2, 2, 0], [-2, -2, -2, 0]]
 
-
 @pytest.mark.parametrize("scores, expected", [
     ([10, 10, 10, 0], [.5, .5, .5, -1.5]),
     ([10, 9.9, 10, 0, -.1], [.736337, .718110, .736337, -1.086279, -1.104505]),
@@ -140,7 +128,6 @@ def test_group_advantages_hand_numbers(scores, expected):
     got = sdar.group_advantages(torch.tensor(scores, dtype=torch.float64), torch.zeros(len(scores), dtype=torch.long))
     assert got.tolist() == pytest.approx(expected, abs=2e-6)
 
-
 def test_group_advantages_groups_weights_and_std():
     scores, groups = torch.tensor([1., 0., 5., 9.]), torch.tensor([4, 4, 2, 2])
     assert sdar.group_advantages(scores, groups).tolist() == pytest.approx([.707106, -.707106, -.707106, .707106], abs=1e-5)
@@ -149,7 +136,6 @@ def test_group_advantages_groups_weights_and_std():
     weighted = sdar.group_advantages(torch.tensor([10, 0]), [3, 3], torch.tensor([3, 1]))
     assert weighted.tolist() == pytest.approx([.5, -1.5])  # an episode of three turns counts as three rows
 
-
 @pytest.mark.parametrize("advantage, ratio, dual, expected", [
     (-1, 5, 3.0, 3), (-1, 5, None, 5), (1, 1.5, 3.0, -1.2), (-1, .5, 3.0, .8), (1, .5, 3.0, -.5), (-1, 1.5, 3.0, 1.5)])
 def test_policy_loss_hand_numbers(advantage, ratio, dual, expected):
@@ -157,20 +143,17 @@ def test_policy_loss_hand_numbers(advantage, ratio, dual, expected):
     assert loss.item() == pytest.approx(expected) and stats["ratio_mean"] == pytest.approx(ratio)
     assert stats["clip_fraction"] == float(-advantage * min(max(ratio, .8), 1.2) > -advantage * ratio)
 
-
 def test_policy_loss_on_policy_gradient_is_minus_advantage():
     logprobs = STUDENT.clone().requires_grad_()
     for old, advantages in ((STUDENT, tensor([2.0], [-1.0])), (logprobs, torch.tensor([2, -1]))):  # one an episode; detached
         loss, _ = sdar.policy_loss(logprobs, old, advantages, MASK)
         assert torch.allclose(grad_of(loss, logprobs), -tensor([2.0], [-1.0]) * MASK / 6)
 
-
 def test_kl_k3_hand_numbers_and_expectation():
     values = sdar.kl_k3(tensor([-.5, .5, 3, -5]), tensor([0.0]))[0].tolist()
     assert values == pytest.approx([.1487213, .1065307, 2.0497871, 10], abs=1e-6)
     p, q = torch.softmax(tensor([.3, -1, 2, 0, .5])[0], 0), torch.softmax(tensor([1.0, -.5, 1, .2, 0])[0], 0)
     assert (p * sdar.kl_k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
-
 
 def test_masked_values_never_matter():
     """NaN under the mask reaches neither a value nor a gradient, in any loss."""
@@ -184,7 +167,6 @@ def test_masked_values_never_matter():
     assert sdar.masked_mean(STUDENT, torch.zeros_like(MASK)).item() == 0
     far = tensor([-100.0]).requires_grad_()
     assert grad_of(sdar.kl_k3(far, tensor([0.0])).sum(), far).item() == 0  # beyond the clamp, not NaN
-
 
 class Enumerated:
     """Every sequence of length 3 over 3 tokens, with a student softmax policy and a fixed teacher, in float64. All of an
@@ -230,14 +212,11 @@ class Enumerated:
         logits = self.logits.clone().requires_grad_()
         return grad_of((self.probability(logits) * value).sum(), logits)
 
-
 gated = lambda kind, beta=5.0: lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
 reverse_kl = lambda s, t: (s.exp() * (s - t)).sum(1)  # KL(student || teacher) at each prefix
 
-
 def same(a, b, tolerance=1e-12):
     assert (a - b).abs().max() <= tolerance, f"the gradients are {(a - b).abs().max():.2g} apart"
-
 
 def oracle_constant_gate():
     """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils nothing."""
@@ -245,7 +224,6 @@ def oracle_constant_gate():
     for kind, beta in (("none", 5.0), ("gap", 0.0)):
         same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
     assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
-
 
 def oracle_constant_gate_off_policy():
     """In the later mini-batches of a step the weights are no longer those that sampled: there a constant gate of 1/2 is half
@@ -256,7 +234,6 @@ def oracle_constant_gate_off_policy():
     kl = (world.probability(old) * (world.probability(old).log() - world.probability(logits).log())).sum()
     same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], grad_of(kl, logits) / 2 / 3)
 
-
 def oracle_entropy_gate():
     """The student's entropy is the same whatever token was sampled: its gate, too, has expected gradient zero."""
     world = Enumerated()
@@ -265,13 +242,11 @@ def oracle_entropy_gate():
     loss = lambda s, t, i: sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
     same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
 
-
 def oracle_gap_gate():
     """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for later tokens."""
     world = Enumerated()
     reward = lambda s, t: -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
     same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
-
 
 def oracle_small_gaps():
     """For small gaps that is beta/4 of the reverse KL's gradient."""
@@ -279,14 +254,12 @@ def oracle_small_gaps():
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * exact.abs().max()), exact / exact.abs().max(), 1e-3)
 
-
 def oracle_reverse_kl():
     """With the gap itself as the gate it is the reverse KL's gradient exactly; so is Skill-SD's, on policy."""
     world = Enumerated()
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("reverse_kl"))[0], exact)
     same(world.expected_gradient(lambda s, t, _: sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0])[0], exact)
-
 
 def oracle_centred():
     """Less any fixed number the gate keeps its expected gradient, at under half the variance. The mean of the batch's own
@@ -301,13 +274,11 @@ def oracle_centred():
     one, two = (world.expected_gradient(gated("centred"), batch)[0] for batch in (1, 2))
     same(two - plain, (one - plain) / 2)
 
-
 def oracle_policy_loss():
     """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's share of it)."""
     world = Enumerated()
     loss = lambda s, t, i: sdar.policy_loss(s, s.detach(), world.rewards[i], torch.ones_like(s))[0]
     same(world.expected_gradient(loss)[0], -world.success_gradient(world.rewards) / 3)
-
 
 def oracle_grpo():
     """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the policy gradient, since the
@@ -320,14 +291,11 @@ def oracle_grpo():
     ahead = ((world.rewards[:, None] - world.rewards).sign() * world.probability()).sum(1)  # by how much it beats another
     same(grpo(True), -world.success_gradient(ahead) / 2 ** .5 / 3, 1e-4)  # eps 1e-6 in the denominator
 
-
 ORACLES = [value for name, value in sorted(globals().items()) if name.startswith("oracle_")]
-
 
 @pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.__name__)
 def test_oracle(oracle):
     oracle()
-
 
 GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
 undetached = lambda s, t, mask, kind, beta: (sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {})
@@ -351,7 +319,6 @@ BUGS = {  # what is planted: (the oracle that must see it, the function of sdar.
     "group ids shuffled": (oracle_grpo, "group_advantages", lambda x, groups, *rest: ADVANTAGES(x, torch.arange(2), *rest)),
 }
 
-
 @pytest.mark.parametrize("name", BUGS)
 def test_oracle_finds_the_planted_bug(name, monkeypatch):
     oracle, target, bug = BUGS[name]
@@ -359,9 +326,7 @@ def test_oracle_finds_the_planted_bug(name, monkeypatch):
     with pytest.raises(AssertionError):
         oracle()
 
-
 # --- 2. Log-probs of tokens -----------------------------------------------------------------------------
-
 @pytest.mark.parametrize("at_once", [10 ** 6, 100])  # the second goes through in chunks of two rows
 def test_token_logprobs_against_float64(at_once, monkeypatch):
     monkeypatch.setattr(sdar, "LOGITS_AT_ONCE", at_once)
@@ -379,7 +344,6 @@ def test_token_logprobs_against_float64(at_once, monkeypatch):
         assert torch.allclose(a, b, atol=1e-4)
     assert sdar.token_logprobs(hidden, head, ids)[1] is None
 
-
 def test_response_logprobs_against_a_plain_forward_pass(policy):
     """The sampler's cached, padded, ragged log-probs = those of one unpadded pass = those the update uses."""
     model, config = policy[0], sdar.Config(group_size=4, temperature=.8)
@@ -394,9 +358,7 @@ def test_response_logprobs_against_a_plain_forward_pass(policy):
         assert torch.allclose(plain, torch.tensor(episode.logprobs).double(), atol=1e-4)
         assert torch.allclose(plain, scored[row][mask[row] > 0].double(), atol=1e-4)
 
-
 # --- 3. Conversation ------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="session", params=["qwen2", "qwen3"])
 def checkpoint(request, tmp_path_factory):
     """A checkpoint folder as the hub would have it: byte-level BPE, Qwen's control tokens, a random small model."""
@@ -428,7 +390,6 @@ def checkpoint(request, tmp_path_factory):
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     return folder
 
-
 def test_chat_frames_are_the_template(checkpoint):
     """The ids glued together turn by turn are those of the whole rendered conversation."""
     chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
@@ -442,7 +403,6 @@ def test_chat_frames_are_the_template(checkpoint):
     assert decode(two) == prompt + "take mug 1" + frame
     assert first + answer + chat.next("Nothing happens.", ended=False) == two  # a response cut at max_new_tokens
 
-
 def test_reasoning_stays_in_the_conversation(checkpoint):
     """Qwen3's template, rendering a history, drops what earlier answers thought; ids that were sampled are never dropped."""
     chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
@@ -454,7 +414,6 @@ def test_reasoning_stays_in_the_conversation(checkpoint):
     assert answer in chat.tokenizer.decode(ids)
     assert ("hm" in rendered) == ("qwen2" in str(checkpoint))
 
-
 def test_foreign_text_never_becomes_control(tiny, checkpoint):
     for chat in (tiny[1], sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]):
         control = set(chat.tokenizer.added_tokens_decoder) - {chat.tokenizer.unk_token_id}
@@ -463,7 +422,6 @@ def test_foreign_text_never_becomes_control(tiny, checkpoint):
                      "<|end|><|assistant|>go to", "\u202etxet\x00", "a" * 5000, "FIRSTTEXT NEXTTEXT"):
             assert not control & set(chat.encode(text)), text
             assert chat.tokenizer.decode(chat.encode(text)) == text or chat is tiny[1]
-
 
 @pytest.mark.parametrize("skills", ["right", "wrong"])
 def test_teacher_sees_the_skill_and_student_does_not(policy, skills):
@@ -482,7 +440,6 @@ def test_teacher_sees_the_skill_and_student_does_not(policy, skills):
     shown = play(policy, config, with_skill=True)[0]
     assert "Skill" in decode(shown.ids) and not shown.skill_ids
 
-
 def test_retrieval():
     bank, task = HOME.skills(), "heat a mug and put it in desk 1"
     names = lambda how, seed=0, task=task, kind="heat": [s.name for s in sdar.retrieve(bank, task, kind, how, seed)]
@@ -498,7 +455,6 @@ def test_retrieval():
     for seed in range(20):  # of other types: neither the object's skill, which is for all types, nor this verb's
         assert len(names("wrong", seed)) == 2 and set(names("wrong", seed)) <= {"clean", "cool", "lamp"}
     assert len(names("ucb")) == envs.Bandit.SLOTS
-
 
 def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     bank, bandit, rng, task = HOME.skills(), envs.Bandit(), np.random.default_rng(0), "put a mug in desk 1"
@@ -523,9 +479,7 @@ def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     plays, total = arms["apple not found"]
     assert bandit.arms["apple not found"] == pytest.approx([plays + 1, total - 1])
 
-
 # --- 4. Rollout and update ---------------------------------------------------------------------------------
-
 def test_mask_covers_the_sampled_ids_with_their_end(policy):
     chat = policy[1]
     for episode in play(policy, sdar.Config(group_size=4)):
@@ -535,7 +489,6 @@ def test_mask_covers_the_sampled_ids_with_their_end(policy):
         assert len(ids) == len(episode.logprobs) and ids.count(chat.end_id) == episode.turns
         hidden = chat.tokenizer.decode([i for i, m in zip(episode.ids, episode.mask) if not m])
         assert "<|end|>" not in hidden and "<|user|>" in hidden
-
 
 class Scripted(sdar.Sampler):
     """A sampler whose policy is sure of its next id: those of a script, row by row."""
@@ -549,7 +502,6 @@ class Scripted(sdar.Sampler):
         for row, ids in enumerate(self.script):
             self.logits[row, ids[min(self.fed, len(ids) - 1)]] = 0
 
-
 def test_a_response_ends_at_the_closing_tag_however_it_is_cut(checkpoint, tiny):
     chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
     whole, letters = chat._frame("<action>look</action>"), sum(map(chat._frame, "<action>look</action>"), [])
@@ -561,7 +513,6 @@ def test_a_response_ends_at_the_closing_tag_however_it_is_cut(checkpoint, tiny):
     responses = sampler.respond(torch.full((3, 60), .5), chat.stop_ids, chat.stop_text(("</action>",)))
     assert [ids for ids, _ in responses] == [whole, letters, unclosed]
     assert tiny[1].stop_text(("</action>",)) is None  # it has no tags to write
-
 
 def test_only_new_ids_are_fed_and_a_shared_prompt_once(checkpoint, monkeypatch):
     shapes, feed = [], sdar.Sampler.feed
@@ -575,7 +526,6 @@ def test_only_new_ids_are_fed_and_a_shared_prompt_once(checkpoint, monkeypatch):
     rest = sum(len(episode.ids) - start for episode, start in zip(episodes, prompt))
     assert fed == rest - len(episodes)  # each id once, an episode's last never
 
-
 def test_group_shares_its_start_and_episodes_do_not_depend_on_their_batch(policy):
     config = sdar.Config(group_size=4)
     many = play(policy, config, 8, stream=(5,))
@@ -583,7 +533,6 @@ def test_group_shares_its_start_and_episodes_do_not_depend_on_their_batch(policy
     assert len({tuple(e.ids) for e in many[:4]}) > 1
     ids = lambda episodes, stream: [e.ids for e in play(policy, config, episodes, stream=(stream,))]
     assert ids(8, 5) == [e.ids for e in many] != ids(8, 6) and ids(3, 5) == [e.ids for e in many[:3]]
-
 
 def test_greedy_and_cut_responses(policy):
     one, other = play(policy, sdar.Config(group_size=4), episodes=2, temperature=0.0)
@@ -593,13 +542,11 @@ def test_greedy_and_cut_responses(policy):
         assert episode.turns == sum(episode.mask) == episode.invalid == 10 - i % 3  # "go to" is no action
         assert policy[1].tokenizer.decode(episode.ids).count("<|end|>") == 9 - i % 3  # put in by the frame, not sampled
 
-
 def test_a_full_context_ends_the_episode(policy):
     policy[0].config.max_position_embeddings = 60
     for episode in play(policy, sdar.Config(group_size=4, max_new_tokens=3)):
         assert episode.turns < 8 and not episode.won
         assert len(episode.view(True)[0]) <= 60 + 10  # nothing is sampled after the observation that overflows
-
 
 def one_update(policy, **changes):
     """An update by SGD, in one mini-batch: (change of the weights, that is -gradient; metrics; episodes; batch)."""
@@ -615,7 +562,6 @@ def one_update(policy, **changes):
     metrics = sdar.update(model, sgd, episodes, batch, config, np.random.default_rng(0))
     change = torch.cat([(b - a).flatten() for a, b in zip(policy[0].parameters(), model.parameters())])
     return change, metrics, episodes, batch
-
 
 @pytest.mark.parametrize("gate", ["gap", *sdar.CONTROLS])
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate, monkeypatch):
@@ -634,7 +580,6 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate, mon
     monkeypatch.setattr(sdar, "masked_mean", lambda x, mask: mean(x, mask) * 100 / mask.sum())  # planted: other shares
     assert not torch.allclose(one_update(policy, micro_tokens=150)[0], one_update(policy)[0], atol=1e-6)
 
-
 def test_controls_follow_the_student_through_the_mini_batches(policy, monkeypatch):
     """The gap in a control is, as in the gap gate, to the current student: in the second mini-batch it has moved."""
     gaps, plain = [], sdar.gate
@@ -643,7 +588,6 @@ def test_controls_follow_the_student_through_the_mini_batches(policy, monkeypatc
     start = (batch["teacher"] - batch["old"])[np.random.default_rng(0).permutation(8)].split(4)
     assert torch.allclose(gaps[0], start[0][:, :gaps[0].shape[1]], atol=1e-5)
     assert (gaps[1] - start[1][:, :gaps[1].shape[1]]).abs().max() > .01
-
 
 @pytest.mark.parametrize("gate", ["gap", "entropy", "soft_or", "none", "reverse_kl"])
 def test_gates_reach_the_loss(policy, gate):
@@ -654,7 +598,6 @@ def test_gates_reach_the_loss(policy, gate):
     assert (metrics["sdar_loss"], metrics["gate_mean"]) == pytest.approx((loss.item(), stats["gate_mean"]), rel=1e-4)
     opsd = one_update(policy, gate=gate, method="grpo_opsd")[1]
     assert opsd["gate_mean"] == pytest.approx(.5)  # whatever --gate says: GRPO+OPSD is the gap gate with beta 0
-
 
 def test_gradient_norms_of_the_terms(tmp_path, monkeypatch):
     """Why the toy's lambda is 1: at the start the gated term's gradient is as long as GRPO's; the signed one's is not."""
@@ -671,7 +614,6 @@ def test_gradient_norms_of_the_terms(tmp_path, monkeypatch):
     grpo, gap, constant, signed = norm.values()
     assert .5 < gap / grpo < 2 and constant / gap > .5 and signed / gap > 5, norm
 
-
 def test_run_time_assertions_find_planted_bugs(policy):
     """Sampled at one temperature and scored at another; ids changed after sampling: the step stops."""
     episodes = play(policy, sdar.Config(group_size=4))
@@ -680,7 +622,6 @@ def test_run_time_assertions_find_planted_bugs(policy):
     for planted, temperature in ((episodes, .9), (shifted, 1.0)):
         with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
             sdar.step_batch(policy[0], None, planted, sdar.Config(temperature=temperature))
-
 
 @pytest.mark.parametrize("method", ["sdar", "grpo", "opsd", "skill_sd"])
 def test_the_loss_is_the_sum_of_its_terms_and_the_gradient_is_clipped(policy, method):
@@ -693,7 +634,6 @@ def test_the_loss_is_the_sum_of_its_terms_and_the_gradient_is_clipped(policy, me
         expected = sdar.skill_sd_loss(batch["old"], batch["teacher"], batch["old"], batch["mask"])[0].item()
         assert distil == pytest.approx(expected, rel=1e-4) and m["gate_mean"] is None
 
-
 def test_scores_become_advantages(policy):
     """Reward less penalties, compared within the group; one value for all tokens of an episode."""
     episodes = play(policy, sdar.Config(group_size=4))
@@ -705,7 +645,6 @@ def test_scores_become_advantages(policy):
         batch = sdar.step_batch(policy[0], None, episodes, config)
         expected = sdar.group_advantages(scores, torch.tensor([0] * 4 + [1] * 4), weights)
         assert torch.allclose(batch["advantages"], expected[:, None].expand_as(batch["mask"]), atol=1e-5)
-
 
 def test_a_step_plays_each_task_group_size_times_from_one_state(tmp_path, monkeypatch):
     """Every step and every seed plays others, from other random streams; the panel is always the same."""
@@ -721,7 +660,6 @@ def test_a_step_plays_each_task_group_size_times_from_one_state(tmp_path, monkey
         assert {task for task, _, _ in starts} <= set(world.tasks("train"))
     assert evaluations == evaluations[:1] * 8 and {task for task, _, _ in evaluations[0][0]} <= set(world.tasks("eval"))
 
-
 def test_methods_are_the_same_loss_with_a_coefficient_at_zero(policy):
     change = {method: one_update(policy, method=method)[0] for method in ("grpo", "opsd", "grpo_opsd", "sdar")}
     assert torch.allclose(change["grpo"], one_update(policy, sdar_coef=0.0)[0], atol=1e-7)
@@ -729,9 +667,7 @@ def test_methods_are_the_same_loss_with_a_coefficient_at_zero(policy):
     assert not torch.allclose(change["sdar"], change["grpo_opsd"], atol=1e-4)
     assert not torch.allclose(change["sdar"], change["opsd"], atol=1e-4)
 
-
 # --- 5. The toy world -----------------------------------------------------------------------------------------
-
 def play_script(world, task, seed, known, rng):
     """Success of the scripted player; checks the environment's contract on the way."""
     observation, info = world.reset(task, seed)
@@ -746,7 +682,6 @@ def play_script(world, task, seed, known, rng):
             assert truncated == (turn == world.max_turns and not info["won"])
             return info["won"]
 
-
 def test_the_skill_matters_by_construction():
     """With the skills 95 % or more of the episodes are won, without them under 20 %: in this household, on every split."""
     world, rng = make_env("toy"), random.Random(0)
@@ -755,7 +690,6 @@ def test_the_skill_matters_by_construction():
         rates = [sum(play_script(world, tasks[i % len(tasks)], i, known, rng) for i in range(600)) / 600
                  for known in ({skill.name for skill in world.skills}, set())]
         assert rates[0] >= .95 and rates[1] < .2, f"{split}: with skills {rates[0]}, without {rates[1]}"
-
 
 def test_splits_are_disjoint_and_cover_all_task_types():
     world = make_env("toy")
@@ -772,7 +706,6 @@ def test_splits_are_disjoint_and_cover_all_task_types():
     with pytest.raises(KeyError):
         world.tasks("test")
 
-
 def test_episodes_are_deterministic_and_do_not_share_state():
     one, two = make_env("toy"), make_env("toy")
     task = one.tasks("train")[0]
@@ -784,7 +717,6 @@ def test_episodes_are_deterministic_and_do_not_share_state():
     one.reset(task, 3), two.reset(task, 3)
     one.step("go to desk 1")
     assert two.step("look")[0] == "You are in the middle of a room."
-
 
 @pytest.mark.parametrize("task, script", [
     ("heat a mug and put it in drawer 2", "go to cabinet 1, open cabinet 1, take mug 1, go to microwave 2, "
@@ -804,7 +736,6 @@ def test_toy_by_hand(task, script):
         assert observation != "Nothing happens." and info["valid"]
         assert terminated == (i == len(actions) - 1) == (reward == 1.0)
 
-
 @pytest.mark.parametrize("action, valid", [
     ("take mug 1", True), ("open cabinet 9", True), ("heat mug 1 with microwave 1", True), ("put mug 1 in/on desk 1", True),
     ("go to", False), ("fly to desk 1", False), ("", False), ("go to desk 1 please", False), ("take mug 1\nlook", False)])
@@ -814,7 +745,6 @@ def test_impossible_and_malformed_actions(action, valid):
     observation, reward, terminated, truncated, info = world.step(action)
     assert (observation, reward, terminated) == ("Nothing happens.", 0.0, False) and info["valid"] is valid
 
-
 def test_closed_places_and_broken_appliances():
     house = Household({c: "cabinet 1" for c in envs.CLASSES}, {"clean": "sinkbasin 1", "heat": "microwave 2",
                                                               "cool": "fridge 1"}, "shelf 1")
@@ -823,7 +753,6 @@ def test_closed_places_and_broken_appliances():
     script = {"go to cabinet 1": True, "take mug 1": False, "open cabinet 1": True, "take mug 1 from cabinet 1": True,
               "go to microwave 1": True, "heat mug 1": False, "go to microwave 2": True, "heat mug 1 with microwave 2": True}
     assert {action: world.step(action)[0] != "Nothing happens." for action in script} == script
-
 
 def test_admissible_actions_all_do_something():
     world, rng = make_env("toy"), random.Random(1)
@@ -837,14 +766,12 @@ def test_admissible_actions_all_do_something():
             assert (observation == "Nothing happens.") == broken, action
             over = terminated or truncated
 
-
 @pytest.mark.parametrize("response, action, valid", [
     ("go to desk 1", "go to desk 1", True), ("<think>hm</think><action> look </action>", "look", True),
     ("<think>a\nb</think>\n<action>open\ncabinet 1</action><action>look</action>", "open cabinet 1", True),
     ("I will look\naround", "I will look around", False), ("", "", False), ("<action></action>", "", False)])
 def test_parse(response, action, valid):
     assert make_env("toy").parse(response) == (action, valid)
-
 
 def test_base_class_time_limit_end_guard_and_cut():
     world = make_env("toy", max_turns=2, max_obs_chars=20)
@@ -861,9 +788,7 @@ def test_base_class_time_limit_end_guard_and_cut():
     with pytest.raises(ValueError, match="unknown task"):
         world.reset("win")
 
-
 # --- 6. The tiny policy ------------------------------------------------------------------------------------------
-
 def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
     """Decoding an encoded action gives it back, and no observation or skill of the world holds an unknown word."""
     (model, chat), world, rng = tiny, make_env("toy"), random.Random(0)
@@ -877,7 +802,6 @@ def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
     assert tokenizer.unk_token_id in chat.encode("inside the fridgelet")
     assert type(model).__name__ == "Qwen3ForCausalLM" and 10 ** 5 <= sum(p.numel() for p in model.parameters()) <= 10 ** 6
     assert sum(path.stat().st_size for path in envs.TINY_FOLDER.iterdir()) <= 1.5e6
-
 
 def test_demonstrations_never_show_this_household():
     """Each is in a household of its own, a player's actions are imitated only where it was neither exploring for the
@@ -895,7 +819,6 @@ def test_demonstrations_never_show_this_household():
         assert not any(weights[:ids.index(chat.encode("Your task is to")[0])])
     share = np.mean([1.0 in weights and 0.0 in weights[20:] for _, weights in rows])
     assert .1 < share < .9
-
 
 def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monkeypatch):
     chat = sdar.Chat(envs.toy_tokenizer())
@@ -918,26 +841,21 @@ def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monke
         assert len(built) == 1, name
         built.clear()
 
-
 def test_carried_policy_reads_the_skill_and_is_poor_without(tiny):
     config = sdar.Config(eval_episodes=120)
     result = sdar.evaluate(*tiny, sdar.make_envs(config), config)
     assert result["success_skill"] >= .95 and result["success"] < .2 and result["episodes"] == 120
 
-
 # --- 7. Runs -------------------------------------------------------------------------------------------------------
-
 def lines(config):
     """metrics.jsonl without the timings."""
     rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
-
 def trained(tmp_path, name="run", **changes):
     """A small run: (what train() returned, the lines of its metrics.jsonl)."""
     config = small(tmp_path, name, **changes)
     return sdar.train(config), lines(config)
-
 
 def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
     config = small(tmp_path)
@@ -956,7 +874,6 @@ def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")) == model.config.vocab_size
     assert len(trained(tmp_path, steps=1, overwrite=True)[1]) == 1
 
-
 @pytest.mark.parametrize("changes", [
     {"method": "grpo"}, {"method": "opsd", "turn_weights": True, "kl_coef": 0.0},
     {"gate": "shuffled", "retrieval": "random"}, {"method": "rlsd", "retrieval": "ucb", "group_size": 12},
@@ -970,7 +887,6 @@ def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
     arms = [torch.load(tmp_path / name / "checkpoint/trainer.pt", weights_only=True)["arms"] for name in ("whole", "cut")]
     assert arms[0] == arms[1] and bool(arms[0]) == (changes.get("retrieval") == "ucb")
 
-
 def test_bfloat16_samples_and_scores_alike(tmp_path, monkeypatch):
     """Sampler and trainer both compute in bfloat16 (the run-time assertions compare them); weights stay float32."""
     dtypes, keep = set(), sdar.Sampler.keep
@@ -982,7 +898,6 @@ def test_bfloat16_samples_and_scores_alike(tmp_path, monkeypatch):
     assert dtypes == {torch.bfloat16}  # the KV cache
     assert {w.dtype for w in load_file(tmp_path / "run/checkpoint/model.safetensors").values()} == {torch.float32}
 
-
 def test_an_empty_skill_is_no_teacher(tmp_path):
     """With an empty skill the gap is 0 and the gate 1/2, exactly and in every mini-batch, and the update is GRPO+OPSD's."""
     for row, other in zip(trained(tmp_path, skills="empty")[1], trained(tmp_path, "other", method="grpo_opsd")[1]):
@@ -992,13 +907,11 @@ def test_an_empty_skill_is_no_teacher(tmp_path):
     final, _ = trained(tmp_path, "none", retrieval="none", teacher="frozen", lr=3e-3)
     assert (final["gap_mean"], final["gate_mean"]) == (0, .5) and final["eval_success_skill"] == final["eval_success"]
 
-
 def test_a_run_retrieves_by_its_own_bandit(tmp_path, monkeypatch):
     asked, retrieve = [], sdar.retrieve
     monkeypatch.setattr(sdar, "retrieve", lambda *args: asked.append(args[-1]) or retrieve(*args))
     sdar.train(small(tmp_path, retrieval="ucb", steps=1))
     assert len(set(map(id, asked))) == 1 and isinstance(asked[0], envs.Bandit) and len(asked) == 2 * 12 + 8
-
 
 def test_rlsd_becomes_grpo(tmp_path, monkeypatch):
     """Its mix falls linearly and is 0 from step rlsd_decay on: with 1 it is GRPO from the start."""
@@ -1011,7 +924,6 @@ def test_rlsd_becomes_grpo(tmp_path, monkeypatch):
     mixed, grpo, rlsd = ([row["policy_loss"] for row in run] for run in runs)
     assert grpo == rlsd and rlsd[0] != mixed[0]
 
-
 def test_skill_grpo_reads_the_skill_in_training_only(tiny, tmp_path, monkeypatch):
     asked, rollout = [], sdar.rollout
     monkeypatch.setattr(sdar, "rollout", lambda *args, **more: asked.append(rollout(*args, **more)) or asked[-1])
@@ -1020,18 +932,15 @@ def test_skill_grpo_reads_the_skill_in_training_only(tiny, tmp_path, monkeypatch
     assert skilled == [False, True, True, False, True]  # before: without, with; the step; after: without, with
     assert final["success"] > .5 > final["eval_success"] and final["gap_mean"] is None is final["sdar_loss"]
 
-
 def test_teachers_differ(tmp_path):
     """After the first update: live is the step's own weights, lagged and frozen are still the start's."""
     runs = (trained(tmp_path, t, teacher=t, teacher_refresh=2, steps=3, lr=3e-3)[1] for t in ("live", "lagged", "frozen"))
     live, lagged, frozen = ([row["gap_mean"] for row in rows] for rows in runs)
     assert live[0] == lagged[0] == frozen[0] and live[1] != lagged[1] == frozen[1] and lagged[2] != frozen[2]
 
-
 def test_a_short_run_improves_the_policy(tmp_path):
     final, _ = trained(tmp_path, steps=12, tasks_per_step=8, group_size=8, eval_episodes=60)
     assert final["eval_success"] > final["start_success"] + .1 and final["eval_success_skill"] > .9, final
-
 
 def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
     config = small(tmp_path, model=str(checkpoint), device="cpu", dtype="float32", max_new_tokens=5, max_turns=3, lr=1e-3)
@@ -1040,14 +949,12 @@ def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
     assert row["turns"] == 3 and row["invalid_rate"] == 1 and math.isfinite(row["loss"]) and row["gap_mean"] != 0
     assert "not better than the student: there is nothing to distil" in capsys.readouterr().out
 
-
 def test_memory_flags_never_change_a_run(tmp_path):
     lean = dict(micro_tokens=400, gradient_checkpointing=True, offload=True, rollout_batch=3)
     plain, lean = (trained(tmp_path, name, teacher="lagged", **more)[1] for name, more in (("plain", {}), ("lean", lean)))
     for a, b in zip(plain, lean):
         assert all(a[key] == b[key] for key in ("success", "turns", "response_tokens", "invalid_rate"))
         assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in ("loss", "grad_norm", "gap_mean", "kl", "entropy"))
-
 
 def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint):
     """And so fewer activations, the same gradient, and a KV cache that works."""
@@ -1063,7 +970,6 @@ def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint):
             assert model(torch.arange(4)[None], use_cache=True).past_key_values.get_seq_length() == 4
     assert kept[True][0] < kept[False][0] / 2 and torch.allclose(kept[True][1], kept[False][1], atol=1e-6)
 
-
 @pytest.mark.parametrize("where", ["Sampler.feed", "token_logprobs"])
 def test_out_of_memory_names_the_flags(where, tmp_path, monkeypatch, capsys):
     def full(*args, **more):
@@ -1076,9 +982,7 @@ def test_out_of_memory_names_the_flags(where, tmp_path, monkeypatch, capsys):
     assert all(word in error for word in ("out of memory", "--rollout-batch", "--micro-tokens", "--offload"))
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
 
-
 # --- 8. The command line ---------------------------------------------------------------------------------------------
-
 def test_presets_and_flags():
     assert (sdar.Config().lr, sdar.Config().sdar_coef) == (sdar.Config(preset="toy").lr, 1.0)
     assert (sdar.Config(method="opsd").lr, sdar.Config(method="opsd", lr=.5).lr) == (3e-4, .5)  # a method's own defaults
@@ -1087,7 +991,6 @@ def test_presets_and_flags():
     assert (paper.lr, paper.sdar_coef, paper.gate_beta, paper.steps, paper.group_size) == (.5, .01, 5.0, 150, 8)
     command, config = sdar.parse_args(["evaluate", "--sdar_coef", ".3", "--group-size=4", "--no-normalize-std"])
     assert command.func is sdar.command_evaluate and (config.sdar_coef, config.group_size, config.normalize_std) == (.3, 4, False)
-
 
 @pytest.mark.parametrize("flags, message", [
     ("--sdar-coeff 1", "unknown flag --sdar-coeff: did you mean --sdar-coef?"), ("--stepz=3", "did you mean --steps?"),
@@ -1128,7 +1031,6 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
     assert message in captured.err and len(captured.err.strip().splitlines()) == 1 and "Traceback" not in captured.err
     assert sorted(tmp_path.rglob("*")) == before, "nothing may be half-written"
 
-
 @pytest.mark.parametrize("change, message", [
     ("no template", "it has no chat template; take the -Instruct"), ("no end of turn", "closes a turn with no control token"),
     ("not causal", "not causal, or not its last states times one matrix"), ("not a language model", "Unrecognized"),
@@ -1155,14 +1057,12 @@ def test_unusable_checkpoints(checkpoint, change, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
 
-
 def test_bench(tmp_path, capsys):
     assert sdar.main(["bench", "--tasks-per-step", "2", "--group-size", "2", "--micro-tokens", "64", "--out", str(tmp_path / "b")]) == 0
     out = capsys.readouterr().out
     for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s"):
         assert word in out
     assert not list(tmp_path.iterdir())
-
 
 def test_intervals_against_tables():
     assert sdar.wilson(8, 10) == pytest.approx((.4902, .9433), abs=1e-4)  # Wilson's own formula, worked by hand
@@ -1172,7 +1072,6 @@ def test_intervals_against_tables():
         mean, low, high = sdar.t_interval(gains)
         half = quantile * gains.std(ddof=1) / n ** .5
         assert (mean, low, high) == pytest.approx((gains.mean(), gains.mean() - half, gains.mean() + half), abs=3e-4 * half)
-
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch, capsys):
@@ -1202,7 +1101,6 @@ def compare(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     return run
 
-
 def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     code, out, launched = compare("--methods", "grpo,sdar,sdar")
     assert code == 0 and launched == ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"]
@@ -1224,7 +1122,6 @@ def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     assert compare("--methods", "sdar")[0] == 2
     assert compare("--methods", "sdar", "--overwrite")[::2] == (0, ["sdar-s0"])
 
-
 def test_compare_reports_failures_and_the_rest(compare):
     code, out, _ = compare("--methods", "grpo,opsd")
     row = {line.split()[0]: line for line in out.splitlines() if line and line[0] != " "}
@@ -1233,13 +1130,11 @@ def test_compare_reports_failures_and_the_rest(compare):
     code, out, _ = compare("--methods", "opsd", "--seeds", "1")
     assert code == 1 and "seed 1 failed" in out
 
-
 def test_compare_never_takes_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     config = small(tmp_path, "")
     assert sdar.finished(config) is None and "is not empty" in sdar.launch(config)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
 
 def test_a_sweep_is_compared_with_grpo(compare, tmp_path):
     compare("--methods", "sdar,grpo")
@@ -1249,7 +1144,6 @@ def test_a_sweep_is_compared_with_grpo(compare, tmp_path):
     assert compare("--sweep", "gate_beta=1", "--method", "opsd", "--seeds", "0")[::2] == (0, ["opsd-gate_beta=1.0-s0"])
     assert compare("--sweep", "gate_beta=1", "--lr", "3e-3")[0] == 2  # the folder's runs have other settings
 
-
 def test_compare_for_real(tmp_path):
     """Two processes, on the real thing; the runs are what train() makes of the same settings."""
     flags = ["--steps", "1", "--tasks-per-step", "2", "--group-size", "4", "--eval-episodes", "6", "--eval-every", "0"]
@@ -1257,13 +1151,11 @@ def test_compare_for_real(tmp_path):
     found, = (tmp_path / "all").glob("sdar-s3")
     assert lines(small(found, "")) == trained(tmp_path, seed=3, steps=1)[1]
 
-
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     runs = {seed: [{"step": 10, "eval_success": seed / 10}] for seed in (6, 8)}
     sdar.draw({"one": {6: runs[6]}, "two": runs, "failed": {}}, .1, tmp_path / "p.svg")
     assert "</svg>" in (tmp_path / "p.svg").read_text()
-
 
 def test_import_runs_nothing_and_help_shows_the_presets():
     python = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
@@ -1273,19 +1165,15 @@ def test_import_runs_nothing_and_help_shows_the_presets():
     text = " ".join(done.stdout.split())
     assert done.returncode == 0 and "--sdar-coef float lambda" in text and "[1.0 paper: 0.01]" in text
 
-
 # --- 9. The CUDA kernel ----------------------------------------------------------------------------------------
-
 def source(kind):
     return f"#define TYPE {kind}\n#define Bits unsigned {'short' if kind else 'int'}\n" + sdar.KERNEL_SOURCE
-
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs a CUDA compiler on the PATH")
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_the_kernel_compiles(kind, tmp_path):
     (tmp_path / "k.cu").write_text(source(kind))
     subprocess.run(["nvcc", "-arch=sm_80", "-ftz=true", "-Werror", "all-warnings", "-cubin", "-o", "k", "k.cu"], cwd=tmp_path, check=True)
-
 
 CPU_SHIM = r"""
 #include <barrier>
@@ -1312,7 +1200,6 @@ template <class F> void launch(int rows, F kernel) {
 }
 """
 
-
 @pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16], ids=str)
 def kernel(request, tmp_path_factory):
     """The kernels' own source, run by the threads of a CPU: functions of (rows, *arguments) for logits of a dtype."""
@@ -1330,7 +1217,6 @@ def kernel(request, tmp_path_factory):
     convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
     return request.param, run("forward"), run("backward"), run("encode")
-
 
 @pytest.mark.parametrize("rows, width, temperature, offset", [
     (3, 1003, 1.0, 0), (2, 5, .7, 0), (2, 1024, 1.3, 3), (2, 64, .5, 0), (1, 1, 1.0, 0)])
@@ -1353,7 +1239,6 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
     backward(rows, logits, ids, out, g.contiguous(), h.contiguous(), width, 1 / temperature)
     assert (logits.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * expected.norm() + 1e-7
 
-
 def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
     """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
     dtype, forward, backward, _ = kernel
@@ -1371,7 +1256,6 @@ def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
     with pytest.raises(RuntimeError, match="inplace"):
         torch.autograd.grad(ours[0].sum(), leaf)
 
-
 def test_the_kernels_rounding_is_pytorchs(kernel):
     dtype, *_, encode = kernel
     x = torch.randint(-2 ** 31, 2 ** 31, (10 ** 5,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
@@ -1379,7 +1263,6 @@ def test_the_kernels_rounding_is_pytorchs(kernel):
     y = torch.empty(len(x), dtype=dtype)
     encode(len(x), x, y)
     assert torch.equal(y.nan_to_num(0.5), x.to(dtype).nan_to_num(0.5)) and y[0].isnan()
-
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_the_kernels_source_with_nothing_to_say(kernel, bad):
@@ -1390,7 +1273,6 @@ def test_the_kernels_source_with_nothing_to_say(kernel, bad):
     forward(2, logits, ids, out, 200, 1.0)
     backward(2, logits, ids, out, torch.ones(2), torch.ones(2), 200, 1.0)
     assert out[0, :2].isnan().all() and logits[0].isnan().all() and out[1].isfinite().all() and logits[1].isfinite().all()
-
 
 def test_the_online_recurrence_line_by_line():
     """What the kernel does, in NumPy and float64: the order in which threads take the row and meet does not matter."""
@@ -1415,14 +1297,12 @@ def test_the_online_recurrence_line_by_line():
         assert t * (x - top) - math.log(s) == pytest.approx(exact.logits.numpy())
         assert math.log(s) - t * u / s == pytest.approx(exact.entropy().item())
 
-
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "_compile_kernel", None)
     config = sdar.Config()
     config.kernel = True
     sdar.load_policy(config)
     assert sdar.KERNEL is None and len(capsys.readouterr().err.splitlines()) == 1
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
