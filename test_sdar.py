@@ -25,6 +25,7 @@ import envs
 import sdar
 from envs import HOME, Household, ToyEnv, make_env, scripted_action
 
+DATA = Path(__file__).resolve().parent / ".assets" / "test"
 tensor = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
@@ -369,21 +370,17 @@ def checkpoint(request, tmp_path_factory):
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     core.train_from_iterator([ToyEnv.instructions, *HOME.home], trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=control))
-    no_think, content = "", "m.content"
-    if request.param == "qwen3":  # its template shows of earlier answers only what follows the reasoning
-        no_think, content = "<think>\n\n</think>\n\n", "m.content.split('</think>')[-1]"
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ " + content + " }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "
-                "enable_thinking %}" + no_think + "{% endif %}{% endif %}")
-    pad = {"qwen2": "<|im_end|>", "qwen3": "<|endoftext|>"}[request.param]  # equal to the end of turn, and not
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token=pad,
-                                        additional_special_tokens=control[1:], chat_template=template)
-    if request.param == "qwen3":  # added tokens that are not marked special, as in the real one
+    qwen3 = request.param == "qwen3"  # its template shows of earlier answers only what follows the reasoning
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", additional_special_tokens=control[1:],
+        pad_token="<|endoftext|>" if qwen3 else "<|im_end|>",  # not, and, equal to the end of turn
+        chat_template=(DATA / f"{request.param}.jinja").read_text())
+    if qwen3:  # added tokens that are not marked special, as in the real one
         tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param == "qwen3",
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=qwen3,
         max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id))
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # as Qwen's
     folder = tmp_path_factory.mktemp(request.param)
@@ -992,30 +989,7 @@ def test_presets_and_flags():
     command, config = sdar.parse_args(["evaluate", "--sdar_coef", ".3", "--group-size=4", "--no-normalize-std"])
     assert command.func is sdar.command_evaluate and (config.sdar_coef, config.group_size, config.normalize_std) == (.3, 4, False)
 
-@pytest.mark.parametrize("flags, message", [
-    ("--sdar-coeff 1", "unknown flag --sdar-coeff: did you mean --sdar-coef?"), ("--stepz=3", "did you mean --steps?"),
-    ("trian", "did you mean 'train'?"), ("--env tpy", "unknown --env 'tpy': did you mean 'toy'?"),
-    ("--method sadr", "did you mean 'sdar'?"), ("--gate gab", "did you mean 'gap'?"),
-    ("--teacher dead", "known: live, lagged, frozen"), ("--retrieval vibes", "known: keyword"),
-    ("--preset big", "known: toy, paper"), ("--group-size 1", "at least 2"),
-    ("--steps many", "invalid int value: 'many'"), ("--lr -1", "--lr -1.0: must be more than 0"),
-    ("--device gpu", "unknown --device 'gpu'"), ("--clip-eps nan", "--clip-eps nan"), ("--lr inf", "--lr inf"),
-    ("--methods sdar", "did you mean --method?"), ("--method skill_grpo --retrieval ucb", "learns from a teacher"),
-    ("--skills none", "known: right, wrong, empty"), ("--seed 0 evaluate", "unknown flag evaluate"),
-    ("evaluate --max-new-tokens 600", "context of 512"), ("--out TORN --resume", "TORN holds no run that can be read"),
-    ("--lr", "expected one argument"), ("--seed -1", "--seed"), ("--max-new-tokens 60", "context of 512"),
-    ("--max-turns 100", "context of 512"), ("--model ./nowhere", "./nowhere: no folder with"),
-    ("--model FOLDER", "FOLDER: no folder with a config.json"), ("--model BROKEN", "BROKEN: cannot be used"),
-    ("--out FILE/run", "no folder that can be written"), ("--out FOLDER", "FOLDER is not empty"),
-    ("--out FOLDER --overwrite", "FOLDER is not empty"), ("--out RUN", "RUN is not empty"),
-    ("--out HALF --resume", "HALF holds no run that can be read"), ("--resume", "holds no run that can be read"),
-    ("--device cuda", "no CUDA device"), ("compare --methods grpo,sadr", "did you mean 'sdar'?"),
-    ("compare --sweep gate_bta=1", "did you mean --gate-beta?"), ("compare --seeds 0,-1", "--seed -1"),
-    ("compare --methods=", "unknown --method ''"), ("compare --seeds 0,x", "invalid int value: 'x'"),
-    ("compare --seeds=", "invalid int value: ''"), ("compare --sweep lr=", "invalid float value: ''"),
-    ("compare --sweep gate=gap,sharp", "unknown --gate 'sharp'"), ("compare --seed 7", "takes --seeds"),
-    ("compare --resume", "takes --seeds"), ("compare --sweep seed=3,4", "takes --seeds"),
-    ("compare --sweep out=a,b", "one --out"), ("--kernel --device cpu", "--kernel is a CUDA kernel")])
+@pytest.mark.parametrize("flags, message", [line.split(" => ") for line in (DATA / "bad_input.txt").read_text().splitlines()])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -1175,44 +1149,15 @@ def test_the_kernel_compiles(kind, tmp_path):
     (tmp_path / "k.cu").write_text(source(kind))
     subprocess.run(["nvcc", "-arch=sm_80", "-ftz=true", "-Werror", "all-warnings", "-cubin", "-o", "k", "k.cu"], cwd=tmp_path, check=True)
 
-CPU_SHIM = r"""
-#include <barrier>
-#include <cmath>
-#include <cstring>
-#include <thread>
-#include <vector>
-#define __device__ static
-#define __global__
-#define __shared__ static
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct { unsigned x; } blockIdx, blockDim = {64};
-thread_local struct { unsigned x; } threadIdx;
-std::barrier<> block(64);
-float __uint_as_float(unsigned b) { float x; memcpy(&x, &b, 4); return x; }
-unsigned __float_as_uint(float x) { unsigned b; memcpy(&b, &x, 4); return b; }
-void __syncthreads() { block.arrive_and_wait(); }
-template <class F> void launch(int rows, F kernel) {
-    for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++) {
-        std::vector<std::jthread> threads;
-        for (unsigned t = 0; t < 64; t++) threads.emplace_back([=] { threadIdx.x = t; kernel(); });
-    }
-}
-"""
-
 @pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16], ids=str)
 def kernel(request, tmp_path_factory):
     """The kernels' own source, run by the threads of a CPU: functions of (rows, *arguments) for logits of a dtype."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("kernel")
-    (folder / "k.cpp").write_text(CPU_SHIM + source(int(request.param == torch.bfloat16)) + """
-        extern "C" void run_encode(int N, float *x, Bits *y) { for (int i = 0; i < N; i++) y[i] = encode(x[i]); }
-        extern "C" void run_forward(int N, Bits *x, long long *ids, float4 *out, int V, double t) {
-            launch(N, [=] { forward(x, ids, out, V, t); }); }
-        extern "C" void run_backward(int N, Bits *x, long long *ids, float4 *out, float *g, float *h, int V, double t) {
-            launch(N, [=] { backward(x, ids, out, g, h, V, t); }); }""")
-    subprocess.run("g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -o k.so k.cpp".split(), cwd=folder, check=True)
+    (folder / "kernel.cu").write_text(source(int(request.param == torch.bfloat16)))
+    gcc = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so".split()
+    subprocess.run([*gcc, DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "k.so"))
     convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
