@@ -1,8 +1,8 @@
 """The proof: hand numbers, oracles, and the whole pipeline on small models. `python -m pytest -q`
 
-Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy,
-7 runs, 8 the command line, 9 the CUDA kernel. Where a test guards against a classic silent bug, it also plants the bug and looks on
-while it is found (`planted`).
+Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy, 7 runs, 8 the
+command line, 9 the CUDA kernel. Where a test guards against a classic silent bug, it also plants the bug and looks on while
+it is found (`planted`).
 """
 import copy
 import ctypes
@@ -120,22 +120,16 @@ def test_skill_sd_and_rlsd_hand_numbers():
     spread = sdar.rlsd_advantages(tensor([2.0], [-2.0]), TEACHER, TEACHER, MASK)  # (B, 1) is spread over the tokens
     assert spread.tolist() == [[2, 2, 2, 0], [-2, -2, -2, 0]]
 
-@pytest.mark.parametrize("scores, expected", [
-    ([10, 10, 10, 0], [.5, .5, .5, -1.5]),
-    ([10, 9.9, 10, 0, -.1], [.736337, .718110, .736337, -1.086279, -1.104505]),
-    ([0] * 7 + [-.1], [.353543] * 7 + [-2.474804]), ([1] + [0] * 7, [2.474867] + [-.353552] * 7), ([3], [3 / 1.000001]),
-    ([1] * 8, [0] * 8)])
-def test_group_advantages_hand_numbers(scores, expected):
-    got = sdar.group_advantages(torch.tensor(scores, dtype=torch.float64), torch.zeros(len(scores), dtype=torch.long))
+@pytest.mark.parametrize("scores, groups, options, expected", [
+    ([10, 10, 10, 0], [3] * 4, {}, [.5, .5, .5, -1.5]), ([3.], [0], {}, [3 / 1.000001]), ([1.] * 8, [0] * 8, {}, [0] * 8),
+    ([10, 9.9, 10, 0, -.1], [0] * 5, {}, [.736337, .718110, .736337, -1.086279, -1.104505]),
+    ([0.] * 7 + [-.1], [0] * 8, {}, [.353543] * 7 + [-2.474804]), ([1.] + [0] * 7, [0] * 8, {}, [2.474867] + [-.353552] * 7),
+    ([1., 0, 5, 9], [4, 4, 2, 2], {}, [.707106, -.707106, -.707106, .707106]),
+    ([1., 0, 5, 9], [4, 4, 2, 2], {"normalize_std": False}, [.5, -.5, -2, 2]),
+    ([10, 0], [3, 3], {"weights": torch.tensor([3, 1])}, [.5, -1.5])])  # an episode of three turns counts as three rows
+def test_group_advantages_hand_numbers(scores, groups, options, expected):
+    got = sdar.group_advantages(torch.tensor(scores), groups, **options)
     assert got.tolist() == pytest.approx(expected, abs=2e-6)
-
-def test_group_advantages_groups_weights_and_std():
-    scores, groups = torch.tensor([1., 0., 5., 9.]), torch.tensor([4, 4, 2, 2])
-    assert sdar.group_advantages(scores, groups).tolist() == pytest.approx([.707106, -.707106, -.707106, .707106], abs=1e-5)
-    assert sdar.group_advantages(scores, groups, normalize_std=False).tolist() == [.5, -.5, -2, 2]
-    assert sdar.group_advantages(torch.tensor([10, 10, 10, 0]), [3] * 4).tolist() == pytest.approx([.5, .5, .5, -1.5])
-    weighted = sdar.group_advantages(torch.tensor([10, 0]), [3, 3], torch.tensor([3, 1]))
-    assert weighted.tolist() == pytest.approx([.5, -1.5])  # an episode of three turns counts as three rows
 
 @pytest.mark.parametrize("advantage, ratio, dual, expected", [
     (-1, 5, 3.0, 3), (-1, 5, None, 5), (1, 1.5, 3.0, -1.2), (-1, .5, 3.0, .8), (1, .5, 3.0, -.5), (-1, 1.5, 3.0, 1.5)])
@@ -175,13 +169,12 @@ class Enumerated:
 
     def __init__(self, scale=1.0):
         draw = torch.Generator().manual_seed(0)
-        self.prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
-        self.logits = torch.randn(len(self.prefixes), 3, generator=draw, dtype=torch.float64)
-        nudge = torch.randn(self.logits.shape, generator=draw, dtype=torch.float64)
+        prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
+        self.logits, nudge = torch.randn(2, len(prefixes), 3, generator=draw, dtype=torch.float64)
         self.teacher = torch.log_softmax(self.logits + scale * nudge, -1)
         self.rewards = torch.randn(27, generator=draw, dtype=torch.float64)
         self.ids = torch.tensor(list(itertools.product(range(3), repeat=3)))
-        self.rows = torch.tensor([[self.prefixes.index(tuple(s[:t])) for t in range(3)] for s in self.ids.tolist()])
+        self.rows = torch.tensor([[prefixes.index(tuple(s[:t])) for t in range(3)] for s in self.ids.tolist()])
 
     def expected_gradient(self, loss, batch=1, sampled_by=None):
         """Sum over batches of sequences of p(batch) grad loss(student, teacher (batch, 3), indices of the sequences), by
@@ -203,10 +196,8 @@ class Enumerated:
     def prefix_gradient(self, value):
         """Gradient of the sum over prefixes of p(prefix) value(student, teacher (prefixes, 3)) / 3, p(prefix) held fixed."""
         logits = self.logits.clone().requires_grad_()
-        student = torch.log_softmax(logits, -1)
-        reach = torch.stack([sum((student[self.prefixes.index(p[:t]), p[t]] for t in range(len(p))), student.new_zeros(()))
-                             for p in self.prefixes]).exp().detach()
-        return grad_of((reach * value(student, self.teacher)).sum() / 3, logits)
+        values = value(torch.log_softmax(logits, -1), self.teacher)[self.rows].mean(1)  # of the prefixes of each sequence
+        return grad_of((self.probability() * values).sum(), logits)
 
     def success_gradient(self, value):
         """Gradient of the expectation of value (27,) over the sequences."""
@@ -219,72 +210,65 @@ reverse_kl = lambda s, t: (s.exp() * (s - t)).sum(1)  # KL(student || teacher) a
 def same(a, b, tolerance=1e-12):
     assert (a - b).abs().max() <= tolerance, f"the gradients are {(a - b).abs().max():.2g} apart"
 
-def oracle_constant_gate():
+def oracle_constant_gate(world):
     """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils nothing."""
-    world = Enumerated()
     for kind, beta in (("none", 5.0), ("gap", 0.0)):
         same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
     assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
 
-def oracle_constant_gate_off_policy():
+def oracle_constant_gate_off_policy(world):
     """In the later mini-batches of a step the weights are no longer those that sampled: there a constant gate of 1/2 is half
     the gradient of KL(sampling policy || policy), a pull back to the start of the step. It is a trust region, no teacher."""
-    world = Enumerated()
     old = world.logits + torch.randn(13, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 2
     logits = world.logits.clone().requires_grad_()
     kl = (world.probability(old) * (world.probability(old).log() - world.probability(logits).log())).sum()
     same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], grad_of(kl, logits) / 2 / 3)
 
-def oracle_entropy_gate():
+def oracle_entropy_gate(world):
     """The student's entropy is the same whatever token was sampled: its gate, too, has expected gradient zero."""
-    world = Enumerated()
     scores = torch.log_softmax(world.logits, -1)
     entropy = -(scores.exp() * scores).sum(1)[world.rows]
     loss = lambda s, t, i: sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
     same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
 
-def oracle_gap_gate():
+def oracle_gap_gate(world):
     """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for later tokens."""
-    world = Enumerated()
     reward = lambda s, t: -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
     same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
 
-def oracle_small_gaps():
+def oracle_small_gaps(_):
     """For small gaps that is beta/4 of the reverse KL's gradient."""
     world = Enumerated(scale=1e-4)
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * exact.abs().max()), exact / exact.abs().max(), 1e-3)
 
-def oracle_reverse_kl():
+def oracle_reverse_kl(world):
     """With the gap itself as the gate it is the reverse KL's gradient exactly; so is Skill-SD's, on policy."""
-    world = Enumerated()
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("reverse_kl"))[0], exact)
     same(world.expected_gradient(lambda s, t, _: sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0])[0], exact)
 
-def oracle_centred():
+def oracle_centred(world):
     """Less any fixed number the gate keeps its expected gradient, at under half the variance. The mean of the batch's own
     gates is not quite fixed: it costs 1/M of a batch of M sequences, as GRPO's own mean does, so nothing in a real one."""
-    world, ones = Enumerated(), torch.ones(1, 3)
     plain, variance = world.expected_gradient(gated("gap"))
     g = torch.sigmoid(5 * (world.teacher - torch.log_softmax(world.logits, -1)))[world.rows, world.ids]
     mean = (world.probability() * g.mean(1)).sum()
-    fixed, less = world.expected_gradient(lambda s, t, _: sdar.sdar_loss(s, t, ones, sdar.gate("gap", t - s) - mean)[0])
+    less_mean = lambda s, t, _: sdar.sdar_loss(s, t, torch.ones(1, 3), sdar.gate("gap", t - s) - mean)[0]
+    fixed, less = world.expected_gradient(less_mean)
     same(fixed, plain)
     assert less < variance / 2, (less, variance)
     one, two = (world.expected_gradient(gated("centred"), batch)[0] for batch in (1, 2))
     same(two - plain, (one - plain) / 2)
 
-def oracle_policy_loss():
+def oracle_policy_loss(world):
     """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's share of it)."""
-    world = Enumerated()
     loss = lambda s, t, i: sdar.policy_loss(s, s.detach(), world.rewards[i], torch.ones_like(s))[0]
     same(world.expected_gradient(loss)[0], -world.success_gradient(world.rewards) / 3)
 
-def oracle_grpo():
+def oracle_grpo(world):
     """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the policy gradient, since the
     mean holds the episode itself. With it: the gradient of the chance to beat another episode."""
-    world = Enumerated()
     advantages = lambda i, std: sdar.group_advantages(world.rewards[i], torch.zeros(2, dtype=torch.long), None, std)
     grpo = lambda std: world.expected_gradient(lambda s, t, i: sdar.policy_loss(
         s, s.detach(), advantages(i, std), torch.ones_like(s))[0], batch=2)[0]
@@ -296,7 +280,7 @@ ORACLES = [value for name, value in sorted(globals().items()) if name.startswith
 
 @pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.__name__)
 def test_oracle(oracle):
-    oracle()
+    oracle(Enumerated())
 
 GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
 undetached = lambda s, t, mask, kind, beta: (sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {})
@@ -325,7 +309,7 @@ def test_oracle_finds_the_planted_bug(name, monkeypatch):
     oracle, target, bug = BUGS[name]
     monkeypatch.setattr(sdar, target, bug)
     with pytest.raises(AssertionError):
-        oracle()
+        oracle(Enumerated())
 
 # --- 2. Log-probs of tokens -----------------------------------------------------------------------------
 @pytest.mark.parametrize("at_once", [10 ** 6, 100])  # the second goes through in chunks of two rows
