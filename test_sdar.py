@@ -312,6 +312,13 @@ def test_oracle_finds_the_planted_bug(name, monkeypatch):
         oracle(Enumerated())
 
 # --- 2. Log-probs of tokens -----------------------------------------------------------------------------
+def reference(logits, ids, temperature, g, h):
+    """In float64: log-probs of ids (N,) and entropies (N,); the gradient of their sums, weighted by g and h, in the logits."""
+    logits = logits.detach().double().requires_grad_()
+    exact = torch.distributions.Categorical(logits=logits / temperature)
+    both = torch.stack([exact.log_prob(ids), exact.entropy()])
+    return both.detach(), grad_of((g * both[0] + h * both[1]).sum(), logits)
+
 @pytest.mark.parametrize("at_once", [10 ** 6, 100])  # the second goes through in chunks of two rows
 def test_token_logprobs_against_float64(at_once, monkeypatch):
     monkeypatch.setattr(sdar, "LOGITS_AT_ONCE", at_once)
@@ -319,14 +326,13 @@ def test_token_logprobs_against_float64(at_once, monkeypatch):
     hidden, head = (torch.randn(n, 6, generator=draw, requires_grad=True) for n in (7, 50))
     ids, kept = torch.randint(50, (7,), generator=draw), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        logprobs, entropy = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
+        ours = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
     assert (max(kept) < 7 * 50) == (at_once == 100)  # in chunks no logits wait for the backward pass
-    exact = torch.distributions.Categorical(logits=hidden.double() @ head.double().T / .7)
-    assert torch.allclose(logprobs.double(), exact.log_prob(ids), atol=1e-5)
-    assert torch.allclose(entropy.double(), exact.entropy(), atol=1e-5)
-    ours = torch.autograd.grad(logprobs.sum() + entropy.sum(), (hidden, head))
-    for a, b in zip(ours, torch.autograd.grad(exact.log_prob(ids).sum() + exact.entropy().sum(), (hidden, head))):
-        assert torch.allclose(a, b, atol=1e-4)
+    exact, gradient = reference(hidden.double() @ head.double().T, ids, .7, 1, 1)
+    assert torch.allclose(torch.stack(ours).double(), exact, atol=1e-5)
+    gradients = torch.autograd.grad(sum(ours).sum(), (hidden, head))
+    for a, b in zip(gradients, (gradient @ head.double(), gradient.T @ hidden.double())):
+        assert torch.allclose(a.double(), b, atol=1e-4)
     assert sdar.token_logprobs(hidden, head, ids)[1] is None
 
 def test_response_logprobs_against_a_plain_forward_pass(policy):
@@ -1131,7 +1137,7 @@ def source(kind):
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_the_kernel_compiles(kind, tmp_path):
     (tmp_path / "k.cu").write_text(source(kind))
-    subprocess.run(["nvcc", "-arch=sm_80", "-ftz=true", "-Werror", "all-warnings", "-cubin", "-o", "k", "k.cu"], cwd=tmp_path, check=True)
+    subprocess.run("nvcc -arch=sm_80 -ftz=true -Werror all-warnings -cubin -o k k.cu".split(), cwd=tmp_path, check=True)
 
 @pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16], ids=str)
 def kernel(request, tmp_path_factory):
@@ -1140,8 +1146,8 @@ def kernel(request, tmp_path_factory):
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "kernel.cu").write_text(source(int(request.param == torch.bfloat16)))
-    gcc = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so".split()
-    subprocess.run([*gcc, DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
+    compiler = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so".split()
+    subprocess.run([*compiler, DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "k.so"))
     convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
@@ -1159,27 +1165,22 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
         logits[0, ::7], logits[0, 200:400], logits[1, 5] = -math.inf, -math.inf, 1e30
     ids, g, h = torch.full((rows,), width // 2 + 1 - width % 2), *torch.randn(2, rows, generator=draw)
     ids, out = ids.clamp(max=width - 1), torch.empty(rows, 4)
-    exact = logits.double().requires_grad_()
-    scores = torch.log_softmax(exact / temperature, -1)
-    logprob, entropy = scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores.clamp(min=-1e300)).sum(1)
-    expected, = torch.autograd.grad((g * logprob + h * entropy).sum(), exact)
+    exact, gradient = reference(logits, ids, temperature, g, h)
     forward(rows, logits, ids, out, width, 1 / temperature)
-    assert torch.allclose(out[:, :2].double(), torch.stack([logprob, entropy], 1).detach(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(out[:, :2].double(), exact.T, rtol=1e-5, atol=1e-6)
     backward(rows, logits, ids, out, g.contiguous(), h.contiguous(), width, 1 / temperature)
-    assert (logits.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * expected.norm() + 1e-7
+    assert (logits.double() - gradient).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * gradient.norm() + 1e-7
 
 def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
     """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
-    dtype, forward, backward, _ = kernel
-    run = {"forward": forward, "backward": backward}
-    monkeypatch.setattr(sdar, "compiled", lambda name, dtype: lambda grid, block, args: run[name](grid[0], *args))
+    dtype, *run, _ = kernel
+    at = ("forward", "backward").index
+    monkeypatch.setattr(sdar, "compiled", lambda name, dtype: lambda grid, block, args: run[at(name)](grid[0], *args))
     leaf = (3 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
-    exact, ids, logits = leaf.detach().double().requires_grad_(), torch.tensor([0, 7, 299]), leaf * 1
-    scores = torch.log_softmax(exact / .7, -1)
-    logprob, entropy = scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores).sum(1)
+    ids, logits = torch.tensor([0, 7, 299]), leaf * 1
+    exact, expected = reference(leaf, ids, .7, 1, -.3)
     ours = sdar.KernelLogprobs.apply(logits, ids, .7, True)
-    assert torch.allclose(torch.stack(ours).double(), torch.stack([logprob, entropy]), atol=1e-5)
-    expected, = torch.autograd.grad((logprob - .3 * entropy).sum(), exact)
+    assert torch.allclose(torch.stack(ours).double(), exact, atol=1e-5)
     gradient, = torch.autograd.grad((ours[0] - .3 * ours[1]).sum(), leaf, retain_graph=True)
     assert (gradient.double() - expected).norm() < 1e-2 * expected.norm() and torch.equal(gradient, logits)
     with pytest.raises(RuntimeError, match="inplace"):
@@ -1237,19 +1238,12 @@ def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("rows, width", [(7, 151936), (3, 1003), (40000, 64000)])
 def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
-    free = torch.cuda.mem_get_info()[0]
-    if rows * width * 24 > free:
+    if rows * width * 24 > torch.cuda.mem_get_info()[0]:
         pytest.skip("too little memory")
     logits, ids = torch.randn(rows, width, device="cuda", dtype=dtype), torch.randint(width, (rows,), device="cuda")
-    last = slice(-2, None)
-    exact = logits[last].double().requires_grad_()
-    scores = torch.log_softmax(exact / .7, -1)
-    logprob, entropy = scores.gather(1, ids[last, None])[:, 0], -(scores.exp() * scores).sum(1)
-    expected, = torch.autograd.grad(logprob.sum() + .3 * entropy.sum(), exact)
-    leaf = logits.requires_grad_()
-    ours = sdar.KernelLogprobs.apply(leaf, ids, .7, True)
-    assert torch.allclose(ours[0][last].double(), logprob, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(ours[1][last].double(), entropy, rtol=1e-5, atol=1e-5)
-    gradient, = torch.autograd.grad(ours[0].sum() + .3 * ours[1].sum(), leaf)
+    exact, expected = reference(logits[-2:], ids[-2:], .7, 1, .3)
+    ours = sdar.KernelLogprobs.apply(logits.requires_grad_(), ids, .7, True)
+    assert torch.allclose(torch.stack(ours)[:, -2:].double(), exact, rtol=1e-5, atol=1e-5)
+    gradient = grad_of(ours[0].sum() + .3 * ours[1].sum(), logits)
     assert gradient.data_ptr() == logits.data_ptr(), "in place"
-    assert (gradient[last].double() - expected).norm() < tolerance * expected.norm()
+    assert (gradient[-2:].double() - expected).norm() < tolerance * expected.norm()
