@@ -1204,29 +1204,6 @@ def test_the_kernels_source_with_nothing_to_say(kernel, bad):
     backward(2, logits, ids, out, torch.ones(2), torch.ones(2), 200, 1.0)
     assert out[0, :2].isnan().all() and logits[0].isnan().all() and out[1].isfinite().all() and logits[1].isfinite().all()
 
-def test_the_online_recurrence_line_by_line():
-    """What the kernel does, in NumPy and float64: the order in which threads take the row and meet does not matter."""
-    def merged(a, b, k):
-        top = max(a[0], b[0])
-        p, q = 2 ** (k * (a[0] - top)), 2 ** (k * (b[0] - top))
-        return top, p * a[1] + q * b[1], p * (a[2] + (a[0] - top) * a[1]) + q * (b[2] + (b[0] - top) * b[1])
-    rng = np.random.default_rng(0)
-    for width, threads, pack, t in ((1000, 32, 8, 1.0), (77, 64, 16, .6), (3, 32, 4, 2.0)):
-        x, k, sums = 9 * rng.standard_normal(width), t / math.log(2), [(-3e38, 0.0, 0.0)] * threads
-        whole = width // pack
-        for i in range(whole):
-            part = x[i * pack:(i + 1) * pack]
-            d = part - part.max()
-            sums[i % threads] = merged(sums[i % threads], (part.max(), (2 ** (k * d)).sum(), (d * 2 ** (k * d)).sum()), k)
-        for i in range(whole * pack, width):
-            sums[i % threads] = merged(sums[i % threads], (x[i], 1.0, 0.0), k)
-        while len(sums) > 1:
-            sums = [merged(a, b, k) for a, b in zip(sums[:len(sums) // 2], sums[len(sums) // 2:])]
-        top, s, u = sums[0]
-        exact = torch.distributions.Categorical(logits=torch.tensor(t * x))
-        assert t * (x - top) - math.log(s) == pytest.approx(exact.logits.numpy())
-        assert math.log(s) - t * u / s == pytest.approx(exact.entropy().item())
-
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "_compile_kernel", None)
     config = sdar.Config()
