@@ -345,26 +345,13 @@ def test_response_logprobs_against_a_plain_forward_pass(policy):
 # --- 3. Conversation ------------------------------------------------------------------------------------
 @pytest.fixture(scope="session", params=["qwen2", "qwen3"])
 def checkpoint(request, tmp_path_factory):
-    """A checkpoint folder as the hub would have it: byte-level BPE, Qwen's control tokens, a random small model."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    core, control = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator([ToyEnv.instructions, *HOME.home], vocab_size=400, special_tokens=control)
-    qwen3 = request.param == "qwen3"  # its template shows of earlier answers only what follows the reasoning
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core._tokenizer, eos_token="<|im_end|>", additional_special_tokens=control[1:],
-        pad_token="<|endoftext|>" if qwen3 else "<|im_end|>",  # in the other it is the end of turn
-        chat_template=(DATA / f"{request.param}.jinja").read_text())
-    if qwen3:  # added tokens that are not marked special, as in the real one
-        tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2,
-        num_attention_heads=4, tie_word_embeddings=qwen3, max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id))
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # as Qwen's
+    """A folder as the hub would have it: byte-level BPE, Qwen's control tokens and chat template, a random small model.
+    qwen2's padding is its end of turn; qwen3's <think> is an added token not marked special. Both have two ends of generation."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    return folder
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / request.param)).save_pretrained(folder)
+    return shutil.copytree(DATA / request.param, folder, dirs_exist_ok=True)
 
 @pytest.fixture(scope="session")
 def hub(checkpoint):
