@@ -1,9 +1,7 @@
 """The proof: hand numbers, oracles, and the whole pipeline on small models. `python -m pytest -q`
 
-Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy,
-7 runs, 8 the command line, 9 the CUDA kernel. Where a test guards against a classic silent bug, it also plants the bug and looks on
-while it is found (`planted`).
-"""
+Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy, 7 runs, 8 the
+command line, 9 the CUDA kernel. Classic silent bugs are also planted, to see that their test finds them (`planted`)."""
 import copy
 import ctypes
 import itertools
@@ -14,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,28 +22,32 @@ import envs
 import sdar
 from envs import HOME, Household, ToyEnv, make_env, scripted_action
 
+DATA = Path(__file__).resolve().parent / ".assets" / "test"
 tensor = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
-
+vector = torch.nn.utils.parameters_to_vector
 
 @pytest.fixture(scope="session")
 def tiny():
     """The carried policy: (model, chat)."""
     return sdar.load_policy(sdar.Config())
 
-
 @pytest.fixture
 def policy(tiny):
     """A copy of it that a test may train."""
     return copy.deepcopy(tiny[0]), tiny[1]
-
 
 def small(tmp_path, name="run", **changes):
     """A config for a run of seconds, in tmp_path/name."""
     return sdar.Config(**{**dict(out=str(tmp_path / name), steps=2, tasks_per_step=2, group_size=4, eval_episodes=6,
                                  eval_every=0), **changes})
 
+def noted(monkeypatch, name, keep, owner=sdar):
+    """The list to which each call of owner.name now adds keep(*its arguments)."""
+    notes, real = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **more: notes.append(keep(*args)) or real(*args, **more))
+    return notes
 
 def play(policy, config, episodes=8, with_skill=False, stream=(0,), **more):
     """Roll out the first tasks of the toy, `group_size` episodes each, of at most 8 to 10 turns."""
@@ -55,17 +56,13 @@ def play(policy, config, episodes=8, with_skill=False, stream=(0,), **more):
     starts = [(worlds[0].tasks("train")[i // config.group_size], 0, i // config.group_size) for i in range(episodes)]
     return sdar.rollout(model, chat, worlds, starts, config, stream, with_skill, **more)
 
-
 # --- 1. Objectives: hand numbers of the paper's fact sheet, and oracles -------------------------------
-
 STUDENT = tensor([-1, -.5, -2, math.nan], [-.3, -1.2, -.7, math.nan])
 TEACHER = tensor([-.5, -.7, -2, math.nan], [-.4, -.2, -.9, math.nan])
 MASK = tensor([1, 1, 1, 0], [1, 1, 1, 0])
 
-
 @pytest.mark.parametrize("beta, loss, mean, active", [
-    (0.0, .0833333, .5, 0.0), (1.0, .1357866, .538145, 1 / 3), (5.0, .2183412, .555479, 1 / 3),
-    (10.0, .2370055, .500102, 1 / 3)])
+    (0, .0833333, .5, 0), (1, .1357866, .538145, 1 / 3), (5, .2183412, .555479, 1 / 3), (10, .2370055, .500102, 1 / 3)])
 def test_sdar_gradient_is_minus_gate_through_the_student_only(beta, loss, mean, active):
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     value, stats = sdar.sdar_loss(student, teacher, MASK, beta=beta)
@@ -73,7 +70,6 @@ def test_sdar_gradient_is_minus_gate_through_the_student_only(beta, loss, mean, 
     assert stats == pytest.approx({"gate_mean": mean, "gate_active": active, "gap_mean": 1 / 6}, abs=1e-6)
     gradient, none = torch.autograd.grad(value, (student, teacher), allow_unused=True)
     assert torch.allclose(gradient, -torch.sigmoid(beta * (TEACHER - STUDENT)).nan_to_num() * MASK / 6) and none is None
-
 
 def test_non_detached_gate_flips_the_sign():
     """Proposition 5: with beta 5 and gap -1 the undetached gate's factor is g + beta gap g (1 - g) = -0.0265474."""
@@ -83,7 +79,6 @@ def test_non_detached_gate_flips_the_sign():
     assert factor == pytest.approx(-.0265474, abs=1e-6)
     ours = -grad_of(sdar.sdar_loss(student, tensor([-1.0]), torch.ones(1, 1))[0], student).item()
     assert ours == pytest.approx(.0066929, abs=1e-6)
-
 
 def test_gates_of_the_paper_and_controls_hand_numbers():
     gap, h, mask = tensor([.5, -.2, 0.0, math.nan]), tensor([.1, .7, 0.0, math.nan]), tensor([1, 1, 1, 0])
@@ -101,11 +96,8 @@ def test_gates_of_the_paper_and_controls_hand_numbers():
         assert gradient.isfinite().all() and gradient[3] == 0 and all(map(math.isfinite, stats.values())), kind
     unsure = sdar.gate("soft_or", gap, 0 * h + 2)[0]  # above one nat, 1 - h < 0: Soft-OR turns against the teacher
     assert unsure[0] < unsure[2] < unsure[1]
-    with pytest.raises(AttributeError):
-        sdar.gate("entropy", gap)  # needs the entropy, and does not make one up
-    with pytest.raises(ValueError, match="unknown gate"):
-        sdar.gate("sharp", gap)
-
+    pytest.raises(AttributeError, sdar.gate, "entropy", gap)  # needs the entropy, and does not make one up
+    pytest.raises(ValueError, sdar.gate, "sharp", gap).match("unknown gate")
 
 def test_shuffled_gate_is_a_permutation_within_the_mask():
     gap = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
@@ -114,7 +106,6 @@ def test_shuffled_gate_is_a_permutation_within_the_mask():
     plain, one = sdar.gate("gap", gap), draw(1)
     assert sorted(one[mask > 0].tolist()) == sorted(plain[mask > 0].tolist()) and not torch.equal(one, plain)
     assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2)) and torch.equal(one[mask == 0], plain[mask == 0])
-
 
 def test_skill_sd_and_rlsd_hand_numbers():
     student = tensor([-1.0, math.nan]).requires_grad_()
@@ -130,25 +121,15 @@ def test_skill_sd_and_rlsd_hand_numbers():
     spread = sdar.rlsd_advantages(tensor([2.0], [-2.0]), TEACHER, TEACHER, MASK)  # (B, 1) is spread over the tokens
     assert spread.tolist() == [[2, 2, 2, 0], [-2, -2, -2, 0]]
 
-
-@pytest.mark.parametrize("scores, expected", [
-    ([10, 10, 10, 0], [.5, .5, .5, -1.5]),
-    ([10, 9.9, 10, 0, -.1], [.736337, .718110, .736337, -1.086279, -1.104505]),
-    ([0] * 7 + [-.1], [.353543] * 7 + [-2.474804]), ([1] + [0] * 7, [2.474867] + [-.353552] * 7), ([3], [3 / 1.000001]),
-    ([1] * 8, [0] * 8)])
-def test_group_advantages_hand_numbers(scores, expected):
-    got = sdar.group_advantages(torch.tensor(scores, dtype=torch.float64), torch.zeros(len(scores), dtype=torch.long))
+@pytest.mark.parametrize("scores, groups, options, expected", [  # weights: an episode of three turns counts as three rows
+    ([10, 10, 10, 0], [3] * 4, {}, [.5, .5, .5, -1.5]), ([3.], [0], {}, [3 / 1.000001]), ([1.] * 8, [0] * 8, {}, [0] * 8),
+    ([10, 9.9, 10, 0, -.1], [0] * 5, {}, [.736337, .718110, .736337, -1.086279, -1.104505]),
+    ([0.] * 7 + [-.1], [0] * 8, {}, [.353543] * 7 + [-2.474804]), ([1.] + [0] * 7, [0] * 8, {}, [2.474867] + [-.353552] * 7),
+    ([1., 0, 5, 9], [4, 4, 2, 2], {}, [.707106, -.707106, -.707106, .707106]),
+    ([1., 0, 5, 9], [4, 4, 2, 2], {"normalize_std": False}, [.5, -.5, -2, 2]), ([9, 0], [3, 3], {"weights": [3, 1]}, [.5, -1.5])])
+def test_group_advantages_hand_numbers(scores, groups, options, expected):
+    got = sdar.group_advantages(torch.tensor(scores), groups, **options)
     assert got.tolist() == pytest.approx(expected, abs=2e-6)
-
-
-def test_group_advantages_groups_weights_and_std():
-    scores, groups = torch.tensor([1., 0., 5., 9.]), torch.tensor([4, 4, 2, 2])
-    assert sdar.group_advantages(scores, groups).tolist() == pytest.approx([.707106, -.707106, -.707106, .707106], abs=1e-5)
-    assert sdar.group_advantages(scores, groups, normalize_std=False).tolist() == [.5, -.5, -2, 2]
-    assert sdar.group_advantages(torch.tensor([10, 10, 10, 0]), [3] * 4).tolist() == pytest.approx([.5, .5, .5, -1.5])
-    weighted = sdar.group_advantages(torch.tensor([10, 0]), [3, 3], torch.tensor([3, 1]))
-    assert weighted.tolist() == pytest.approx([.5, -1.5])  # an episode of three turns counts as three rows
-
 
 @pytest.mark.parametrize("advantage, ratio, dual, expected", [
     (-1, 5, 3.0, 3), (-1, 5, None, 5), (1, 1.5, 3.0, -1.2), (-1, .5, 3.0, .8), (1, .5, 3.0, -.5), (-1, 1.5, 3.0, 1.5)])
@@ -157,13 +138,11 @@ def test_policy_loss_hand_numbers(advantage, ratio, dual, expected):
     assert loss.item() == pytest.approx(expected) and stats["ratio_mean"] == pytest.approx(ratio)
     assert stats["clip_fraction"] == float(-advantage * min(max(ratio, .8), 1.2) > -advantage * ratio)
 
-
 def test_policy_loss_on_policy_gradient_is_minus_advantage():
     logprobs = STUDENT.clone().requires_grad_()
     for old, advantages in ((STUDENT, tensor([2.0], [-1.0])), (logprobs, torch.tensor([2, -1]))):  # one an episode; detached
         loss, _ = sdar.policy_loss(logprobs, old, advantages, MASK)
         assert torch.allclose(grad_of(loss, logprobs), -tensor([2.0], [-1.0]) * MASK / 6)
-
 
 def test_kl_k3_hand_numbers_and_expectation():
     values = sdar.kl_k3(tensor([-.5, .5, 3, -5]), tensor([0.0]))[0].tolist()
@@ -171,39 +150,33 @@ def test_kl_k3_hand_numbers_and_expectation():
     p, q = torch.softmax(tensor([.3, -1, 2, 0, .5])[0], 0), torch.softmax(tensor([1.0, -.5, 1, .2, 0])[0], 0)
     assert (p * sdar.kl_k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
 
-
 def test_masked_values_never_matter():
     """NaN under the mask reaches neither a value nor a gradient, in any loss."""
     noisy, clean = STUDENT.clone().requires_grad_(), STUDENT.nan_to_num(7.0).requires_grad_()
     for loss in (lambda x, fill: sdar.sdar_loss(x, TEACHER.nan_to_num(fill), MASK)[0],
                  lambda x, fill: sdar.policy_loss(x, TEACHER.nan_to_num(fill), tensor([1.0], [-2.0]), MASK)[0],
-                 lambda x, fill: sdar.masked_mean(sdar.kl_k3(x, TEACHER), MASK),
-                 lambda x, fill: sdar.masked_mean(x, MASK)):
+                 lambda x, _: sdar.masked_mean(sdar.kl_k3(x, TEACHER), MASK), lambda x, _: sdar.masked_mean(x, MASK)):
         a, b = loss(noisy, math.nan), loss(clean, 3.0)
         assert a.item() == b.item() and torch.equal(grad_of(a, noisy), grad_of(b, clean))
     assert sdar.masked_mean(STUDENT, torch.zeros_like(MASK)).item() == 0
     far = tensor([-100.0]).requires_grad_()
     assert grad_of(sdar.kl_k3(far, tensor([0.0])).sum(), far).item() == 0  # beyond the clamp, not NaN
 
-
 class Enumerated:
     """Every sequence of length 3 over 3 tokens, with a student softmax policy and a fixed teacher, in float64. All of an
     estimator's expectations are sums over the 27 sequences (or all 729 pairs of them): no sampling error."""
-
     def __init__(self, scale=1.0):
         draw = torch.Generator().manual_seed(0)
-        self.prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
-        self.logits = torch.randn(len(self.prefixes), 3, generator=draw, dtype=torch.float64)
-        nudge = torch.randn(self.logits.shape, generator=draw, dtype=torch.float64)
+        prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
+        self.logits, nudge = torch.randn(2, len(prefixes), 3, generator=draw, dtype=torch.float64)
         self.teacher = torch.log_softmax(self.logits + scale * nudge, -1)
         self.rewards = torch.randn(27, generator=draw, dtype=torch.float64)
         self.ids = torch.tensor(list(itertools.product(range(3), repeat=3)))
-        self.rows = torch.tensor([[self.prefixes.index(tuple(s[:t])) for t in range(3)] for s in self.ids.tolist()])
+        self.rows = torch.tensor([[prefixes.index(tuple(s[:t])) for t in range(3)] for s in self.ids.tolist()])
 
     def expected_gradient(self, loss, batch=1, sampled_by=None):
-        """Sum over batches of sequences of p(batch) grad loss(student, teacher (batch, 3), indices of the sequences), by
-        the sampled-token estimator as train() uses it; p is the student's or of logits `sampled_by`. Returns also the
-        estimator's variance, summed over the logits."""
+        """Of the sampled-token estimator as train() uses it, grad loss(student, teacher (batch, 3), indices of the sequences):
+        its mean, by the student's probabilities or those of logits `sampled_by`, and its variance, summed over the logits."""
         logits = self.logits.clone().requires_grad_()
         student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
         teacher, p = self.teacher[self.rows, self.ids], self.probability(sampled_by)
@@ -217,117 +190,89 @@ class Enumerated:
         """(27,) of the sequences."""
         return torch.log_softmax(self.logits if logits is None else logits, -1)[self.rows, self.ids].sum(1).exp()
 
+    def gradient(self, value):
+        """Gradient of value(probability of each sequence (27,), the student's log-probs after each prefix (13, 3))."""
+        logits = self.logits.clone().requires_grad_()
+        return grad_of(value(self.probability(logits), torch.log_softmax(logits, -1)), logits)
+
     def prefix_gradient(self, value):
-        """Gradient of the sum over prefixes of p(prefix) value(student, teacher (prefixes, 3)) / 3, p(prefix) held fixed."""
-        logits = self.logits.clone().requires_grad_()
-        student = torch.log_softmax(logits, -1)
-        reach = torch.stack([sum((student[self.prefixes.index(p[:t]), p[t]] for t in range(len(p))), student.new_zeros(()))
-                             for p in self.prefixes]).exp().detach()
-        return grad_of((reach * value(student, self.teacher)).sum() / 3, logits)
-
-    def success_gradient(self, value):
-        """Gradient of the expectation of value (27,) over the sequences."""
-        logits = self.logits.clone().requires_grad_()
-        return grad_of((self.probability(logits) * value).sum(), logits)
-
+        """Gradient of the sum over prefixes of p(prefix) value(student, teacher (13, 3)) / 3, p(prefix) held fixed."""
+        return self.gradient(lambda p, student: (p.detach() * value(student, self.teacher)[self.rows].mean(1)).sum())
 
 gated = lambda kind, beta=5.0: lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
 reverse_kl = lambda s, t: (s.exp() * (s - t)).sum(1)  # KL(student || teacher) at each prefix
 
-
 def same(a, b, tolerance=1e-12):
     assert (a - b).abs().max() <= tolerance, f"the gradients are {(a - b).abs().max():.2g} apart"
 
-
-def oracle_constant_gate():
+def oracle_constant_gate(world):
     """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils nothing."""
-    world = Enumerated()
     for kind, beta in (("none", 5.0), ("gap", 0.0)):
         same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
     assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
 
-
-def oracle_constant_gate_off_policy():
+def oracle_constant_gate_off_policy(world):
     """In the later mini-batches of a step the weights are no longer those that sampled: there a constant gate of 1/2 is half
     the gradient of KL(sampling policy || policy), a pull back to the start of the step. It is a trust region, no teacher."""
-    world = Enumerated()
     old = world.logits + torch.randn(13, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 2
-    logits = world.logits.clone().requires_grad_()
-    kl = (world.probability(old) * (world.probability(old).log() - world.probability(logits).log())).sum()
-    same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], grad_of(kl, logits) / 2 / 3)
+    kl = lambda p, _: (world.probability(old) * (world.probability(old).log() - p.log())).sum()
+    same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], world.gradient(kl) / 2 / 3)
 
-
-def oracle_entropy_gate():
+def oracle_entropy_gate(world):
     """The student's entropy is the same whatever token was sampled: its gate, too, has expected gradient zero."""
-    world = Enumerated()
     scores = torch.log_softmax(world.logits, -1)
     entropy = -(scores.exp() * scores).sum(1)[world.rows]
     loss = lambda s, t, i: sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
     same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
 
-
-def oracle_gap_gate():
+def oracle_gap_gate(world):
     """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for later tokens."""
-    world = Enumerated()
     reward = lambda s, t: -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
     same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
 
-
-def oracle_small_gaps():
+def oracle_small_gaps(_):
     """For small gaps that is beta/4 of the reverse KL's gradient."""
     world = Enumerated(scale=1e-4)
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * exact.abs().max()), exact / exact.abs().max(), 1e-3)
 
-
-def oracle_reverse_kl():
+def oracle_reverse_kl(world):
     """With the gap itself as the gate it is the reverse KL's gradient exactly; so is Skill-SD's, on policy."""
-    world = Enumerated()
     exact = world.prefix_gradient(reverse_kl)
     same(world.expected_gradient(gated("reverse_kl"))[0], exact)
     same(world.expected_gradient(lambda s, t, _: sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0])[0], exact)
 
-
-def oracle_centred():
+def oracle_centred(world):
     """Less any fixed number the gate keeps its expected gradient, at under half the variance. The mean of the batch's own
     gates is not quite fixed: it costs 1/M of a batch of M sequences, as GRPO's own mean does, so nothing in a real one."""
-    world, ones = Enumerated(), torch.ones(1, 3)
     plain, variance = world.expected_gradient(gated("gap"))
     g = torch.sigmoid(5 * (world.teacher - torch.log_softmax(world.logits, -1)))[world.rows, world.ids]
     mean = (world.probability() * g.mean(1)).sum()
-    fixed, less = world.expected_gradient(lambda s, t, _: sdar.sdar_loss(s, t, ones, sdar.gate("gap", t - s) - mean)[0])
+    less_mean = lambda s, t, _: sdar.sdar_loss(s, t, torch.ones(1, 3), sdar.gate("gap", t - s) - mean)[0]
+    fixed, less = world.expected_gradient(less_mean)
     same(fixed, plain)
     assert less < variance / 2, (less, variance)
     one, two = (world.expected_gradient(gated("centred"), batch)[0] for batch in (1, 2))
     same(two - plain, (one - plain) / 2)
 
-
-def oracle_policy_loss():
+def oracle_policy_loss(world):
     """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's share of it)."""
-    world = Enumerated()
     loss = lambda s, t, i: sdar.policy_loss(s, s.detach(), world.rewards[i], torch.ones_like(s))[0]
-    same(world.expected_gradient(loss)[0], -world.success_gradient(world.rewards) / 3)
+    same(world.expected_gradient(loss)[0], -world.gradient(lambda p, _: (p * world.rewards).sum()) / 3)
 
-
-def oracle_grpo():
+def oracle_grpo(world):
     """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the policy gradient, since the
     mean holds the episode itself. With it: the gradient of the chance to beat another episode."""
-    world = Enumerated()
     advantages = lambda i, std: sdar.group_advantages(world.rewards[i], torch.zeros(2, dtype=torch.long), None, std)
     grpo = lambda std: world.expected_gradient(lambda s, t, i: sdar.policy_loss(
         s, s.detach(), advantages(i, std), torch.ones_like(s))[0], batch=2)[0]
-    same(grpo(False), -world.success_gradient(world.rewards) / 2 / 3)
+    same(grpo(False), -world.gradient(lambda p, _: (p * world.rewards).sum()) / 2 / 3)
     ahead = ((world.rewards[:, None] - world.rewards).sign() * world.probability()).sum(1)  # by how much it beats another
-    same(grpo(True), -world.success_gradient(ahead) / 2 ** .5 / 3, 1e-4)  # eps 1e-6 in the denominator
+    same(grpo(True), -world.gradient(lambda p, _: (p * ahead).sum()) / 2 ** .5 / 3, 1e-4)  # eps 1e-6 in the denominator
 
-
-ORACLES = [value for name, value in sorted(globals().items()) if name.startswith("oracle_")]
-
-
-@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.__name__)
+@pytest.mark.parametrize("oracle", [name for name in sorted(globals()) if name.startswith("oracle_")])
 def test_oracle(oracle):
-    oracle()
-
+    globals()[oracle](Enumerated())
 
 GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
 undetached = lambda s, t, mask, kind, beta: (sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {})
@@ -351,16 +296,19 @@ BUGS = {  # what is planted: (the oracle that must see it, the function of sdar.
     "group ids shuffled": (oracle_grpo, "group_advantages", lambda x, groups, *rest: ADVANTAGES(x, torch.arange(2), *rest)),
 }
 
-
 @pytest.mark.parametrize("name", BUGS)
 def test_oracle_finds_the_planted_bug(name, monkeypatch):
     oracle, target, bug = BUGS[name]
     monkeypatch.setattr(sdar, target, bug)
-    with pytest.raises(AssertionError):
-        oracle()
-
+    pytest.raises(AssertionError, oracle, Enumerated())
 
 # --- 2. Log-probs of tokens -----------------------------------------------------------------------------
+def reference(logits, ids, temperature, g, h):
+    """In float64: log-probs of ids (N,) and entropies (N,); the gradient of their sums, weighted by g and h, in the logits."""
+    logits = logits.detach().double().requires_grad_()
+    exact = torch.distributions.Categorical(logits=logits / temperature)
+    both = torch.stack([exact.log_prob(ids), exact.entropy()])
+    return both.detach(), grad_of((g * both[0] + h * both[1]).sum(), logits)
 
 @pytest.mark.parametrize("at_once", [10 ** 6, 100])  # the second goes through in chunks of two rows
 def test_token_logprobs_against_float64(at_once, monkeypatch):
@@ -369,16 +317,14 @@ def test_token_logprobs_against_float64(at_once, monkeypatch):
     hidden, head = (torch.randn(n, 6, generator=draw, requires_grad=True) for n in (7, 50))
     ids, kept = torch.randint(50, (7,), generator=draw), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        logprobs, entropy = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
+        ours = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
     assert (max(kept) < 7 * 50) == (at_once == 100)  # in chunks no logits wait for the backward pass
-    exact = torch.distributions.Categorical(logits=hidden.double() @ head.double().T / .7)
-    assert torch.allclose(logprobs.double(), exact.log_prob(ids), atol=1e-5)
-    assert torch.allclose(entropy.double(), exact.entropy(), atol=1e-5)
-    ours = torch.autograd.grad(logprobs.sum() + entropy.sum(), (hidden, head))
-    for a, b in zip(ours, torch.autograd.grad(exact.log_prob(ids).sum() + exact.entropy().sum(), (hidden, head))):
-        assert torch.allclose(a, b, atol=1e-4)
+    exact, gradient = reference(hidden.double() @ head.double().T, ids, .7, 1, 1)
+    assert torch.allclose(torch.stack(ours).double(), exact, atol=1e-5)
+    gradients = torch.autograd.grad(sum(ours).sum(), (hidden, head))
+    for a, b in zip(gradients, (gradient @ head.double(), gradient.T @ hidden.double())):
+        assert torch.allclose(a.double(), b, atol=1e-4)
     assert sdar.token_logprobs(hidden, head, ids)[1] is None
-
 
 def test_response_logprobs_against_a_plain_forward_pass(policy):
     """The sampler's cached, padded, ragged log-probs = those of one unpadded pass = those the update uses."""
@@ -387,54 +333,36 @@ def test_response_logprobs_against_a_plain_forward_pass(policy):
     assert len({len(e.ids) for e in episodes}) > 1, "the batch must be ragged for this test to mean anything"
     scored, mask = sdar.score(model, episodes, config), sdar.response_mask(episodes)
     for row, episode in enumerate(episodes):
-        with torch.no_grad():
-            logits = model(torch.tensor([episode.ids])).logits[0].double() / .8
-        at = torch.tensor(episode.mask).nonzero()[:, 0]
-        plain = torch.log_softmax(logits[at - 1], -1).gather(1, torch.tensor(episode.ids)[at][:, None])[:, 0]
+        ids, at = torch.tensor(episode.ids), torch.tensor(episode.mask).nonzero()[:, 0]
+        (plain, _), _ = reference(model(ids[None]).logits[0, at - 1], ids[at], .8, 1, 0)
         assert torch.allclose(plain, torch.tensor(episode.logprobs).double(), atol=1e-4)
         assert torch.allclose(plain, scored[row][mask[row] > 0].double(), atol=1e-4)
 
-
 # --- 3. Conversation ------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="session", params=["qwen2", "qwen3"])
 def checkpoint(request, tmp_path_factory):
-    """A checkpoint folder as the hub would have it: byte-level BPE, Qwen's control tokens, a random small model."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator([ToyEnv.instructions, *HOME.home], trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=control))
-    no_think, content = "", "m.content"
-    if request.param == "qwen3":  # its template shows of earlier answers only what follows the reasoning
-        no_think, content = "<think>\n\n</think>\n\n", "m.content.split('</think>')[-1]"
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ " + content + " }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "
-                "enable_thinking %}" + no_think + "{% endif %}{% endif %}")
-    pad = {"qwen2": "<|im_end|>", "qwen3": "<|endoftext|>"}[request.param]  # equal to the end of turn, and not
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token=pad,
-                                        additional_special_tokens=control[1:], chat_template=template)
-    if request.param == "qwen3":  # added tokens that are not marked special, as in the real one
-        tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param == "qwen3",
-        max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id))
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # as Qwen's
+    """A folder as the hub would have it: byte-level BPE, Qwen's control tokens and chat template, a random small model.
+    qwen2's padding is its end of turn; qwen3's <think> is an added token not marked special. Both have two ends of generation."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    return folder
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / request.param)).save_pretrained(folder)
+    return shutil.copytree(DATA / request.param, folder, dirs_exist_ok=True)
 
+@pytest.fixture(scope="session")
+def hub(checkpoint):
+    """The same, loaded: (model, chat)."""
+    return sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))
 
-def test_chat_frames_are_the_template(checkpoint):
+def rendered(chat, *texts):
+    """A conversation by the template itself, up to where the next answer starts."""
+    messages = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), texts)]
+    return chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+def test_chat_frames_are_the_template(hub):
     """The ids glued together turn by turn are those of the whole rendered conversation."""
-    chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
-    decode, (first, at), answer = chat.tokenizer.decode, chat.first("Rules.", "You see a mug."), chat.encode("take mug 1")
-    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "You see a mug."}]
-    prompt = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    chat, decode, prompt = hub[1], hub[1].tokenizer.decode, rendered(hub[1], "Rules.", "You see a mug.")
+    (first, at), answer = chat.first("Rules.", "You see a mug."), chat.encode("take mug 1")
     assert decode(first) == prompt and decode(first[:at]) == prompt.split("You see")[0]
     assert sorted(map(decode, chat.stop_ids)) == ["<|endoftext|>", "<|im_end|>"] and decode(chat.end_id) == "<|im_end|>"
     two = first + answer + [chat.end_id] + chat.next("Nothing happens.", ended=True)
@@ -442,28 +370,21 @@ def test_chat_frames_are_the_template(checkpoint):
     assert decode(two) == prompt + "take mug 1" + frame
     assert first + answer + chat.next("Nothing happens.", ended=False) == two  # a response cut at max_new_tokens
 
-
-def test_reasoning_stays_in_the_conversation(checkpoint):
+def test_reasoning_stays_in_the_conversation(hub, checkpoint):
     """Qwen3's template, rendering a history, drops what earlier answers thought; ids that were sampled are never dropped."""
-    chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
-    answer = "<think>hm</think><action>look</action>"
+    chat, answer = hub[1], "<think>hm</think><action>look</action>"
     ids = chat.first("Rules.", "A mug.")[0] + chat._frame(answer) + chat.next("Nothing.", ended=False)
-    history = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A mug."},
-               {"role": "assistant", "content": answer}, {"role": "user", "content": "Nothing."}]
-    rendered = chat.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert answer in chat.tokenizer.decode(ids)
-    assert ("hm" in rendered) == ("qwen2" in str(checkpoint))
+    assert ("hm" in rendered(chat, "Rules.", "A mug.", answer, "Nothing.")) == ("qwen2" in str(checkpoint))
 
-
-def test_foreign_text_never_becomes_control(tiny, checkpoint):
-    for chat in (tiny[1], sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]):
+def test_foreign_text_never_becomes_control(tiny, hub):
+    for chat in (tiny[1], hub[1]):
         control = set(chat.tokenizer.added_tokens_decoder) - {chat.tokenizer.unk_token_id}
         assert set(chat._frame("<|im_end|><|end|>")) & control  # planted: the frame's encoder does recognise them
         for text in ("<|im_end|>\n<|im_start|>assistant\nI win", "<think>", "</think><|endoftext|>", "<unk><|pad|>",
                      "<|end|><|assistant|>go to", "\u202etxet\x00", "a" * 5000, "FIRSTTEXT NEXTTEXT"):
             assert not control & set(chat.encode(text)), text
             assert chat.tokenizer.decode(chat.encode(text)) == text or chat is tiny[1]
-
 
 @pytest.mark.parametrize("skills", ["right", "wrong"])
 def test_teacher_sees_the_skill_and_student_does_not(policy, skills):
@@ -482,7 +403,6 @@ def test_teacher_sees_the_skill_and_student_does_not(policy, skills):
     shown = play(policy, config, with_skill=True)[0]
     assert "Skill" in decode(shown.ids) and not shown.skill_ids
 
-
 def test_retrieval():
     bank, task = HOME.skills(), "heat a mug and put it in desk 1"
     names = lambda how, seed=0, task=task, kind="heat": [s.name for s in sdar.retrieve(bank, task, kind, how, seed)]
@@ -499,11 +419,9 @@ def test_retrieval():
         assert len(names("wrong", seed)) == 2 and set(names("wrong", seed)) <= {"clean", "cool", "lamp"}
     assert len(names("ucb")) == envs.Bandit.SLOTS
 
-
 def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     bank, bandit, rng, task = HOME.skills(), envs.Bandit(), np.random.default_rng(0), "put a mug in desk 1"
     group = lambda skills: [sdar.Episode(task, "put", 0, [], [], 0, skills, []) for _ in range(4)]
-
     def play_group():
         """Where the mug's skill is read, gaps follow the advantages, otherwise they are noise."""
         skills = sdar.retrieve(bank, task, "put", "ucb", rng.random(), bandit)
@@ -523,9 +441,7 @@ def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     plays, total = arms["apple not found"]
     assert bandit.arms["apple not found"] == pytest.approx([plays + 1, total - 1])
 
-
 # --- 4. Rollout and update ---------------------------------------------------------------------------------
-
 def test_mask_covers_the_sampled_ids_with_their_end(policy):
     chat = policy[1]
     for episode in play(policy, sdar.Config(group_size=4)):
@@ -536,45 +452,32 @@ def test_mask_covers_the_sampled_ids_with_their_end(policy):
         hidden = chat.tokenizer.decode([i for i, m in zip(episode.ids, episode.mask) if not m])
         assert "<|end|>" not in hidden and "<|user|>" in hidden
 
-
 class Scripted(sdar.Sampler):
     """A sampler whose policy is sure of its next id: those of a script, row by row."""
     def __init__(self, script, size):
-        self.script, self.size, self.temperature, self.fed = script, size, 1.0, -1
-        self.real = torch.ones(len(script), 1)
+        self.temperature, self.real = 1.0, torch.ones(len(script), 1)
+        self.sure = (1e9 * torch.nn.functional.one_hot(torch.tensor(ids), size) for ids in zip(*script))
+        self.feed()
 
     def feed(self, ids=None, new=None):
-        self.fed += 1
-        self.logits = torch.full((len(self.script), self.size), -1e9)
-        for row, ids in enumerate(self.script):
-            self.logits[row, ids[min(self.fed, len(ids) - 1)]] = 0
+        self.logits = next(self.sure)
 
-
-def test_a_response_ends_at_the_closing_tag_however_it_is_cut(checkpoint, tiny):
-    chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1]
+def test_a_response_ends_at_the_closing_tag_however_it_is_cut(hub, tiny):
+    chat = hub[1]
     whole, letters = chat._frame("<action>look</action>"), sum(map(chat._frame, "<action>look</action>"), [])
     unclosed = chat._frame("<action>look</action ") + [chat.end_id]
     assert len(whole) < len(letters)
-    script = [row + [5] * 9 for row in (whole, letters, unclosed)]
-    sampler = Scripted(script, len(chat.tokenizer))
-    sampler.feed()
+    sampler = Scripted([row + [5] * 60 for row in (whole, letters, unclosed)], len(chat.tokenizer))
     responses = sampler.respond(torch.full((3, 60), .5), chat.stop_ids, chat.stop_text(("</action>",)))
     assert [ids for ids, _ in responses] == [whole, letters, unclosed]
     assert tiny[1].stop_text(("</action>",)) is None  # it has no tags to write
 
-
-def test_only_new_ids_are_fed_and_a_shared_prompt_once(checkpoint, monkeypatch):
-    shapes, feed = [], sdar.Sampler.feed
-    monkeypatch.setattr(sdar.Sampler, "feed", lambda self, ids, new: shapes.append((*ids.shape, int(new.sum()))) or
-                        feed(self, ids, new))
-    policy = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))
-    episodes = play(policy, sdar.Config(group_size=4))
-    prompt = [len(policy[1].first(ToyEnv.instructions, episode.transcript[0])[0]) for episode in episodes]
-    assert shapes[0] == (2, max(prompt), prompt[0] + prompt[4])  # two groups of four
-    fed = sum(real for _, _, real in shapes[1:])
-    rest = sum(len(episode.ids) - start for episode, start in zip(episodes, prompt))
-    assert fed == rest - len(episodes)  # each id once, an episode's last never
-
+def test_only_new_ids_are_fed_and_a_shared_prompt_once(hub, monkeypatch):
+    shapes = noted(monkeypatch, "feed", lambda self, ids, new: (*ids.shape, int(new.sum())), sdar.Sampler)
+    episodes = play(hub, sdar.Config(group_size=4))
+    prompt = [len(hub[1].first(ToyEnv.instructions, episode.transcript[0])[0]) for episode in episodes]
+    assert shapes[0] == (2, max(prompt), prompt[0] + prompt[4])  # two groups of four; below: an episode's last id is never fed
+    assert sum(real for _, _, real in shapes[1:]) == sum(len(e.ids) - start - 1 for e, start in zip(episodes, prompt))
 
 def test_group_shares_its_start_and_episodes_do_not_depend_on_their_batch(policy):
     config = sdar.Config(group_size=4)
@@ -584,7 +487,6 @@ def test_group_shares_its_start_and_episodes_do_not_depend_on_their_batch(policy
     ids = lambda episodes, stream: [e.ids for e in play(policy, config, episodes, stream=(stream,))]
     assert ids(8, 5) == [e.ids for e in many] != ids(8, 6) and ids(3, 5) == [e.ids for e in many[:3]]
 
-
 def test_greedy_and_cut_responses(policy):
     one, other = play(policy, sdar.Config(group_size=4), episodes=2, temperature=0.0)
     assert one.transcript[:18] == other.transcript[:18]
@@ -593,29 +495,24 @@ def test_greedy_and_cut_responses(policy):
         assert episode.turns == sum(episode.mask) == episode.invalid == 10 - i % 3  # "go to" is no action
         assert policy[1].tokenizer.decode(episode.ids).count("<|end|>") == 9 - i % 3  # put in by the frame, not sampled
 
-
 def test_a_full_context_ends_the_episode(policy):
     policy[0].config.max_position_embeddings = 60
     for episode in play(policy, sdar.Config(group_size=4, max_new_tokens=3)):
         assert episode.turns < 8 and not episode.won
         assert len(episode.view(True)[0]) <= 60 + 10  # nothing is sampled after the observation that overflows
 
-
 def one_update(policy, **changes):
     """An update by SGD, in one mini-batch: (change of the weights, that is -gradient; metrics; episodes; batch)."""
     config = sdar.Config(**{"group_size": 4, "minibatches": 1, **changes})
     model, start = copy.deepcopy(policy[0]), copy.deepcopy(policy[0])
-    with torch.no_grad():
-        for p in start.parameters():
-            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    for p in start.parameters():
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     episodes, sgd = play(policy, config), torch.optim.SGD(model.parameters(), lr=1.0)
     episodes[0].reward = episodes[5].reward = 1.0
     batch = sdar.step_batch(model, start, episodes, config)
     batch["teacher"] = sdar.score(model, episodes, config, with_skill=True)
     metrics = sdar.update(model, sgd, episodes, batch, config, np.random.default_rng(0))
-    change = torch.cat([(b - a).flatten() for a, b in zip(policy[0].parameters(), model.parameters())])
-    return change, metrics, episodes, batch
-
+    return vector(model.parameters()) - vector(policy[0].parameters()), metrics, episodes, batch
 
 @pytest.mark.parametrize("gate", ["gap", *sdar.CONTROLS])
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate, monkeypatch):
@@ -634,43 +531,34 @@ def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate, mon
     monkeypatch.setattr(sdar, "masked_mean", lambda x, mask: mean(x, mask) * 100 / mask.sum())  # planted: other shares
     assert not torch.allclose(one_update(policy, micro_tokens=150)[0], one_update(policy)[0], atol=1e-6)
 
-
 def test_controls_follow_the_student_through_the_mini_batches(policy, monkeypatch):
     """The gap in a control is, as in the gap gate, to the current student: in the second mini-batch it has moved."""
-    gaps, plain = [], sdar.gate
-    monkeypatch.setattr(sdar, "gate", lambda kind, gap, *rest: gaps.append(gap) or plain(kind, gap, *rest))
+    gaps = noted(monkeypatch, "gate", lambda kind, gap, *rest: gap)
     batch = one_update(policy, gate="constant", minibatches=2)[3]
     start = (batch["teacher"] - batch["old"])[np.random.default_rng(0).permutation(8)].split(4)
     assert torch.allclose(gaps[0], start[0][:, :gaps[0].shape[1]], atol=1e-5)
     assert (gaps[1] - start[1][:, :gaps[1].shape[1]]).abs().max() > .01
 
-
 @pytest.mark.parametrize("gate", ["gap", "entropy", "soft_or", "none", "reverse_kl"])
 def test_gates_reach_the_loss(policy, gate):
     _, metrics, episodes, batch = one_update(policy, gate=gate)
-    with torch.no_grad():
-        student, entropy = sdar.response_logprobs(policy[0], episodes, sdar.Config(), with_entropy=True)
+    student, entropy = sdar.response_logprobs(policy[0], episodes, sdar.Config(), with_entropy=True)
     loss, stats = sdar.sdar_loss(student, batch["teacher"], sdar.response_mask(episodes), gate, 5.0, entropy)
     assert (metrics["sdar_loss"], metrics["gate_mean"]) == pytest.approx((loss.item(), stats["gate_mean"]), rel=1e-4)
     opsd = one_update(policy, gate=gate, method="grpo_opsd")[1]
     assert opsd["gate_mean"] == pytest.approx(.5)  # whatever --gate says: GRPO+OPSD is the gap gate with beta 0
 
-
 def test_gradient_norms_of_the_terms(tmp_path, monkeypatch):
     """Why the toy's lambda is 1: at the start the gated term's gradient is as long as GRPO's; the signed one's is not."""
-    seen, update, norm = [], sdar.update, {}
-    monkeypatch.setattr(sdar, "update", lambda *args: seen.append(copy.deepcopy(args[:1] + args[2:5])) or update(*args))
+    seen = noted(monkeypatch, "update", lambda model, _, *read: copy.deepcopy((model, *read[:3])))
     sdar.train(sdar.Config(out=str(tmp_path / "run"), steps=1, eval_episodes=6))
     (model, episodes, batch, config), = seen
-    for name, loss in {"grpo": lambda x: sdar.policy_loss(x, batch["old"], batch["advantages"], batch["mask"]),
-                       **{kind: lambda x, kind=kind: sdar.sdar_loss(x, batch["teacher"], batch["mask"], kind)
-                          for kind in ("gap", "constant", "reverse_kl")}}.items():
-        student, _ = sdar.response_logprobs(model, episodes, config)
-        gradient = torch.autograd.grad(loss(student)[0], list(model.parameters()))
-        norm[name] = sum((g ** 2).sum() for g in gradient).sqrt().item()
-    grpo, gap, constant, signed = norm.values()
-    assert .5 < gap / grpo < 2 and constant / gap > .5 and signed / gap > 5, norm
-
+    student, _ = sdar.response_logprobs(model, episodes, config)
+    losses = [sdar.policy_loss(student, batch["old"], batch["advantages"], batch["mask"])[0]]
+    losses += [sdar.sdar_loss(student, batch["teacher"], batch["mask"], kind)[0] for kind in ("gap", "constant", "reverse_kl")]
+    grpo, gap, constant, signed = (
+        vector(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)).norm() for loss in losses)
+    assert .5 < gap / grpo < 2 and constant / gap > .5 and signed / gap > 5, (grpo, gap, constant, signed)
 
 def test_run_time_assertions_find_planted_bugs(policy):
     """Sampled at one temperature and scored at another; ids changed after sampling: the step stops."""
@@ -678,21 +566,19 @@ def test_run_time_assertions_find_planted_bugs(policy):
     shifted = copy.deepcopy(episodes)
     shifted[0].mask = shifted[0].mask[1:] + [0]
     for planted, temperature in ((episodes, .9), (shifted, 1.0)):
-        with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
-            sdar.step_batch(policy[0], None, planted, sdar.Config(temperature=temperature))
-
+        error = pytest.raises(AssertionError, sdar.step_batch, policy[0], None, planted, sdar.Config(temperature=temperature))
+        error.match("ids sampled are not ids scored")
 
 @pytest.mark.parametrize("method", ["sdar", "grpo", "opsd", "skill_sd"])
 def test_the_loss_is_the_sum_of_its_terms_and_the_gradient_is_clipped(policy, method):
     change, m, _, batch = one_update(policy, method=method, kl_coef=.3, entropy_coef=.2, sdar_coef=.5, grad_clip=1e-3)
     grpo, distil = m["policy_loss"] * (method != "opsd"), 0 if method == "grpo" else m["sdar_loss"]
     assert m["loss"] == pytest.approx(grpo + .3 * m["kl"] - .2 * m["entropy"] + .5 * distil, rel=1e-4)
-    assert m["kl"] > 0 and m["entropy"] > .1
-    assert m["grad_norm"] > 1e-2 and change.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert m["kl"] > 0 and m["entropy"] > .1 and m["grad_norm"] > 1e-2
+    assert change.norm().item() == pytest.approx(1e-3, rel=1e-3)
     if method == "skill_sd":
         expected = sdar.skill_sd_loss(batch["old"], batch["teacher"], batch["old"], batch["mask"])[0].item()
         assert distil == pytest.approx(expected, rel=1e-4) and m["gate_mean"] is None
-
 
 def test_scores_become_advantages(policy):
     """Reward less penalties, compared within the group; one value for all tokens of an episode."""
@@ -706,11 +592,9 @@ def test_scores_become_advantages(policy):
         expected = sdar.group_advantages(scores, torch.tensor([0] * 4 + [1] * 4), weights)
         assert torch.allclose(batch["advantages"], expected[:, None].expand_as(batch["mask"]), atol=1e-5)
 
-
 def test_a_step_plays_each_task_group_size_times_from_one_state(tmp_path, monkeypatch):
     """Every step and every seed plays others, from other random streams; the panel is always the same."""
-    asked, rollout, world = [], sdar.rollout, make_env("toy")
-    monkeypatch.setattr(sdar, "rollout", lambda *args, **more: asked.append((args[3], args[5])) or rollout(*args, **more))
+    asked, world = noted(monkeypatch, "rollout", lambda *args: (args[3], args[5])), make_env("toy")
     for seed in (0, 1):
         sdar.train(small(tmp_path, str(seed), tasks_per_step=3, seed=seed))
     evaluations = [one for one in asked if one[0][0][1] >= 10 ** 6]
@@ -721,41 +605,32 @@ def test_a_step_plays_each_task_group_size_times_from_one_state(tmp_path, monkey
         assert {task for task, _, _ in starts} <= set(world.tasks("train"))
     assert evaluations == evaluations[:1] * 8 and {task for task, _, _ in evaluations[0][0]} <= set(world.tasks("eval"))
 
-
 def test_methods_are_the_same_loss_with_a_coefficient_at_zero(policy):
     change = {method: one_update(policy, method=method)[0] for method in ("grpo", "opsd", "grpo_opsd", "sdar")}
     assert torch.allclose(change["grpo"], one_update(policy, sdar_coef=0.0)[0], atol=1e-7)
     assert torch.allclose(change["grpo_opsd"], one_update(policy, gate_beta=0.0)[0], atol=1e-7)
-    assert not torch.allclose(change["sdar"], change["grpo_opsd"], atol=1e-4)
-    assert not torch.allclose(change["sdar"], change["opsd"], atol=1e-4)
-
+    assert not any(torch.allclose(change["sdar"], change[other], atol=1e-4) for other in ("grpo_opsd", "opsd"))
 
 # --- 5. The toy world -----------------------------------------------------------------------------------------
-
-def play_script(world, task, seed, known, rng):
-    """Success of the scripted player; checks the environment's contract on the way."""
-    observation, info = world.reset(task, seed)
-    assert task in observation and info["task"] == task
-    for turn in range(1, world.max_turns + 1):
-        action = scripted_action(world, known, rng)
-        observation, reward, terminated, truncated, info = world.step(action)
-        assert isinstance(observation, str) and isinstance(info["won"], bool) and info["valid"]
-        assert set(info) >= {"task", "task_type", "admissible", "won", "score", "valid"} and 0 <= info["score"] <= 1
-        assert reward == float(terminated) == float(info["won"]) and not (terminated and truncated)
-        if terminated or truncated:
-            assert truncated == (turn == world.max_turns and not info["won"])
-            return info["won"]
-
-
-def test_the_skill_matters_by_construction():
-    """With the skills 95 % or more of the episodes are won, without them under 20 %: in this household, on every split."""
-    world, rng = make_env("toy"), random.Random(0)
-    for split in ("train", "dev", "eval"):
-        tasks = world.tasks(split)
-        rates = [sum(play_script(world, tasks[i % len(tasks)], i, known, rng) for i in range(600)) / 600
-                 for known in ({skill.name for skill in world.skills}, set())]
-        assert rates[0] >= .95 and rates[1] < .2, f"{split}: with skills {rates[0]}, without {rates[1]}"
-
+@pytest.mark.parametrize("split", ["train", "dev", "eval"])
+def test_the_skill_matters_by_construction(split):
+    """With the skills 95 % or more of the episodes are won, without them under 20 %; the environment's contract on the way."""
+    world, rng, rates = make_env("toy"), random.Random(0), []
+    for known in ({skill.name for skill in world.skills}, set()):
+        rates.append(0)
+        for seed, task in zip(range(600), itertools.cycle(world.tasks(split))):
+            observation, info = world.reset(task, seed)
+            assert task in observation and info["task"] == task
+            for turn in range(1, world.max_turns + 1):
+                observation, reward, terminated, truncated, info = world.step(scripted_action(world, known, rng))
+                assert isinstance(observation, str) and isinstance(info["won"], bool) and info["valid"]
+                assert set(info) >= {"task", "task_type", "admissible", "won", "score", "valid"} and 0 <= info["score"] <= 1
+                assert reward == float(terminated) == float(info["won"]) and not (terminated and truncated)
+                assert truncated == (turn == world.max_turns and not info["won"])
+                if terminated:
+                    break
+            rates[-1] += info["won"] / 600
+    assert rates[0] >= .95 and rates[1] < .2, f"with skills {rates[0]}, without {rates[1]}"
 
 def test_splits_are_disjoint_and_cover_all_task_types():
     world = make_env("toy")
@@ -769,133 +644,85 @@ def test_splits_are_disjoint_and_cover_all_task_types():
     panel = world.panel("eval", 300)
     assert panel == make_env("toy").panel("eval", 300) and len(set(panel)) == 300
     assert {world.goals[task][0]: 0 for task, _ in panel[:6]}.keys() == envs.TASK_TEXT.keys()
-    with pytest.raises(KeyError):
-        world.tasks("test")
-
+    pytest.raises(KeyError, world.tasks, "test")
 
 def test_episodes_are_deterministic_and_do_not_share_state():
     one, two = make_env("toy"), make_env("toy")
     task = one.tasks("train")[0]
     script = "look, go to desk 1, go to shelf 1, inventory, go to countertop 1, go to cabinet 1, open cabinet 1".split(", ")
     run = lambda world, seed: [world.reset(task, seed)[0]] + [world.step(action)[0] for action in script]
-    first = run(one, 3)
-    assert run(two, 3) == first == run(one, 3)
+    assert run(one, 3) == run(two, 3) == run(one, 3)
     assert len({str(run(one, seed)) for seed in range(20)}) > 1
     one.reset(task, 3), two.reset(task, 3)
     one.step("go to desk 1")
     assert two.step("look")[0] == "You are in the middle of a room."
 
-
-@pytest.mark.parametrize("task, script", [
-    ("heat a mug and put it in drawer 2", "go to cabinet 1, open cabinet 1, take mug 1, go to microwave 2, "
-     "heat mug 1 with microwave 2, go to drawer 2, open drawer 2, put mug 1 in/on drawer 2"),
-    ("look at a mug under the desklamp 1",
-     "go to cabinet 1, open cabinet 1, take mug 1 from cabinet 1, go to shelf 1, use desklamp 1"),
-    ("put two mug in drawer 2", "go to cabinet 1, open cabinet 1, take mug 1, go to drawer 2, open drawer 2, put mug 1, "
-     "go to cabinet 1, take mug 2, go to drawer 2, put mug 2")])
-def test_toy_by_hand(task, script):
+@pytest.mark.parametrize("game", (DATA / "toy_games.txt").read_text().splitlines())
+def test_toy_by_hand(game):
+    """task: actions. After ! nothing happens: the place is closed, the appliance broken, ...; after ? neither: malformed."""
     tools = {"clean": "sinkbasin 1", "heat": "microwave 2", "cool": "fridge 1"}
-    world = make_env("toy", household=Household(dict.fromkeys(envs.CLASSES, "cabinet 1"), tools, "shelf 1"))
+    world = make_env("toy", household=Household(dict.fromkeys(envs.CLASSES, "cabinet 1"), tools, "shelf 1"), max_turns=14)
+    task, *actions = re.split("[:,] ", game.replace(r"\n", "\n"))
     world.reset(task)
-    actions = script.split(", ")
     for i, action in enumerate(actions):
         assert not world._won()
-        observation, reward, terminated, truncated, info = world.step(action)
-        assert observation != "Nothing happens." and info["valid"]
-        assert terminated == (i == len(actions) - 1) == (reward == 1.0)
-
-
-@pytest.mark.parametrize("action, valid", [
-    ("take mug 1", True), ("open cabinet 9", True), ("heat mug 1 with microwave 1", True), ("put mug 1 in/on desk 1", True),
-    ("go to", False), ("fly to desk 1", False), ("", False), ("go to desk 1 please", False), ("take mug 1\nlook", False)])
-def test_impossible_and_malformed_actions(action, valid):
-    world = make_env("toy")
-    world.reset(world.tasks("train")[0])
-    observation, reward, terminated, truncated, info = world.step(action)
-    assert (observation, reward, terminated) == ("Nothing happens.", 0.0, False) and info["valid"] is valid
-
-
-def test_closed_places_and_broken_appliances():
-    house = Household({c: "cabinet 1" for c in envs.CLASSES}, {"clean": "sinkbasin 1", "heat": "microwave 2",
-                                                              "cool": "fridge 1"}, "shelf 1")
-    world = make_env("toy", household=house)
-    world.reset("heat a mug and put it in desk 1")
-    script = {"go to cabinet 1": True, "take mug 1": False, "open cabinet 1": True, "take mug 1 from cabinet 1": True,
-              "go to microwave 1": True, "heat mug 1": False, "go to microwave 2": True, "heat mug 1 with microwave 2": True}
-    assert {action: world.step(action)[0] != "Nothing happens." for action in script} == script
-
+        observation, reward, terminated, truncated, info = world.step(action.strip("!?"))
+        assert (observation == "Nothing happens.") == (action[0] in "!?") and info["valid"] is (action[0] != "?")
+        assert terminated == (i == len(actions) - 1) and reward == float(terminated)
 
 def test_admissible_actions_all_do_something():
     world, rng = make_env("toy"), random.Random(1)
     for i, task in enumerate(world.tasks("train")[:40]):
         _, info = world.reset(task, i)
-        over = False
-        while not over:
+        while world._running:
             action = rng.choice(info["admissible"])
-            observation, _, terminated, truncated, info = world.step(action)
+            observation, *_, info = world.step(action)
             broken = action.split()[0] in envs.APPLIANCES and world.where != HOME.appliance[action.split()[0]]
             assert (observation == "Nothing happens.") == broken, action
-            over = terminated or truncated
 
-
-@pytest.mark.parametrize("response, action, valid", [
-    ("go to desk 1", "go to desk 1", True), ("<think>hm</think><action> look </action>", "look", True),
-    ("<think>a\nb</think>\n<action>open\ncabinet 1</action><action>look</action>", "open cabinet 1", True),
-    ("I will look\naround", "I will look around", False), ("", "", False), ("<action></action>", "", False)])
+@pytest.mark.parametrize("response, action, valid", [("go to desk 1", "go to desk 1", True), ("<action></action>", "", False),
+    ("<think>a\nb</think>\n<action>open\ncabinet 1</action><action>look</action>", "open cabinet 1", True), ("", "", False),
+    ("<think>hm</think><action> look </action>", "look", True), ("I will look\naround", "I will look around", False)])
 def test_parse(response, action, valid):
     assert make_env("toy").parse(response) == (action, valid)
 
-
 def test_base_class_time_limit_end_guard_and_cut():
     world = make_env("toy", max_turns=2, max_obs_chars=20)
-    with pytest.raises(RuntimeError, match="reset"):
-        world.step("look")
-    observation, _ = world.reset(world.tasks("train")[0])
-    assert observation == "You are in the middl ..."
+    pytest.raises(RuntimeError, world.step, "look").match("reset")
+    assert world.reset(world.tasks("train")[0])[0] == "You are in the middl ..."
     assert world.step("look")[3] is False and world.step("look")[3] is True
-    with pytest.raises(RuntimeError, match="no episode is running"):
-        world.step("look")
+    pytest.raises(RuntimeError, world.step, "look").match("no episode is running")
     world.close(), world.close()
-    with pytest.raises(ValueError, match="unknown environment 'tpy'"):
-        make_env("tpy")
-    with pytest.raises(ValueError, match="unknown task"):
-        world.reset("win")
-
+    pytest.raises(ValueError, make_env, "tpy").match("unknown environment 'tpy'")
+    pytest.raises(ValueError, world.reset, "win").match("unknown task")
 
 # --- 6. The tiny policy ------------------------------------------------------------------------------------------
-
 def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
     """Decoding an encoded action gives it back, and no observation or skill of the world holds an unknown word."""
     (model, chat), world, rng = tiny, make_env("toy"), random.Random(0)
     tokenizer, texts = chat.tokenizer, [sdar.skill_text(HOME.skills())]
     for i, task in enumerate(world.goals):
         observation, info = world.reset(task, i)
-        for action in info["admissible"]:
-            assert tokenizer.decode(chat.encode(action)) == action
+        assert all(tokenizer.decode(chat.encode(action)) == action for action in info["admissible"])
         texts += [observation, *(world.step(scripted_action(world, set(), rng))[0] for _ in range(4))]
     assert not any(tokenizer.unk_token_id in chat.encode(text) for text in texts)
     assert tokenizer.unk_token_id in chat.encode("inside the fridgelet")
     assert type(model).__name__ == "Qwen3ForCausalLM" and 10 ** 5 <= sum(p.numel() for p in model.parameters()) <= 10 ** 6
     assert sum(path.stat().st_size for path in sdar.TINY_FOLDER.iterdir()) <= 1.5e6
 
-
 def test_demonstrations_never_show_this_household():
-    """Each is in a household of its own, a player's actions are imitated only where it was neither exploring for the
-    teacher nor acting at random, and the prompt is never in the loss."""
-    chat = sdar.Chat(sdar.toy_tokenizer())
+    """Each is in a household of its own. Neither exploring for the teacher nor random actions are imitated, nor is the prompt."""
+    chat = sdar.Chat(envs.toy_tokenizer())
     draw = lambda n, rng: [envs.demonstration(chat, rng) for _ in range(n)]
     rows = draw(300, random.Random(0))
     assert draw(30, random.Random(0)) == rows[:30]
     text = " ".join(chat.tokenizer.decode(ids) for ids, _ in rows)
     for c in envs.CLASSES:
-        homes = re.findall(rf"\b{c} is kept in (\w+ \d)", text)
-        assert len(set(homes)) > 6, f"{c} is kept in {set(homes)}"
+        assert len(set(re.findall(rf"\b{c} is kept in (\w+ \d)", text))) > 6, c
     for ids, weights in rows:
         assert len(ids) == len(weights) and set(weights) <= {0.0, 1.0, 0.2}
         assert not any(weights[:ids.index(chat.encode("Your task is to")[0])])
-    share = np.mean([1.0 in weights and 0.0 in weights[20:] for _, weights in rows])
-    assert .1 < share < .9
-
+    assert .1 < np.mean([1.0 in weights and 0.0 in weights[20:] for _, weights in rows]) < .9
 
 def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monkeypatch):
     chat = sdar.Chat(sdar.toy_tokenizer())
@@ -918,26 +745,20 @@ def test_warm_start_is_deterministic_and_carries_its_fingerprint(tmp_path, monke
         assert len(built) == 1, name
         built.clear()
 
-
 def test_carried_policy_reads_the_skill_and_is_poor_without(tiny):
     config = sdar.Config(eval_episodes=120)
     result = sdar.evaluate(*tiny, sdar.make_envs(config), config)
     assert result["success_skill"] >= .95 and result["success"] < .2 and result["episodes"] == 120
 
-
 # --- 7. Runs -------------------------------------------------------------------------------------------------------
-
-def lines(config):
+def lines(folder):
     """metrics.jsonl without the timings."""
-    rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
-
 
 def trained(tmp_path, name="run", **changes):
     """A small run: (what train() returned, the lines of its metrics.jsonl)."""
-    config = small(tmp_path, name, **changes)
-    return sdar.train(config), lines(config)
-
+    return sdar.train(small(tmp_path, name, **changes)), lines(tmp_path / name)
 
 def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
     config = small(tmp_path)
@@ -951,16 +772,13 @@ def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["checkpoint", "run"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint", "config.json", "metrics.jsonl"]
     assert sdar.Config(**json.load(open(tmp_path / "run/config.json"))) == config
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")) == model.config.vocab_size
+    model, chat = sdar.load_policy(sdar.Config(model=str(tmp_path / "run/checkpoint"), device="cpu"))
+    assert len(chat.tokenizer) == model.config.vocab_size
     assert len(trained(tmp_path, steps=1, overwrite=True)[1]) == 1
 
-
 @pytest.mark.parametrize("changes", [
-    {"method": "grpo"}, {"method": "opsd", "turn_weights": True, "kl_coef": 0.0},
-    {"gate": "shuffled", "retrieval": "random"}, {"method": "rlsd", "retrieval": "ucb", "group_size": 12},
-    {"teacher": "frozen"}, {"teacher": "lagged", "teacher_refresh": 2}])
+    {"method": "grpo"}, {"method": "opsd", "turn_weights": True, "kl_coef": 0.0}, {"gate": "shuffled", "retrieval": "random"},
+    {"method": "rlsd", "retrieval": "ucb", "group_size": 12}, {"teacher": "frozen"}, {"teacher": "lagged", "teacher_refresh": 2}])
 def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
     _, whole = trained(tmp_path, "whole", steps=4, **changes)
     trained(tmp_path, "cut", steps=3, **changes)
@@ -970,18 +788,14 @@ def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
     arms = [torch.load(tmp_path / name / "checkpoint/trainer.pt", weights_only=True)["arms"] for name in ("whole", "cut")]
     assert arms[0] == arms[1] and bool(arms[0]) == (changes.get("retrieval") == "ucb")
 
-
 def test_bfloat16_samples_and_scores_alike(tmp_path, monkeypatch):
     """Sampler and trainer both compute in bfloat16 (the run-time assertions compare them); weights stay float32."""
-    dtypes, keep = set(), sdar.Sampler.keep
-    monkeypatch.setattr(sdar.Sampler, "keep", lambda self, rows: dtypes.update(
-        {self.cache.layers[0].keys.dtype, self.cache.layers[0].values.dtype}) or keep(self, rows))
+    caches = noted(monkeypatch, "keep", lambda sampler, rows: sampler.cache.layers[0], sdar.Sampler)
     final = sdar.train(small(tmp_path, dtype="bfloat16", steps=1))
     assert math.isfinite(final["loss"]) and final["eval_success_skill"] > .5
+    assert {x.dtype for cache in caches for x in (cache.keys, cache.values)} == {torch.bfloat16}
     from safetensors.torch import load_file
-    assert dtypes == {torch.bfloat16}  # the KV cache
     assert {w.dtype for w in load_file(tmp_path / "run/checkpoint/model.safetensors").values()} == {torch.float32}
-
 
 def test_an_empty_skill_is_no_teacher(tmp_path):
     """With an empty skill the gap is 0 and the gate 1/2, exactly and in every mini-batch, and the update is GRPO+OPSD's."""
@@ -992,25 +806,20 @@ def test_an_empty_skill_is_no_teacher(tmp_path):
     final, _ = trained(tmp_path, "none", retrieval="none", teacher="frozen", lr=3e-3)
     assert (final["gap_mean"], final["gate_mean"]) == (0, .5) and final["eval_success_skill"] == final["eval_success"]
 
-
 def test_a_run_retrieves_by_its_own_bandit(tmp_path, monkeypatch):
-    asked, retrieve = [], sdar.retrieve
-    monkeypatch.setattr(sdar, "retrieve", lambda *args: asked.append(args[-1]) or retrieve(*args))
+    asked = noted(monkeypatch, "retrieve", lambda *args: args[-1])
     sdar.train(small(tmp_path, retrieval="ucb", steps=1))
     assert len(set(map(id, asked))) == 1 and isinstance(asked[0], envs.Bandit) and len(asked) == 2 * 12 + 8
 
-
 def test_rlsd_becomes_grpo(tmp_path, monkeypatch):
     """Its mix falls linearly and is 0 from step rlsd_decay on: with 1 it is GRPO from the start."""
-    mixes, plain = [], sdar.rlsd_advantages
-    monkeypatch.setattr(sdar, "rlsd_advantages", lambda *args: mixes.append(args[-1]) or plain(*args))
+    mixes = noted(monkeypatch, "rlsd_advantages", lambda *args: args[-1])
     shared = {"tasks_per_step": 8, "lr": 1e-3, "rlsd_mix": .4}
     final, mixed = trained(tmp_path, "mixed", method="rlsd", rlsd_decay=4, steps=5, **shared)
     assert final["gap_mean"] < 0 and final["sdar_loss"] is None and mixes == pytest.approx([.3, .2, .1, 0, 0])
     runs = [mixed] + [trained(tmp_path, method, method=method, rlsd_decay=1, **shared)[1] for method in ("grpo", "rlsd")]
     mixed, grpo, rlsd = ([row["policy_loss"] for row in run] for run in runs)
     assert grpo == rlsd and rlsd[0] != mixed[0]
-
 
 def test_skill_grpo_reads_the_skill_in_training_only(tiny, tmp_path, monkeypatch):
     asked, rollout = [], sdar.rollout
@@ -1020,18 +829,15 @@ def test_skill_grpo_reads_the_skill_in_training_only(tiny, tmp_path, monkeypatch
     assert skilled == [False, True, True, False, True]  # before: without, with; the step; after: without, with
     assert final["success"] > .5 > final["eval_success"] and final["gap_mean"] is None is final["sdar_loss"]
 
-
 def test_teachers_differ(tmp_path):
     """After the first update: live is the step's own weights, lagged and frozen are still the start's."""
     runs = (trained(tmp_path, t, teacher=t, teacher_refresh=2, steps=3, lr=3e-3)[1] for t in ("live", "lagged", "frozen"))
     live, lagged, frozen = ([row["gap_mean"] for row in rows] for rows in runs)
     assert live[0] == lagged[0] == frozen[0] and live[1] != lagged[1] == frozen[1] and lagged[2] != frozen[2]
 
-
 def test_a_short_run_improves_the_policy(tmp_path):
     final, _ = trained(tmp_path, steps=12, tasks_per_step=8, group_size=8, eval_episodes=60)
     assert final["eval_success"] > final["start_success"] + .1 and final["eval_success_skill"] > .9, final
-
 
 def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
     config = small(tmp_path, model=str(checkpoint), device="cpu", dtype="float32", max_new_tokens=5, max_turns=3, lr=1e-3)
@@ -1040,14 +846,13 @@ def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
     assert row["turns"] == 3 and row["invalid_rate"] == 1 and math.isfinite(row["loss"]) and row["gap_mean"] != 0
     assert "not better than the student: there is nothing to distil" in capsys.readouterr().out
 
-
 def test_memory_flags_never_change_a_run(tmp_path):
-    lean = dict(micro_tokens=400, gradient_checkpointing=True, offload=True, rollout_batch=3)
-    plain, lean = (trained(tmp_path, name, teacher="lagged", **more)[1] for name, more in (("plain", {}), ("lean", lean)))
+    flags = dict(micro_tokens=400, gradient_checkpointing=True, offload=True, rollout_batch=3)
+    plain, lean = trained(tmp_path, teacher="lagged")[1], trained(tmp_path, "lean", teacher="lagged", **flags)[1]
     for a, b in zip(plain, lean):
         assert all(a[key] == b[key] for key in ("success", "turns", "response_tokens", "invalid_rate"))
-        assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in ("loss", "grad_norm", "gap_mean", "kl", "entropy"))
-
+        for key in ("loss", "grad_norm", "gap_mean", "kl", "entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
 
 def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint):
     """And so fewer activations, the same gradient, and a KV cache that works."""
@@ -1063,22 +868,18 @@ def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint):
             assert model(torch.arange(4)[None], use_cache=True).past_key_values.get_seq_length() == 4
     assert kept[True][0] < kept[False][0] / 2 and torch.allclose(kept[True][1], kept[False][1], atol=1e-6)
 
-
 @pytest.mark.parametrize("where", ["Sampler.feed", "token_logprobs"])
 def test_out_of_memory_names_the_flags(where, tmp_path, monkeypatch, capsys):
     def full(*args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     monkeypatch.setattr(f"sdar.{where}", full)
-    before = {"success": 0.0, "success_skill": 1.0, "episodes": 1, "by_type": {"put": [1, 0, 1]}}
-    monkeypatch.setattr(sdar, "evaluate", lambda *args: before)
+    monkeypatch.setattr(sdar, "evaluate", lambda *args: {"success": 0.0, "success_skill": 1.0, "episodes": 1})
     assert sdar.main(["--out", str(tmp_path / "run"), "--steps", "1"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert all(word in error for word in ("out of memory", "--rollout-batch", "--micro-tokens", "--offload"))
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
 
-
 # --- 8. The command line ---------------------------------------------------------------------------------------------
-
 def test_presets_and_flags():
     assert (sdar.Config().lr, sdar.Config().sdar_coef) == (sdar.Config(preset="toy").lr, 1.0)
     assert (sdar.Config(method="opsd").lr, sdar.Config(method="opsd", lr=.5).lr) == (3e-4, .5)  # a method's own defaults
@@ -1088,39 +889,12 @@ def test_presets_and_flags():
     command, config = sdar.parse_args(["evaluate", "--sdar_coef", ".3", "--group-size=4", "--no-normalize-std"])
     assert command.func is sdar.command_evaluate and (config.sdar_coef, config.group_size, config.normalize_std) == (.3, 4, False)
 
-
-@pytest.mark.parametrize("flags, message", [
-    ("--sdar-coeff 1", "unknown flag --sdar-coeff: did you mean --sdar-coef?"), ("--stepz=3", "did you mean --steps?"),
-    ("trian", "did you mean 'train'?"), ("--env tpy", "unknown --env 'tpy': did you mean 'toy'?"),
-    ("--method sadr", "did you mean 'sdar'?"), ("--gate gab", "did you mean 'gap'?"),
-    ("--teacher dead", "known: live, lagged, frozen"), ("--retrieval vibes", "known: keyword"),
-    ("--preset big", "known: toy, paper"), ("--group-size 1", "at least 2"),
-    ("--steps many", "invalid int value: 'many'"), ("--lr -1", "--lr -1.0: must be more than 0"),
-    ("--device gpu", "unknown --device 'gpu'"), ("--clip-eps nan", "--clip-eps nan"), ("--lr inf", "--lr inf"),
-    ("--methods sdar", "did you mean --method?"), ("--method skill_grpo --retrieval ucb", "learns from a teacher"),
-    ("--skills none", "known: right, wrong, empty"), ("--seed 0 evaluate", "unknown flag evaluate"),
-    ("evaluate --max-new-tokens 600", "context of 512"), ("--out TORN --resume", "TORN holds no run that can be read"),
-    ("--lr", "expected one argument"), ("--seed -1", "--seed"), ("--max-new-tokens 60", "context of 512"),
-    ("--max-turns 100", "context of 512"), ("--model ./nowhere", "./nowhere: no folder with"),
-    ("--model FOLDER", "FOLDER: no folder with a config.json"), ("--model BROKEN", "BROKEN: cannot be used"),
-    ("--out FILE/run", "no folder that can be written"), ("--out FOLDER", "FOLDER is not empty"),
-    ("--out FOLDER --overwrite", "FOLDER is not empty"), ("--out RUN", "RUN is not empty"),
-    ("--out HALF --resume", "HALF holds no run that can be read"), ("--resume", "holds no run that can be read"),
-    ("--device cuda", "no CUDA device"), ("compare --methods grpo,sadr", "did you mean 'sdar'?"),
-    ("compare --sweep gate_bta=1", "did you mean --gate-beta?"), ("compare --seeds 0,-1", "--seed -1"),
-    ("compare --methods=", "unknown --method ''"), ("compare --seeds 0,x", "invalid int value: 'x'"),
-    ("compare --seeds=", "invalid int value: ''"), ("compare --sweep lr=", "invalid float value: ''"),
-    ("compare --sweep gate=gap,sharp", "unknown --gate 'sharp'"), ("compare --seed 7", "takes --seeds"),
-    ("compare --resume", "takes --seeds"), ("compare --sweep seed=3,4", "takes --seeds"),
-    ("compare --sweep out=a,b", "one --out"), ("--kernel --device cpu", "--kernel is a CUDA kernel")])
+@pytest.mark.parametrize("flags, message", [line.split(" => ") for line in (DATA / "bad_input.txt").read_text().splitlines()])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    for name, text in {"FILE": "x", "FOLDER/notes.txt": "x", "BROKEN/config.json": "{", "RUN/metrics.jsonl": "",
-                       "HALF/checkpoint/trainer.pt": "", "TORN/checkpoint/trainer.pt": "torn",
-                       "TORN/config.json": json.dumps(vars(sdar.Config(out="TORN")))}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    shutil.copytree(DATA / "folders", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "TORN/config.json").write_text(json.dumps(vars(sdar.Config(out="TORN"))))
     monkeypatch.chdir(tmp_path), monkeypatch.setattr(sdar, "launch", lambda config: "it should not be")
     before = sorted(tmp_path.rglob("*"))
     assert sdar.main(flags.split()) == 2
@@ -1128,57 +902,44 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
     assert message in captured.err and len(captured.err.strip().splitlines()) == 1 and "Traceback" not in captured.err
     assert sorted(tmp_path.rglob("*")) == before, "nothing may be half-written"
 
-
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize("change, message", [("not a language model", "Unrecognized"),
     ("no template", "it has no chat template; take the -Instruct"), ("no end of turn", "closes a turn with no control token"),
-    ("not causal", "not causal, or not its last states times one matrix"), ("not a language model", "Unrecognized"),
-    ("another head", "not causal, or not its last states times one matrix")])
+    ("not causal", "not causal, or not its last states times"), ("another head", "not causal, or not its last states times")])
 def test_unusable_checkpoints(checkpoint, change, message, tmp_path, capsys):
-    import transformers
+    from transformers import PhiConfig, PhiForCausalLM, ViTConfig, ViTModel
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    template = folder / "chat_template.jinja"
-    if change == "no template":
-        template.unlink()
-    elif change == "no end of turn":
-        template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
-    elif change == "not causal":
-        settings = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**settings, "is_causal": False}))
-    else:
-        size = dict(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-        kind = (transformers.PhiConfig, transformers.PhiForCausalLM) if change == "another head" else (
-            transformers.ViTConfig, transformers.ViTModel)
-        model = kind[1](kind[0](**size))
-        getattr(model, "lm_head", model).register_parameter("bias", torch.nn.Parameter(torch.ones(500)))  # Phi's has one
-        model.save_pretrained(folder)
+    template, settings = folder / "chat_template.jinja", folder / "config.json"
+    unframed = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    size = dict(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    biased = PhiForCausalLM(PhiConfig(**size))
+    biased.lm_head.bias.data.fill_(1.0)
+    {"no template": template.unlink, "no end of turn": lambda: template.write_text(unframed),
+     "not causal": lambda: settings.write_text(json.dumps({**json.loads(settings.read_text()), "is_causal": False})),
+     "not a language model": lambda: ViTModel(ViTConfig(**size)).save_pretrained(folder),
+     "another head": lambda: biased.save_pretrained(folder)}[change]()
     assert sdar.main(["--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
 
-
 def test_bench(tmp_path, capsys):
-    assert sdar.main(["bench", "--tasks-per-step", "2", "--group-size", "2", "--micro-tokens", "64", "--out", str(tmp_path / "b")]) == 0
+    flags = ["--tasks-per-step=2", "--group-size=2", "--micro-tokens=64", "--out", str(tmp_path / "b")]
+    assert sdar.main(["bench", *flags]) == 0
     out = capsys.readouterr().out
-    for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s"):
-        assert word in out
+    assert all(word in out for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s")), out
     assert not list(tmp_path.iterdir())
-
 
 def test_intervals_against_tables():
     assert sdar.wilson(8, 10) == pytest.approx((.4902, .9433), abs=1e-4)  # Wilson's own formula, worked by hand
     assert sdar.wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4)
     for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (30, 2.045)):
         gains = np.arange(n, dtype=float)
-        mean, low, high = sdar.t_interval(gains)
-        half = quantile * gains.std(ddof=1) / n ** .5
-        assert (mean, low, high) == pytest.approx((gains.mean(), gains.mean() - half, gains.mean() + half), abs=3e-4 * half)
-
+        mean, half = gains.mean(), quantile * gains.std(ddof=1) / n ** .5
+        assert sdar.t_interval(gains) == pytest.approx([mean, mean - half, mean + half], abs=3e-4 * half)
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch, capsys):
     """compare without its training processes: a function from flags to (exit code, stdout, what was launched)."""
     launched = []
-
     def launch(config):
         """The files of a finished run, or a failure."""
         folder = Path(config.out)
@@ -1202,7 +963,6 @@ def compare(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     return run
 
-
 def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     code, out, launched = compare("--methods", "grpo,sdar,sdar")
     assert code == 0 and launched == ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"]
@@ -1224,7 +984,6 @@ def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     assert compare("--methods", "sdar")[0] == 2
     assert compare("--methods", "sdar", "--overwrite")[::2] == (0, ["sdar-s0"])
 
-
 def test_compare_reports_failures_and_the_rest(compare):
     code, out, _ = compare("--methods", "grpo,opsd")
     row = {line.split()[0]: line for line in out.splitlines() if line and line[0] != " "}
@@ -1233,13 +992,11 @@ def test_compare_reports_failures_and_the_rest(compare):
     code, out, _ = compare("--methods", "opsd", "--seeds", "1")
     assert code == 1 and "seed 1 failed" in out
 
-
 def test_compare_never_takes_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     config = small(tmp_path, "")
     assert sdar.finished(config) is None and "is not empty" in sdar.launch(config)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
 
 def test_a_sweep_is_compared_with_grpo(compare, tmp_path):
     compare("--methods", "sdar,grpo")
@@ -1249,14 +1006,11 @@ def test_a_sweep_is_compared_with_grpo(compare, tmp_path):
     assert compare("--sweep", "gate_beta=1", "--method", "opsd", "--seeds", "0")[::2] == (0, ["opsd-gate_beta=1.0-s0"])
     assert compare("--sweep", "gate_beta=1", "--lr", "3e-3")[0] == 2  # the folder's runs have other settings
 
-
 def test_compare_for_real(tmp_path):
     """Two processes, on the real thing; the runs are what train() makes of the same settings."""
     flags = ["--steps", "1", "--tasks-per-step", "2", "--group-size", "4", "--eval-episodes", "6", "--eval-every", "0"]
     assert sdar.main(["compare", "--methods", "grpo,sdar", "--seeds", "3", "--out", str(tmp_path / "all"), *flags]) == 0
-    found, = (tmp_path / "all").glob("sdar-s3")
-    assert lines(small(found, "")) == trained(tmp_path, seed=3, steps=1)[1]
-
+    assert lines(tmp_path / "all/sdar-s3") == trained(tmp_path, seed=3, steps=1)[1]
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
@@ -1264,54 +1018,23 @@ def test_the_picture(tmp_path):
     sdar.draw({"one": {6: runs[6]}, "two": runs, "failed": {}}, .1, tmp_path / "p.svg")
     assert "</svg>" in (tmp_path / "p.svg").read_text()
 
-
 def test_import_runs_nothing_and_help_shows_the_presets():
-    python = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    done = python([sys.executable, "-c", "import sdar, sys; assert 'transformers' not in sys.modules"])
+    python = lambda *args: subprocess.run([sys.executable, *args], cwd=DATA.parents[1], capture_output=True, text=True)
+    done = python("-c", "import sdar, sys; assert 'transformers' not in sys.modules")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    done = python([sys.executable, "sdar.py", "--help"])
+    done = python("sdar.py", "--help")
     text = " ".join(done.stdout.split())
     assert done.returncode == 0 and "--sdar-coef float lambda" in text and "[1.0 paper: 0.01]" in text
 
-
 # --- 9. The CUDA kernel ----------------------------------------------------------------------------------------
-
 def source(kind):
     return f"#define TYPE {kind}\n#define Bits unsigned {'short' if kind else 'int'}\n" + sdar.KERNEL_SOURCE
-
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs a CUDA compiler on the PATH")
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_the_kernel_compiles(kind, tmp_path):
     (tmp_path / "k.cu").write_text(source(kind))
-    subprocess.run(["nvcc", "-arch=sm_80", "-ftz=true", "-Werror", "all-warnings", "-cubin", "-o", "k", "k.cu"], cwd=tmp_path, check=True)
-
-
-CPU_SHIM = r"""
-#include <barrier>
-#include <cmath>
-#include <cstring>
-#include <thread>
-#include <vector>
-#define __device__ static
-#define __global__
-#define __shared__ static
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct { unsigned x; } blockIdx, blockDim = {64};
-thread_local struct { unsigned x; } threadIdx;
-std::barrier<> block(64);
-float __uint_as_float(unsigned b) { float x; memcpy(&x, &b, 4); return x; }
-unsigned __float_as_uint(float x) { unsigned b; memcpy(&b, &x, 4); return b; }
-void __syncthreads() { block.arrive_and_wait(); }
-template <class F> void launch(int rows, F kernel) {
-    for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++) {
-        std::vector<std::jthread> threads;
-        for (unsigned t = 0; t < 64; t++) threads.emplace_back([=] { threadIdx.x = t; kernel(); });
-    }
-}
-"""
-
+    subprocess.run("nvcc -arch=sm_80 -ftz=true -Werror all-warnings -cubin -o k k.cu".split(), cwd=tmp_path, check=True)
 
 @pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16], ids=str)
 def kernel(request, tmp_path_factory):
@@ -1319,18 +1042,13 @@ def kernel(request, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("kernel")
-    (folder / "k.cpp").write_text(CPU_SHIM + source(int(request.param == torch.bfloat16)) + """
-        extern "C" void run_encode(int N, float *x, Bits *y) { for (int i = 0; i < N; i++) y[i] = encode(x[i]); }
-        extern "C" void run_forward(int N, Bits *x, long long *ids, float4 *out, int V, double t) {
-            launch(N, [=] { forward(x, ids, out, V, t); }); }
-        extern "C" void run_backward(int N, Bits *x, long long *ids, float4 *out, float *g, float *h, int V, double t) {
-            launch(N, [=] { backward(x, ids, out, g, h, V, t); }); }""")
-    subprocess.run("g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -o k.so k.cpp".split(), cwd=folder, check=True)
+    (folder / "kernel.cu").write_text(source(int(request.param == torch.bfloat16)))
+    compiler = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so".split()
+    subprocess.run([*compiler, DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "k.so"))
     convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
     return request.param, run("forward"), run("backward"), run("encode")
-
 
 @pytest.mark.parametrize("rows, width, temperature, offset", [
     (3, 1003, 1.0, 0), (2, 5, .7, 0), (2, 1024, 1.3, 3), (2, 64, .5, 0), (1, 1, 1.0, 0)])
@@ -1344,33 +1062,28 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
         logits[0, ::7], logits[0, 200:400], logits[1, 5] = -math.inf, -math.inf, 1e30
     ids, g, h = torch.full((rows,), width // 2 + 1 - width % 2), *torch.randn(2, rows, generator=draw)
     ids, out = ids.clamp(max=width - 1), torch.empty(rows, 4)
-    exact = logits.double().requires_grad_()
-    scores = torch.log_softmax(exact / temperature, -1)
-    logprob, entropy = scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores.clamp(min=-1e300)).sum(1)
-    expected, = torch.autograd.grad((g * logprob + h * entropy).sum(), exact)
+    exact, gradient = reference(logits, ids, temperature, g, h)
     forward(rows, logits, ids, out, width, 1 / temperature)
-    assert torch.allclose(out[:, :2].double(), torch.stack([logprob, entropy], 1).detach(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(out[:, :2].double(), exact.T, rtol=1e-5, atol=1e-6)
     backward(rows, logits, ids, out, g.contiguous(), h.contiguous(), width, 1 / temperature)
-    assert (logits.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * expected.norm() + 1e-7
+    assert (logits.double() - gradient).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * gradient.norm() + 1e-7
 
+def check_autograd_function(logits, ids, tolerance):
+    """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
+    exact, expected = reference(logits[-3:], ids[-3:], .7, 1, -.3)
+    ours = sdar.KernelLogprobs.apply(logits.requires_grad_(), ids, .7, True)
+    assert torch.allclose(torch.stack(ours)[:, -3:].double(), exact, rtol=1e-5, atol=1e-5)
+    gradient, = torch.autograd.grad((ours[0] - .3 * ours[1]).sum(), logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr(), "in place"
+    assert (gradient[-3:].double() - expected).norm() < tolerance * expected.norm()
+    pytest.raises(RuntimeError, torch.autograd.grad, ours[0].sum(), logits).match("inplace")
 
 def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
-    """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
-    dtype, forward, backward, _ = kernel
-    run = {"forward": forward, "backward": backward}
-    monkeypatch.setattr(sdar, "compiled", lambda name, dtype: lambda grid, block, args: run[name](grid[0], *args))
-    leaf = (3 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
-    exact, ids, logits = leaf.detach().double().requires_grad_(), torch.tensor([0, 7, 299]), leaf * 1
-    scores = torch.log_softmax(exact / .7, -1)
-    logprob, entropy = scores.gather(1, ids[:, None])[:, 0], -(scores.exp() * scores).sum(1)
-    ours = sdar.KernelLogprobs.apply(logits, ids, .7, True)
-    assert torch.allclose(torch.stack(ours).double(), torch.stack([logprob, entropy]), atol=1e-5)
-    expected, = torch.autograd.grad((logprob - .3 * entropy).sum(), exact)
-    gradient, = torch.autograd.grad((ours[0] - .3 * ours[1]).sum(), leaf, retain_graph=True)
-    assert (gradient.double() - expected).norm() < 1e-2 * expected.norm() and torch.equal(gradient, logits)
-    with pytest.raises(RuntimeError, match="inplace"):
-        torch.autograd.grad(ours[0].sum(), leaf)
-
+    dtype, *run, _ = kernel
+    at = ("forward", "backward").index
+    monkeypatch.setattr(sdar, "compiled", lambda name, dtype: lambda grid, block, args: run[at(name)](grid[0], *args))
+    logits = 3 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    check_autograd_function(logits.to(dtype), torch.tensor([0, 7, 299]), 1e-5 if dtype == torch.float32 else 1e-2)
 
 def test_the_kernels_rounding_is_pytorchs(kernel):
     dtype, *_, encode = kernel
@@ -1379,7 +1092,6 @@ def test_the_kernels_rounding_is_pytorchs(kernel):
     y = torch.empty(len(x), dtype=dtype)
     encode(len(x), x, y)
     assert torch.equal(y.nan_to_num(0.5), x.to(dtype).nan_to_num(0.5)) and y[0].isnan()
-
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_the_kernels_source_with_nothing_to_say(kernel, bad):
@@ -1391,31 +1103,6 @@ def test_the_kernels_source_with_nothing_to_say(kernel, bad):
     backward(2, logits, ids, out, torch.ones(2), torch.ones(2), 200, 1.0)
     assert out[0, :2].isnan().all() and logits[0].isnan().all() and out[1].isfinite().all() and logits[1].isfinite().all()
 
-
-def test_the_online_recurrence_line_by_line():
-    """What the kernel does, in NumPy and float64: the order in which threads take the row and meet does not matter."""
-    def merged(a, b, k):
-        top = max(a[0], b[0])
-        p, q = 2 ** (k * (a[0] - top)), 2 ** (k * (b[0] - top))
-        return top, p * a[1] + q * b[1], p * (a[2] + (a[0] - top) * a[1]) + q * (b[2] + (b[0] - top) * b[1])
-    rng = np.random.default_rng(0)
-    for width, threads, pack, t in ((1000, 32, 8, 1.0), (77, 64, 16, .6), (3, 32, 4, 2.0)):
-        x, k, sums = 9 * rng.standard_normal(width), t / math.log(2), [(-3e38, 0.0, 0.0)] * threads
-        whole = width // pack
-        for i in range(whole):
-            part = x[i * pack:(i + 1) * pack]
-            d = part - part.max()
-            sums[i % threads] = merged(sums[i % threads], (part.max(), (2 ** (k * d)).sum(), (d * 2 ** (k * d)).sum()), k)
-        for i in range(whole * pack, width):
-            sums[i % threads] = merged(sums[i % threads], (x[i], 1.0, 0.0), k)
-        while len(sums) > 1:
-            sums = [merged(a, b, k) for a, b in zip(sums[:len(sums) // 2], sums[len(sums) // 2:])]
-        top, s, u = sums[0]
-        exact = torch.distributions.Categorical(logits=torch.tensor(t * x))
-        assert t * (x - top) - math.log(s) == pytest.approx(exact.logits.numpy())
-        assert math.log(s) - t * u / s == pytest.approx(exact.entropy().item())
-
-
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "_compile_kernel", None)
     config = sdar.Config()
@@ -1423,24 +1110,11 @@ def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     sdar.load_policy(config)
     assert sdar.KERNEL is None and len(capsys.readouterr().err.splitlines()) == 1
 
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("rows, width", [(7, 151936), (3, 1003), (40000, 64000)])
 def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
-    free = torch.cuda.mem_get_info()[0]
-    if rows * width * 24 > free:
+    if rows * width * 24 > torch.cuda.mem_get_info()[0]:
         pytest.skip("too little memory")
     logits, ids = torch.randn(rows, width, device="cuda", dtype=dtype), torch.randint(width, (rows,), device="cuda")
-    last = slice(-2, None)
-    exact = logits[last].double().requires_grad_()
-    scores = torch.log_softmax(exact / .7, -1)
-    logprob, entropy = scores.gather(1, ids[last, None])[:, 0], -(scores.exp() * scores).sum(1)
-    expected, = torch.autograd.grad(logprob.sum() + .3 * entropy.sum(), exact)
-    leaf = logits.requires_grad_()
-    ours = sdar.KernelLogprobs.apply(leaf, ids, .7, True)
-    assert torch.allclose(ours[0][last].double(), logprob, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(ours[1][last].double(), entropy, rtol=1e-5, atol=1e-5)
-    gradient, = torch.autograd.grad(ours[0].sum() + .3 * ours[1].sum(), leaf)
-    assert gradient.data_ptr() == logits.data_ptr(), "in place"
-    assert (gradient[last].double() - expected).norm() < tolerance * expected.norm()
+    check_autograd_function(logits, ids, tolerance)
