@@ -1,0 +1,16 @@
+; A hand-written kitchen, in the names that ALFWorld's demangler expects. GOAL stands for one of goals.json
+(define (problem kitchen) (:domain alfred)
+  (:objects agent1 - agent start - location CounterTopType - rtype CounterTop_bar_1 - receptacle atCounterTop - location FridgeType - rtype Fridge_bar_1 - receptacle atFridge - location MicrowaveType - rtype Microwave_bar_1 - receptacle atMicrowave - location SinkBasinType - rtype Sink_bar_1_bar_SinkBasin - receptacle atSinkBasin - location CabinetType - rtype Cabinet_bar_1 - receptacle atCabinet - location ShelfType - rtype Shelf_bar_1 - receptacle atShelf - location Apple_bar_1 Mug_bar_1 Mug_bar_2 DeskLamp_bar_1 - object AppleType MugType DeskLampType - otype)
+  (:init
+    (= (total-cost) 0) (atLocation agent1 start)
+    (receptacleType CounterTop_bar_1 CounterTopType) (receptacleAtLocation CounterTop_bar_1 atCounterTop) (canContain CounterTopType AppleType) (canContain CounterTopType MugType)
+    (receptacleType Fridge_bar_1 FridgeType) (receptacleAtLocation Fridge_bar_1 atFridge) (canContain FridgeType AppleType) (canContain FridgeType MugType) (openable Fridge_bar_1)
+    (receptacleType Microwave_bar_1 MicrowaveType) (receptacleAtLocation Microwave_bar_1 atMicrowave) (canContain MicrowaveType AppleType) (canContain MicrowaveType MugType) (openable Microwave_bar_1)
+    (receptacleType Sink_bar_1_bar_SinkBasin SinkBasinType) (receptacleAtLocation Sink_bar_1_bar_SinkBasin atSinkBasin) (canContain SinkBasinType AppleType) (canContain SinkBasinType MugType)
+    (receptacleType Cabinet_bar_1 CabinetType) (receptacleAtLocation Cabinet_bar_1 atCabinet) (canContain CabinetType AppleType) (canContain CabinetType MugType) (openable Cabinet_bar_1)
+    (receptacleType Shelf_bar_1 ShelfType) (receptacleAtLocation Shelf_bar_1 atShelf) (canContain ShelfType AppleType) (canContain ShelfType MugType)
+    (objectType Apple_bar_1 AppleType) (inReceptacle Apple_bar_1 CounterTop_bar_1) (objectAtLocation Apple_bar_1 atCounterTop) (pickupable Apple_bar_1) (heatable Apple_bar_1) (coolable Apple_bar_1) (cleanable Apple_bar_1)
+    (objectType Mug_bar_1 MugType) (inReceptacle Mug_bar_1 CounterTop_bar_1) (objectAtLocation Mug_bar_1 atCounterTop) (pickupable Mug_bar_1) (heatable Mug_bar_1) (coolable Mug_bar_1) (cleanable Mug_bar_1)
+    (objectType Mug_bar_2 MugType) (inReceptacle Mug_bar_2 Cabinet_bar_1) (objectAtLocation Mug_bar_2 atCabinet) (pickupable Mug_bar_2) (heatable Mug_bar_2) (coolable Mug_bar_2) (cleanable Mug_bar_2)
+    (objectType DeskLamp_bar_1 DeskLampType) (inReceptacle DeskLamp_bar_1 Shelf_bar_1) (objectAtLocation DeskLamp_bar_1 atShelf) (toggleable DeskLamp_bar_1))
+  (:goal GOAL))
