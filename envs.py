@@ -415,9 +415,9 @@ WORKERS, LOCK = {}, threading.Lock()  # {core: executor of one process}: ALFWorl
 PLAYING = {}  # in such a process, {number of an environment: (path, game)}: its last game stays loaded, half of a reset
 
 def worker_begins():
-    """In a worker: leave Ctrl-C to the parent process, and end when that ends, however it does."""
+    """In a worker: leave Ctrl-C and SIGTERM to the parent process, and end when that ends, however it does."""
     from multiprocessing import parent_process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     os.environ["ALFWORLD_DATA"] = os.sep  # any folder that exists, else the package makes one below the user's home
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 

@@ -66,6 +66,7 @@ class Config:
     resume: bool = option("continue the run in `out` from its checkpoint", False)
     overwrite: bool = option("replace the run in `out`", False)
     save_every: int = option("steps between checkpoints", 10)
+    max_bad_steps: int = option("steps in a row with an update skipped, its gradient not finite, that end the run", 3)
     device: str = option("cpu or cuda ('': cuda if there is one and the model is not tiny)", "")
     dtype: str = option("of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
     micro_tokens: int = option("memory: padded tokens in one training pass; never changes the result", 8192, 16384)
@@ -386,7 +387,7 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
         x, w = scores[rows], weights[rows]
         n, mean, std = w.sum(), 0.0, 1.0
         if n > 1:
-            mean = (w * x).sum() / n
+            mean = (w * x).sum() / n if x.min() < x.max() else x[0]  # else rounding would tell equal scores apart
             std = ((w * (x - mean) ** 2).sum() / (n - 1)).sqrt()
         advantages[rows] = (x - mean) / (std + eps) if normalize_std else x - mean
     return advantages
@@ -534,7 +535,7 @@ def update(model, optimizer, episodes, batch, config, rng):
             optimizer.step()
         optimizer.zero_grad()
     means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
-    return means | {"grad_norm": sum(norms) / len(norms)}
+    return means | {"grad_norm": sum(norms) / len(norms), "skipped_updates": sum(not math.isfinite(norm) for norm in norms)}
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
 def evaluate(model, chat, envs, config, bandit=None):
@@ -606,8 +607,10 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -824,11 +827,12 @@ def check_context(model, env, episodes, config):
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
     FREE = ("steps", "out", "search_url", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
-            "gradient_checkpointing", "kernel", "eval_every", "save_every")  # may change
+            "gradient_checkpointing", "kernel", "eval_every", "save_every", "max_bad_steps")  # may change
 
     def __init__(self, config):
         self.folder, self.lines, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
         self.config, self.envs, self.bandit, self.lagged = config, make_envs(config), Bandit(), None
+        self.bad, self.first, self.alarmed = 0, None, set()
         self.envs[0].tasks("train")
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: {parent} is no folder that can be written")
@@ -850,67 +854,108 @@ class Run:
         if before["success_skill"] <= before["success"]:
             print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("checkpoint*"):  # of a run that is overwritten
+            shutil.rmtree(leftover)
         self.lines.write_text("")
         self.save()
 
     @contextmanager
     def logged(self, step):
-        """Of a step that puts its results (log's arguments) into the list: log them. An environment that fails stops the run,
-        with all that was learned on disk."""
-        results = []
+        """Of a step that puts its results (log's arguments) into the list: log them. Ctrl-C and SIGTERM wait for its end, a
+        second one does not; an environment that fails ends the run. In both cases all that was learned is then on disk."""
+        def wait(number, frame):
+            asked.append(number)
+            signal.signal(number, before[number])
+
+        results, asked, numbers = [], [], (signal.SIGINT, signal.SIGTERM)
+        before = {n: signal.signal(n, wait) for n in numbers if threading.current_thread() is threading.main_thread()}
         try:
             yield results
-        except EnvUnavailable:
-            if results:  # only the evaluation failed
-                self.log(step, *results)
+        except EnvUnavailable as error:
+            asked.append(error)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if results:
+            self.log(step, *results)
+        if asked:
             self.save()
-            raise
-        self.log(step, *results)
+            self.bar.close()
+            raise asked[0] if isinstance(asked[0], EnvUnavailable) else KeyboardInterrupt(128 + asked[0])
 
     def log(self, step, episodes, metrics, clock):
         """Append a line to metrics.jsonl; save when due. clock: seconds at the start, after rollout, teacher, update."""
         turns, tokens, n = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes), len(episodes)
         seconds = dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update"), np.diff(clock).tolist()))
+        scores = {}
+        for e in episodes:
+            scores.setdefault(e.group, set()).add(e.reward - self.config.invalid_penalty * e.invalid)
         metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
                    "turns": turns / n, "invalid_rate": sum(e.invalid for e in episodes) / turns,
                    "response_tokens": tokens / n, "overflowed": sum(e.overflowed for e in episodes),
+                   "flat_groups": np.mean([len(one) == 1 for one in scores.values()]),
                    "dropped": self.config.tasks_per_step * self.config.group_size - n, **seconds,
                    "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
+        strange = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        metrics.update(dict.fromkeys(strange))  # null: NaN is no JSON
         with open(self.lines, "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes = step, metrics, episodes
-        if step == self.config.steps or step % self.config.save_every == 0:
+        self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
+        require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a gradient "
+                f"that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
+        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0):
             self.save()
+        self.first = self.first or json.loads(open(self.lines).readline())
+        for alarm in {*alarms(metrics, self.first)} - self.alarmed:
+            self.alarmed.add(alarm)
+            tqdm.write(f"step {step}: {alarm}", sys.stderr)
 
     def save(self):
         """Checkpoint: Hugging Face format, and the trainer's state. All randomness hangs on (seed, step): none to keep."""
         def write(folder):
             self.model.save_pretrained(folder)
             self.chat.tokenizer.save_pretrained(folder)
-            torch.save({"step": self.step, "before": self.before, "optimizer": self.optimizer.state_dict(),
-                        "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms}, folder / "trainer.pt")
-        (self.folder / "config.json").write_text(json.dumps(vars(self.config), indent=1) + "\n")
+            torch.save({"step": self.step, "bad": self.bad, "before": self.before, "optimizer": self.optimizer.state_dict(),
+                        "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms,
+                        "config": vars(self.config)}, folder / "trainer.pt")
+            (folder / "sums.json").write_text(json.dumps(sums(folder)))
         replace_folder(self.folder / "checkpoint", write)
+        self.replace_file("config.json", json.dumps(vars(self.config), indent=1) + "\n")
+
+    def replace_file(self, name, text):
+        """A file of the run's folder becomes this text, or stays as it was."""
+        new = self.folder / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.folder / name)
 
     def load(self):
-        """Continue from the checkpoint; metrics of later steps are dropped."""
-        try:
-            old = dict(json.loads((self.folder / "config.json").read_text()))
-            state = torch.load(self.folder / "checkpoint" / "trainer.pt", weights_only=True, map_location=self.model.device)
-            weights = load_policy(replace(self.config, model=str(self.folder / "checkpoint")))[0].state_dict()
-        except Exception as error:  # whatever a torn file makes a library raise
-            raise UserError(f"--resume: {self.folder} holds no run that can be read: {error!r:.200}") from error
-        changed = [flag(key) for key, value in vars(self.config).items() if key not in self.FREE and old.get(key) != value]
-        require(not changed, f"--resume: {', '.join(changed)} not as in {self.folder}/config.json")
+        """Continue from the newest checkpoint that is whole; metrics of later steps are dropped."""
+        found = [folder for name in ("checkpoint", "checkpoint.new", "checkpoint.old") if (folder := self.folder / name).is_dir()]
+        whole = [folder for folder in found if is_whole(folder)]
+        if not whole:
+            ours = {"metrics.jsonl", "checkpoint.new"}  # what a run leaves that is killed before it saves
+            require({path.name for path in self.folder.glob("*")} <= ours, f"--resume: {self.folder} holds no run that can be read")
+            return print(f"--resume: nothing was saved in {self.folder} yet, so this run begins anew", file=sys.stderr)
+        if whole[0] != found[0]:
+            print(f"--resume: {found[0]} is damaged, {whole[0]} takes its place", file=sys.stderr)
+        state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
+        changed = {flag(key): key in self.FREE for key, value in vars(self.config).items() if state["config"].get(key) != value}
+        fixed = [name for name, free in changed.items() if not free]
+        require(not fixed, f"--resume: {', '.join(fixed)} not as in {self.folder}/config.json")
         require(state["step"] < self.config.steps, f"--resume: {self.folder} has all of its {state['step']} steps; raise --steps")
+        weights = load_policy(replace(self.config, model=str(whole[0])))[0].state_dict()
         self.lagged = self.frozen_copy() if state["lagged"] else None
         state["lagged"] and self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
-        self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
+        self.step, self.bad, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
+        self.replace_file("metrics.jsonl", "".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
+        print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or 'nothing'}", file=sys.stderr)
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
@@ -923,6 +968,21 @@ class Run:
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
         print("\n".join("  " + "> " * (i % 2) + text for i, text in enumerate(sample.transcript)))
         return {**self.before, **self.metrics}
+
+def alarms(now, first):
+    """What looks like a run going wrong, in plain words with what usually helps. now, first: metrics of two steps."""
+    length = lambda metrics: metrics["response_tokens"] / metrics["turns"]
+    return [text for text, wrong in {
+        "no group's episodes differ in their score, so the reward says nothing (all lost? easier tasks, a larger --group-size help)":
+            now["flat_groups"] == 1,
+        "the entropy is near zero and most episodes are lost, always in the same way: a lower --lr or more --entropy-coef helps":
+            now["entropy"] is not None and now["entropy"] < 0.1 and now["success"] < 0.5,
+        "far more actions are invalid than at first: a lower --lr or more --kl-coef helps, or more --invalid-penalty":
+            now["invalid_rate"] > first["invalid_rate"] + 0.2,
+        "responses have shrunk to less than half: a lower --lr or more --kl-coef helps": length(now) < length(first) / 2,
+        "the teacher does worse than the student, so it has nothing to teach: a lower --lr or --teacher lagged helps":
+            now.get("eval_success_skill", 1) < now.get("eval_success", 0) - 0.05,
+    }.items() if wrong]
 
 def wilson(wins, n, z=1.96):
     """95 % Wilson score interval of a proportion: (low, high)."""
@@ -970,9 +1030,7 @@ def fingerprint(folder, chat):
     scripted player, the skills, the tokenizer and the chat template show. chat: of toy_tokenizer()."""
     rng = random.Random("fingerprint")
     sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
-    parts = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "fingerprint.json"}
-    parts["recipe"] = json.dumps(sample).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+    return {**sums(folder), "recipe": hashlib.sha256(json.dumps(sample).encode()).hexdigest()}
 
 def warmstart(folder, chat, steps=900):
     """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
@@ -1009,6 +1067,7 @@ def warmstart(folder, chat, steps=900):
         chat.tokenizer.save_pretrained(target)
         (target / "fingerprint.json").write_text(json.dumps(fingerprint(target, chat), indent=1) + "\n")
     replace_folder(folder, write)
+    shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
 
 def tiny_policy(chat):
     """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
@@ -1022,15 +1081,35 @@ def tiny_policy(chat):
     return TINY_FOLDER
 
 def replace_folder(folder, write):
-    """Let write(temporary folder) fill a folder, then put it in the place of `folder`."""
+    """Let write(folder.new) fill a folder, flush it to the disk, and put it in the place of `folder`, which becomes folder.old.
+    Wherever this is cut short, one of the three is whole."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(fresh)  # save_pretrained makes the folder
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        write(fresh)  # save_pretrained makes the folder
+        for path in (*fresh.iterdir(), fresh, fresh.parent):
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+    except Exception as error:  # a full disk is an OSError only to some libraries
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written, and what was there stays: {str(error).splitlines()[0]:.200}") from error
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+def sums(folder):
+    """{file: SHA-256} of a checkpoint, but for the files that keep such sums."""
+    paths = sorted(path for path in folder.iterdir() if path.name not in ("fingerprint.json", "sums.json"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+def is_whole(folder):
+    """True if a checkpoint is as it was written."""
+    try:
+        return json.loads((folder / "sums.json").read_text()) == sums(folder)
+    except (OSError, ValueError):
+        return False
 
 # --- 11. Comparison: methods, or values of a setting, over seeds --------------------------------
 def plan(config, given, methods, seeds, sweep, out):
@@ -1188,14 +1267,19 @@ def parse_args(argv):
     return partial(run, **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
-    """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
+    """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 or 143 stopped."""
+    def terminate(number, frame):
+        raise KeyboardInterrupt(143)
+
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
         return int(command(config) is True)
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
-    except KeyboardInterrupt:
-        message, code = "stopped; if this was a training run, --resume continues it", 130
+    except KeyboardInterrupt as error:
+        message, code = "stopped; a training run goes on with the same command and --resume", *(error.args or (130,))
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise

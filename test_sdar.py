@@ -777,8 +777,8 @@ def test_a_run_writes_what_it_should_and_nothing_else(tmp_path):
     assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(row[key]) for row in rows for key in keys)
     assert {"eval_success", "eval_success_skill", "eval_episodes", "eval_by_type"} <= set(rows[-1])
     assert final["eval_success"] == rows[-1]["eval_success"] and final["start_episodes"] == 6
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["checkpoint", "run"]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["checkpoint", "checkpoint.old", "run"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoint", "checkpoint.old", "config.json", "metrics.jsonl"}
     assert sdar.Config(**json.load(open(tmp_path / "run/config.json"))) == config
     model, chat = sdar.load_policy(sdar.Config(model=str(tmp_path / "run/checkpoint"), device="cpu"))
     assert len(chat.tokenizer) == model.config.vocab_size
