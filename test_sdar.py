@@ -326,7 +326,7 @@ def test_token_logprobs_against_float64(at_once, monkeypatch):
     ids, kept = torch.randint(50, (7,), generator=draw), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         ours = sdar.token_logprobs(hidden, head, ids, temperature=.7, with_entropy=True)
-    assert (max(kept) < 7 * 50) == (at_once == 100)  # in chunks no logits wait for the backward pass
+    assert bool({7 * 50, 2 * 50} & {*kept}) == (at_once > 100)  # in chunks no logits wait for the backward pass
     exact, gradient = reference(hidden.double() @ head.double().T, ids, .7, 1, 1)
     assert torch.allclose(torch.stack(ours).double(), exact, atol=1e-5)
     gradients = torch.autograd.grad(sum(ours).sum(), (hidden, head))
@@ -665,9 +665,9 @@ def test_episodes_are_deterministic_and_do_not_share_state():
     one.step("go to desk 1")
     assert two.step("look")[0] == "You are in the middle of a room."
 
-@pytest.mark.parametrize("game", (DATA / "toy_games.txt").read_text().splitlines())
+@pytest.mark.parametrize("game", (DATA / "toy_games.txt").read_text().splitlines(), ids=lambda game: game.split(":")[0])
 def test_toy_by_hand(game):
-    """task: actions. After ! nothing happens: the place is closed, the appliance broken, ...; after ? neither: malformed."""
+    """task: actions. Nothing happens where one is marked ! (the thing is not here, closed or broken) or ? (it is malformed)."""
     tools = {"clean": "sinkbasin 1", "heat": "microwave 2", "cool": "fridge 1"}
     world = make_env("toy", household=Household(dict.fromkeys(envs.CLASSES, "cabinet 1"), tools, "shelf 1"), max_turns=14)
     task, *actions = re.split("[:,] ", game.replace(r"\n", "\n"))
@@ -921,17 +921,17 @@ def test_unusable_checkpoints(checkpoint, change, message, tmp_path, capsys):
     size = dict(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     biased = PhiForCausalLM(PhiConfig(**size))
     biased.lm_head.bias.data.fill_(1.0)
-    {"no template": template.unlink, "no end of turn": lambda: template.write_text(unframed),
-     "not causal": lambda: settings.write_text(json.dumps({**json.loads(settings.read_text()), "is_causal": False})),
-     "not a language model": lambda: ViTModel(ViTConfig(**size)).save_pretrained(folder),
-     "another head": lambda: biased.save_pretrained(folder)}[change]()
+    apply = {"no template": template.unlink, "no end of turn": lambda: template.write_text(unframed),
+             "not causal": lambda: settings.write_text(json.dumps({**json.loads(settings.read_text()), "is_causal": False})),
+             "not a language model": lambda: ViTModel(ViTConfig(**size)).save_pretrained(folder),
+             "another head": lambda: biased.save_pretrained(folder)}
+    apply[change](), capsys.readouterr()  # saving may show a progress bar
     assert sdar.main(["--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 def test_bench(tmp_path, capsys):
-    flags = ["--tasks-per-step=2", "--group-size=2", "--micro-tokens=64", "--out", str(tmp_path / "b")]
-    assert sdar.main(["bench", *flags]) == 0
+    assert sdar.main(["bench", "--tasks-per-step=2", "--group-size=2", "--micro-tokens=64", "--out", str(tmp_path / "b")]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s")), out
     assert not list(tmp_path.iterdir())
