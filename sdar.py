@@ -590,11 +590,12 @@ def train(config):
     if not run.step:
         run.begin(check())
     run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
-    for step in run.bar:
-        with run.logged(step) as results:
-            results += training_step(run, step)  # episodes, metrics, clock
+    with run.kept():  # on disk, whatever stops it
+        for step in run.bar:
+            run.results = training_step(run, step)  # episodes, metrics, clock
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                results[1].update({"eval_" + key: value for key, value in check().items()})
+                run.results[1].update({"eval_" + key: value for key, value in check().items()})
+            run.log(step, *run.results)
     return run.finish()
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
@@ -832,7 +833,7 @@ class Run:
     def __init__(self, config):
         self.folder, self.lines, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
         self.config, self.envs, self.bandit, self.lagged = config, make_envs(config), Bandit(), None
-        self.bad, self.first, self.alarmed = 0, None, set()
+        self.bad, self.first, self.alarmed, self.asked, self.results = 0, None, set(), None, None
         self.envs[0].tasks("train")
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: {parent} is no folder that can be written")
@@ -860,28 +861,26 @@ class Run:
         self.save()
 
     @contextmanager
-    def logged(self, step):
-        """Of a step that puts its results (log's arguments) into the list: log them. Ctrl-C and SIGTERM wait for its end, a
-        second one does not; an environment that fails ends the run. In both cases all that was learned is then on disk."""
+    def kept(self):
+        """Around the training loop: Ctrl-C and SIGTERM wait for the end of a step, a second one does not; an environment that
+        fails ends the run. In both cases all that was learned is then on disk."""
         def wait(number, frame):
-            asked.append(number)
+            self.asked = number
             signal.signal(number, before[number])
 
-        results, asked, numbers = [], [], (signal.SIGINT, signal.SIGTERM)
-        before = {n: signal.signal(n, wait) for n in numbers if threading.current_thread() is threading.main_thread()}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, wait) for number in numbers}
         try:
-            yield results
-        except EnvUnavailable as error:
-            asked.append(error)
+            yield
+        except EnvUnavailable:
+            if self.results:  # only the evaluation failed
+                self.log(self.step + 1, *self.results)
+            self.save()
+            raise
         finally:
+            self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if results:
-            self.log(step, *results)
-        if asked:
-            self.save()
-            self.bar.close()
-            raise asked[0] if isinstance(asked[0], EnvUnavailable) else KeyboardInterrupt(128 + asked[0])
 
     def log(self, step, episodes, metrics, clock):
         """Append a line to metrics.jsonl; save when due. clock: seconds at the start, after rollout, teacher, update."""
@@ -904,12 +903,14 @@ class Run:
             os.fsync(lines.fileno())
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
-        self.step, self.metrics, self.episodes = step, metrics, episodes
+        self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
         self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
         require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a gradient "
                 f"that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
-        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0):
+        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or self.asked:
             self.save()
+        if self.asked and step < self.config.steps:
+            raise KeyboardInterrupt(128 + self.asked)
         self.first = self.first or json.loads(open(self.lines).readline())
         for alarm in {*alarms(metrics, self.first)} - self.alarmed:
             self.alarmed.add(alarm)

@@ -20,6 +20,7 @@ import time
 import urllib.request
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -886,6 +887,109 @@ def test_out_of_memory_names_the_flags(where, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert all(word in error for word in ("out of memory", "--rollout-batch", "--micro-tokens", "--offload"))
     assert (tmp_path / "run/checkpoint/model.safetensors").exists()
+
+def test_kill_at_any_moment_and_resume(tmp_path, monkeypatch):
+    """SIGKILL at random moments, as often as SDAR_FAULTS says: metrics and weights become those of an uninterrupted run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes, rng, kills, names = get_context("forkserver"), random.Random(0), 0, itertools.count()
+    processes.set_forkserver_preload(["sdar", "transformers"])
+    flags = dict(steps=6, save_every=2, eval_every=3, teacher="lagged", teacher_refresh=4, retrieval="ucb")
+    def launch(name):
+        process = processes.Process(target=sdar.train, args=(small(tmp_path, name, **flags, resume=True),))
+        process.start()
+        return process
+    launch("warm").join()  # the server imports the libraries
+    begin, whole = time.monotonic(), launch("whole")
+    whole.join()
+    seconds, name = time.monotonic() - begin, next(names)
+    while kills < int(os.environ.get("SDAR_FAULTS", 3)):
+        process = launch(str(name))
+        process.join(rng.uniform(0, 1.2 * seconds))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        folder = tmp_path / str(name) / "checkpoint"
+        places = [place for place in folder.parent.glob("checkpoint*") if sdar.is_whole(place)] if folder.parent.exists() else []
+        if sdar.is_whole(folder) and torch.load(folder / "trainer.pt", weights_only=True)["step"] == 6:
+            assert lines(folder.parent) == lines(tmp_path / "whole")
+            assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/checkpoint/model.safetensors").read_bytes()
+            name = next(names)
+        assert places or not folder.exists(), "one of the checkpoints is always whole"
+    print(f"\n{kills} kills, {name} runs finished by resuming, all exact")
+    if places:
+        launch(str(name)).join()
+        assert lines(tmp_path / str(name)) == lines(tmp_path / "whole")
+
+def flip(path):
+    """Change a byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+@pytest.mark.parametrize("damage", [
+    lambda new: flip(new / "model.safetensors"), lambda new: flip(new / "trainer.pt"), lambda new: (new / "config.json").unlink(),
+    lambda new: os.truncate(new / "model.safetensors", 1000), lambda new: (new / "sums.json").write_text("{"),
+    lambda new: new.rename(new.with_name("checkpoint.new"))])
+def test_a_damaged_checkpoint_is_never_trusted(damage, tmp_path, capsys):
+    whole = trained(tmp_path, "whole", steps=3)[1]
+    trained(tmp_path, steps=2, save_every=1)
+    damage(tmp_path / "run/checkpoint")
+    capsys.readouterr()
+    again = trained(tmp_path, steps=3, resume=True)[1]
+    said = capsys.readouterr().err
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+    assert ("checkpoint.old takes its place" in said) == (tmp_path / "run/checkpoint.old").exists() or "from step 2" in said
+    assert "other than before: --steps, --resume, --save-every" in said.replace("--save-every, --resume", "--resume, --save-every")
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_waits_for_the_step(number, code, tmp_path):
+    run = tmp_path / "run"
+    flags = "--steps 999 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0 --save-every 999 --resume".split()
+    command = [sys.executable, "sdar.py", "--out", str(run), *flags]
+    with subprocess.Popen(command, cwd=DATA.parents[1], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate()[1].splitlines()[-1]
+    state = torch.load(run / "checkpoint/trainer.pt", weights_only=True)
+    assert process.returncode == code and "with the same command and --resume" in said, said
+    assert state["step"] == len(lines(run)) >= 3 and sdar.is_whole(run / "checkpoint")
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    save, saved = torch.save, []
+    def full(*args):
+        saved.append(save(*args))
+        if len(saved) > 1:
+            raise RuntimeError("PytorchStreamWriter failed writing file data.pkl: file write failed\nNo space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    flags = ["--steps=2", "--tasks-per-step=1", "--group-size=2", "--eval-episodes=6", "--save-every=1", "--out", str(tmp_path / "run")]
+    assert sdar.main(flags) == 2
+    assert "checkpoint cannot be written, and what was there stays: Pytorch" in capsys.readouterr().err.splitlines()[-1]
+    assert sdar.is_whole(tmp_path / "run/checkpoint") and not (tmp_path / "run/checkpoint.new").exists()
+
+def test_numbers_going_wrong(tmp_path, monkeypatch, capsys):
+    """A gradient that is not finite: no update; the third such step in a row ends the run, its checkpoint is from before."""
+    loss, calls = sdar.policy_loss, itertools.count()
+    def bad(*args):
+        value, stats = loss(*args)
+        return value * (math.nan if next(calls) > 3 else 1.0), stats  # from the second step on
+    monkeypatch.setattr(sdar, "policy_loss", bad)
+    with pytest.raises(sdar.UserError, match="step 4 is number 3 in a row"):
+        trained(tmp_path, steps=9, save_every=1)
+    rows = lines(tmp_path / "run")
+    assert [row["skipped_updates"] for row in rows] == [0, 4, 4, 4] and [row["loss"] is None for row in rows] == [False] + [True] * 3
+    assert torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)["step"] == 1 and "NaN" not in str(rows)
+
+def test_alarms():
+    first = dict(flat_groups=0, entropy=.5, success=.1, invalid_rate=.1, response_tokens=30, turns=10)
+    assert sdar.alarms({**first, "eval_success": .5, "eval_success_skill": .46}, first) == []
+    wrong = {"reward says nothing": dict(flat_groups=1), "always in the same way": dict(entropy=.05),
+             "actions are invalid": dict(invalid_rate=.31), "have shrunk": dict(response_tokens=14),
+             "nothing to teach": dict(eval_success=.5, eval_success_skill=.4)}
+    for words, change in wrong.items():
+        said = sdar.alarms({**first, **change}, first)
+        assert len(said) == 1 and words in said[0] and "--" in said[0]
+    assert sdar.alarms({**first, "entropy": .05, "success": .9}, first) == []  # sure, and right
 
 # --- 8. The command line ---------------------------------------------------------------------------------------------
 def test_presets_and_flags():
