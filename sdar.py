@@ -13,6 +13,7 @@ Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole
 import math
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -253,8 +254,9 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
         env.cut = partial(cut_text, chat.tokenizer, config.max_obs_tokens)
-    episodes = call_all([partial(env.reset, *start[:2]) for env, start in zip(envs, starts)], envs[0].slow)
-    playing = [i for i, begun in enumerate(episodes) if not isinstance(begun, EnvUnavailable)]
+    mine = share(range(len(starts)))  # under torchrun every process plays its own; else all
+    episodes = dict(zip(mine, call_all([partial(envs[i].reset, *starts[i][:2]) for i in mine], envs[0].slow)))
+    playing = [i for i, begun in episodes.items() if not isinstance(begun, EnvUnavailable)]
     for i in playing:
         (observation, info), (_, seed, group) = episodes[i], starts[i]
         skills = retrieve(envs[i].skills, info["task"], info["task_type"], strategy, seed, bandit)
@@ -265,10 +267,10 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
         episodes[i] = episode
     check_context(model, envs[0], [episodes[i] for i in playing], config)
-    streams = [np.random.default_rng([*stream, i]) for i in range(len(episodes))]
+    streams = [np.random.default_rng([*stream, i]) for i in range(len(starts))]
     for first in range(0, len(playing), config.rollout_batch):
         live = playing[first:first + config.rollout_batch]
-        sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(episodes)
+        sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(starts)
         while live:
             uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
             with forward_dtype(model, config):
@@ -302,7 +304,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             live = [live[row] for row in keep]
             if live:
                 sampler.keep(keep)
-    return survivors(episodes)
+    return survivors(gathered([*episodes.values()]))
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams hang on it
@@ -356,11 +358,10 @@ def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without graph: (B, T)."""
     home = model.device  # the CPU for --offload's frozen copies
     model.to(config.device)
-    parts = [response_logprobs(model, micro, config, with_skill)[0]
-             for micro in micro_batches(episodes, config.micro_tokens)]
+    parts = [response_logprobs(model, micro, config, with_skill)[0].cpu()  # waits: the step's clock is read after it
+             for micro in micro_batches(share(episodes), config.micro_tokens)]
     model.to(home)
-    torch.cuda.is_available() and torch.cuda.synchronize()  # or the step's clock would be read too early
-    return pad_sequence([row for part in parts for row in part], True)
+    return pad_sequence([row for part in gathered(parts) for row in part], True).to(config.device)
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 def visible(mask, *tensors):
@@ -493,19 +494,20 @@ def step_batch(model, start, episodes, config):
 
 def update(model, optimizer, episodes, batch, config, rng):
     """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
-    token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut."""
+    token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut, nor on how many processes
+    share it."""
     method, order, norms = METHODS[config.method], rng.permutation(len(episodes)), []
-    metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
+    metrics, unused = Counter(), dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))
     kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
-        tokens, rest, mini = batch["mask"][chosen].sum().item(), chosen, [episodes[i] for i in chosen]
+        tokens, rest, mini = batch["mask"][chosen].sum().item(), share(chosen), [episodes[i] for i in chosen]
         if method.teacher == "gate" and kind in CONTROLS:  # they need the gaps of the whole mini-batch
             now, mask = score(model, mini, config), response_mask(mini, model.device)
             gap = torch.where(batch["taught"][chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
             batch.setdefault("gate", torch.zeros_like(batch["mask"]))[chosen, :now.shape[1]] = gate(
                 kind, gap, None, beta, mask, generator)
-        for micro in micro_batches(mini, config.micro_tokens):
+        for micro in micro_batches(share(mini), config.micro_tokens):
             rows, rest = rest[:len(micro)], rest[len(micro):]
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
             part = {key: value[rows, :logprobs.shape[1]] for key, value in batch.items()}
@@ -528,13 +530,14 @@ def update(model, optimizer, episodes, batch, config, rng):
             (loss * (mask.sum().item() / tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
             for name, value in stats.items():
-                metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item()
+                metrics[name] += value * mask.sum().item()
+        sum_gradients(model)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
             optimizer.step()
         optimizer.zero_grad()
-    means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
-    return means | {"grad_norm": sum(norms) / len(norms)}
+    means = {name: value / batch["mask"].sum().item() for name, value in summed(metrics).items()}
+    return unused | means | {"grad_norm": sum(norms) / len(norms)}
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
 def evaluate(model, chat, envs, config, bandit=None):
@@ -588,7 +591,8 @@ def train(config):
     check = lambda: evaluate(run.model, run.chat, run.envs, config, run.bandit)
     if not run.step:
         run.begin(check())
-    run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
+    todo = range(run.step + 1, config.steps + 1)
+    run.bar = tqdm(todo, config.method, config.steps, initial=run.step, unit="step", disable=RANK > 0)
     for step in run.bar:
         with run.logged(step) as results:
             results += training_step(run, step)  # episodes, metrics, clock
@@ -610,8 +614,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from envs import CLASSES, ENVS, PHRASES, PLACES, UserError, demonstration, make_env, require, unknown
@@ -733,8 +739,10 @@ def check_config(config):
         require(good, f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
     require(config.retrieval != "ucb" or not METHODS[config.method].skilled,
             f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
-    require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    require(config.device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
+            "--device cuda: PyTorch sees no CUDA device, or too few for torchrun; use --device cpu")
     require(not config.kernel or config.device == "cuda", "--kernel is a CUDA kernel: it needs --device cuda")
+    require(config.tasks_per_step >= RANKS, f"--tasks-per-step {config.tasks_per_step}: fewer than the {RANKS} processes")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares the episodes of one task")
 
 def load_policy(config):
@@ -807,7 +815,7 @@ def survivors(results):
 
 def micro_batches(episodes, budget):
     """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
-    batches = [[]]
+    batches = [[]][:len(episodes)]
     for episode in episodes:
         longest = max(len(e.ids) + len(e.skill_ids) for e in batches[-1] + [episode])
         if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
@@ -820,6 +828,41 @@ def check_context(model, env, episodes, config):
     prompt, context = max((len(episode.view(True)[0]) for episode in episodes), default=0), model.config.max_position_embeddings
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
             f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
+
+# Under torchrun RANKS processes share the episodes, and then their rows; all else each does for itself, and all do the same.
+RANK, LOCAL_RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+rank_0 = lambda function: function if RANK == 0 else lambda *args: None  # decorates what only one of them does
+
+def join(config):
+    """Meet the other processes. They wait an hour for a slow one, as environments can be; of a dead one torchrun tells."""
+    if RANKS > 1:
+        config.device == "cuda" and torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(hours=1))
+
+def share(rows):
+    """This process's part of a sequence, in order."""
+    return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+
+def gathered(rows):
+    """The lists of all processes, one after the other."""
+    parts = [rows] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(parts, rows)
+    return sum(parts, [])
+
+def summed(counts):
+    """The sum of all processes' Counters."""
+    total = Counter()
+    for one in gathered([counts]):
+        total.update(one)
+    return total
+
+def sum_gradients(model):
+    """Replace each process's gradient by the sum of all."""
+    for weight in model.parameters() if RANKS > 1 else ():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # it had no rows
+        dist.all_reduce(weight.grad)
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
@@ -841,6 +884,7 @@ class Run:
         if config.resume:
             self.load()
 
+    @rank_0
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
         self.before = {"start_" + key: value for key, value in before.items()}
@@ -864,6 +908,7 @@ class Run:
             if results:  # only the evaluation failed
                 self.log(step, *results)
             self.save()
+            gathered([])  # nobody ends before it is saved
             raise
         self.log(step, *results)
 
@@ -876,7 +921,7 @@ class Run:
                    "response_tokens": tokens / n, "overflowed": sum(e.overflowed for e in episodes),
                    "dropped": self.config.tasks_per_step * self.config.group_size - n, **seconds,
                    "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
-        with open(self.lines, "a") as lines:
+        with open(self.lines if RANK == 0 else os.devnull, "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
@@ -884,6 +929,7 @@ class Run:
         if step == self.config.steps or step % self.config.save_every == 0:
             self.save()
 
+    @rank_0
     def save(self):
         """Checkpoint: Hugging Face format, and the trainer's state. All randomness hangs on (seed, step): none to keep."""
         def write(folder):
@@ -910,8 +956,10 @@ class Run:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
-        self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
+        if RANK == 0:
+            self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
 
+    @rank_0
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         before, after = [self.before["start_by_type"]], [self.metrics["eval_by_type"]]
@@ -930,6 +978,7 @@ def wilson(wins, n, z=1.96):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / scale, (middle + half) / scale
 
+@rank_0
 def print_table(rows):
     """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
@@ -1016,9 +1065,10 @@ def tiny_policy(chat):
         trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER, chat)
     except (OSError, ValueError):
         trusted = False
-    if not trusted:
+    if not trusted and RANK == 0:
         print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
         warmstart(TINY_FOLDER, chat)
+    gathered([])  # all wait for it
     return TINY_FOLDER
 
 def replace_folder(folder, write):
@@ -1169,6 +1219,7 @@ def parse_args(argv):
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     require(command in COMMANDS, unknown("command", command, list(COMMANDS)))
+    require(RANKS == 1 or command in ("train", "evaluate"), f"torchrun is for train and evaluate, not for {command}")
     run, text = COMMANDS[command], f"Commands: {', '.join(COMMANDS)}."
     parser = argparse.ArgumentParser(f"python sdar.py {command}", description=text, epilog=run.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)  # what is not typed is not there
@@ -1191,15 +1242,19 @@ def main(argv=None):
     """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
     try:
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
+        join(config)
         return int(command(config) is True)
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt:
         message, code = "stopped; if this was a training run, --resume continues it", 130
     except (RuntimeError, MemoryError) as error:
+        if RANKS > 1 and re.search("by peer|NCCL", str(error)):
+            return print("sdar.py: another process of this run ended; --resume continues it", file=sys.stderr) or 1
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise
         message, code = "out of memory: lower --rollout-batch, --micro-tokens, or add --gradient-checkpointing, --offload", 2
+    time.sleep(2 * (RANK > 0))  # where all fail alike, rank 0 says it, and torchrun ends the others
     print(f"sdar.py: {message}", file=sys.stderr)
     return code
 
