@@ -13,7 +13,6 @@ Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole
 import math
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -496,8 +495,8 @@ def update(model, optimizer, episodes, batch, config, rng):
     """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
     token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut, nor on how many processes
     share it."""
-    method, order, norms = METHODS[config.method], rng.permutation(len(episodes)), []
-    metrics, unused = Counter(), dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))
+    method, order, norms, sums = METHODS[config.method], rng.permutation(len(episodes)), [], []
+    metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
     kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
@@ -529,15 +528,16 @@ def update(model, optimizer, episodes, batch, config, rng):
             loss = sum(weight * term for weight, term in terms.values())
             (loss * (mask.sum().item() / tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
-            for name, value in stats.items():
-                metrics[name] += value * mask.sum().item()
-        sum_gradients(model)
+            sums += [(name, value * mask.sum().item()) for name, value in stats.items()]
+        RANKS > 1 and sum_gradients([*model.parameters()])
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
             optimizer.step()
         optimizer.zero_grad()
-    means = {name: value / batch["mask"].sum().item() for name, value in summed(metrics).items()}
-    return unused | means | {"grad_norm": sum(norms) / len(norms)}
+    for name, value in gathered(sums):
+        metrics[name] = (metrics.get(name) or 0.0) + value
+    means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
+    return means | {"grad_norm": sum(norms) / len(norms)}
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
 def evaluate(model, chat, envs, config, bandit=None):
@@ -598,7 +598,7 @@ def train(config):
             results += training_step(run, step)  # episodes, metrics, clock
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 results[1].update({"eval_" + key: value for key, value in check().items()})
-    return run.finish()
+    return run.finish() if RANK == 0 else None
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
 import argparse
@@ -614,10 +614,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from envs import CLASSES, ENVS, PHRASES, PLACES, UserError, demonstration, make_env, require, unknown
@@ -739,10 +737,8 @@ def check_config(config):
         require(good, f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
     require(config.retrieval != "ucb" or not METHODS[config.method].skilled,
             f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
-    require(config.device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
-            "--device cuda: PyTorch sees no CUDA device, or too few for torchrun; use --device cpu")
+    require(config.device == "cpu" or torch.cuda.device_count() > LOCAL_RANK, f"--device cuda: no CUDA device {LOCAL_RANK} here")
     require(not config.kernel or config.device == "cuda", "--kernel is a CUDA kernel: it needs --device cuda")
-    require(config.tasks_per_step >= RANKS, f"--tasks-per-step {config.tasks_per_step}: fewer than the {RANKS} processes")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares the episodes of one task")
 
 def load_policy(config):
@@ -810,7 +806,7 @@ def survivors(results):
     for failure in failures[:1]:
         message = f"{len(failures)} of {len(results)} episodes failed: {failure}"
         require(2 * len(failures) < len(results), message, EnvUnavailable)
-        tqdm.write(message, sys.stderr)
+        RANK == 0 and tqdm.write(message, sys.stderr)
     return [result for result in results if isinstance(result, Episode)]
 
 def micro_batches(episodes, budget):
@@ -829,40 +825,23 @@ def check_context(model, env, episodes, config):
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
             f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
 
-# Under torchrun RANKS processes share the episodes, and then their rows; all else each does for itself, and all do the same.
-RANK, LOCAL_RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-rank_0 = lambda function: function if RANK == 0 else lambda *args: None  # decorates what only one of them does
-
-def join(config):
-    """Meet the other processes. They wait an hour for a slow one, as environments can be; of a dead one torchrun tells."""
-    if RANKS > 1:
-        config.device == "cuda" and torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(hours=1))
-
-def share(rows):
-    """This process's part of a sequence, in order."""
-    return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # its processes: this one's number, on this machine, all
+RANK, LOCAL_RANK, RANKS = int(torchrun.get("RANK", 0)), int(torchrun.get("LOCAL_RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
+rank_0 = lambda function: function if RANK == 0 else lambda *args: None  # decorates what one of them does for all
+share = lambda rows: rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]  # this process's part of a sequence
 
 def gathered(rows):
-    """The lists of all processes, one after the other."""
+    """The lists of all processes, one after the other. Between share and gathered they differ, elsewhere all do the same."""
     parts = [rows] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(parts, rows)
+    RANKS > 1 and torch.distributed.all_gather_object(parts, rows)
     return sum(parts, [])
 
-def summed(counts):
-    """The sum of all processes' Counters."""
-    total = Counter()
-    for one in gathered([counts]):
-        total.update(one)
-    return total
-
-def sum_gradients(model):
-    """Replace each process's gradient by the sum of all."""
-    for weight in model.parameters() if RANKS > 1 else ():
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # it had no rows
-        dist.all_reduce(weight.grad)
+def sum_gradients(weights):
+    """The gradients of all processes, each from its share of the rows, become their sum."""
+    flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])  # None: it had no rows
+    torch.distributed.all_reduce(flat)  # one call: for small weights a call takes longer than its numbers
+    for weight, gradient in zip(weights, flat.split([w.numel() for w in weights])):
+        weight.grad = gradient.view_as(weight)
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
@@ -956,10 +935,8 @@ class Run:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.before, self.bandit.arms = state["step"], state["before"], state["arms"]
-        if RANK == 0:
-            self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
+        RANK == 0 and self.lines.write_text("".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
 
-    @rank_0
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         before, after = [self.before["start_by_type"]], [self.metrics["eval_by_type"]]
@@ -978,7 +955,6 @@ def wilson(wins, n, z=1.96):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / scale, (middle + half) / scale
 
-@rank_0
 def print_table(rows):
     """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
@@ -1209,7 +1185,7 @@ def command_evaluate(config):
     """Play the panel with the given model and print the table."""
     envs = make_envs(config)
     by_type = evaluate(*load_policy(config), envs, config)["by_type"]
-    print_table([("student", [by_type], ""), ("student*", [by_type], "")])
+    RANK == 0 and print_table([("student", [by_type], ""), ("student*", [by_type], "")])
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,
             "warmstart": lambda config: warmstart(TINY_FOLDER, Chat(toy_tokenizer())) or command_evaluate(config)}
@@ -1219,7 +1195,6 @@ def parse_args(argv):
     argv = [re.sub(r"^--[^=]+", lambda typed: flag(typed[0][2:]), arg) for arg in argv]
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     require(command in COMMANDS, unknown("command", command, list(COMMANDS)))
-    require(RANKS == 1 or command in ("train", "evaluate"), f"torchrun is for train and evaluate, not for {command}")
     run, text = COMMANDS[command], f"Commands: {', '.join(COMMANDS)}."
     parser = argparse.ArgumentParser(f"python sdar.py {command}", description=text, epilog=run.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)  # what is not typed is not there
@@ -1239,17 +1214,21 @@ def parse_args(argv):
     return partial(run, **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
-    """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
+    """Run a command. Returns the exit code: 0; 1 another run or process failed; 2 bad input (one line on stderr); 130 Ctrl-C."""
     try:
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
-        join(config)
+        if RANKS > 1:
+            require(command.func in (train, command_evaluate) and RANKS <= config.tasks_per_step,
+                    f"torchrun is for train and evaluate, and for --tasks-per-step {config.tasks_per_step} processes at most")
+            config.device == "cuda" and torch.cuda.set_device(LOCAL_RANK)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
         return int(command(config) is True)
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt:
         message, code = "stopped; if this was a training run, --resume continues it", 130
     except (RuntimeError, MemoryError) as error:
-        if RANKS > 1 and re.search("by peer|NCCL", str(error)):
+        if RANKS > 1 and re.search("by peer|Broken pipe|NCCL", str(error)):
             return print("sdar.py: another process of this run ended; --resume continues it", file=sys.stderr) or 1
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise
