@@ -247,15 +247,15 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
-    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes. Those whose engine or
-    server fails are left out; EnvUnavailable if that is half of them or more. stream: ints; episode i samples from the random
-    stream (*stream, i), whatever its neighbours in the batch do. with_skill: the skill is in the prompt that is sampled from.
-    bandit: chooses it under --retrieval ucb."""
+    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, without those whose engine
+    or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream (*stream, i),
+    whatever its neighbours do. with_skill: the prompt that is sampled from has the skill. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
         env.cut = partial(cut_text, chat.tokenizer, config.max_obs_tokens)
-    episodes = call_all([partial(env.reset, *start[:2]) for env, start in zip(envs, starts)], envs[0].slow)
-    playing = [i for i, begun in enumerate(episodes) if not isinstance(begun, EnvUnavailable)]
+    mine = share(range(len(starts)))  # under torchrun every process plays its own; else all
+    episodes = dict(zip(mine, call_all([partial(envs[i].reset, *starts[i][:2]) for i in mine], envs[0].slow)))
+    playing = [i for i, begun in episodes.items() if not isinstance(begun, EnvUnavailable)]
     for i in playing:
         (observation, info), (_, seed, group) = episodes[i], starts[i]
         skills = retrieve(envs[i].skills, info["task"], info["task_type"], strategy, seed, bandit)
@@ -266,10 +266,10 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
         episodes[i] = episode
     check_context(model, envs[0], [episodes[i] for i in playing], config)
-    streams = [np.random.default_rng([*stream, i]) for i in range(len(episodes))]
+    streams = [np.random.default_rng([*stream, i]) for i in range(len(starts))]
     for first in range(0, len(playing), config.rollout_batch):
         live = playing[first:first + config.rollout_batch]
-        sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(episodes)
+        sampler, fed = Sampler(model, config.temperature if temperature is None else temperature), [0] * len(starts)
         while live:
             uniforms = np.stack([streams[i].random(config.max_new_tokens, dtype=np.float32) for i in live])
             with forward_dtype(model, config):
@@ -303,7 +303,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             live = [live[row] for row in keep]
             if live:
                 sampler.keep(keep)
-    return survivors(episodes)
+    return survivors(gathered([*episodes.values()]))
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
 EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams hang on it
@@ -357,11 +357,10 @@ def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without graph: (B, T)."""
     home = model.device  # the CPU for --offload's frozen copies
     model.to(config.device)
-    parts = [response_logprobs(model, micro, config, with_skill)[0]
-             for micro in micro_batches(episodes, config.micro_tokens)]
+    parts = [response_logprobs(model, micro, config, with_skill)[0].cpu()  # waits: the step's clock is read after it
+             for micro in micro_batches(share(episodes), config.micro_tokens)]
     model.to(home)
-    torch.cuda.is_available() and torch.cuda.synchronize()  # or the step's clock would be read too early
-    return pad_sequence([row for part in parts for row in part], True)
+    return pad_sequence([row for part in gathered(parts) for row in part], True).to(config.device)
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors ----------------
 def visible(mask, *tensors):
@@ -493,20 +492,20 @@ def step_batch(model, start, episodes, config):
     return batch
 
 def update(model, optimizer, episodes, batch, config, rng):
-    """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
-    token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut."""
-    method, order, norms = METHODS[config.method], rng.permutation(len(episodes)), []
+    """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's token
+    mean: neither the gradient nor the metrics, which are returned, depend on how it is cut or which processes share it."""
+    method, order, norms, sums = METHODS[config.method], rng.permutation(len(episodes)), [], []
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
     kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
-        tokens, rest, mini = batch["mask"][chosen].sum().item(), chosen, [episodes[i] for i in chosen]
+        tokens, rest, mini = batch["mask"][chosen].sum().item(), share(chosen), [episodes[i] for i in chosen]
         if method.teacher == "gate" and kind in CONTROLS:  # they need the gaps of the whole mini-batch
             now, mask = score(model, mini, config), response_mask(mini, model.device)
             gap = torch.where(batch["taught"][chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
             batch.setdefault("gate", torch.zeros_like(batch["mask"]))[chosen, :now.shape[1]] = gate(
                 kind, gap, None, beta, mask, generator)
-        for micro in micro_batches(mini, config.micro_tokens):
+        for micro in micro_batches(share(mini), config.micro_tokens):
             rows, rest = rest[:len(micro)], rest[len(micro):]
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
             part = {key: value[rows, :logprobs.shape[1]] for key, value in batch.items()}
@@ -528,12 +527,14 @@ def update(model, optimizer, episodes, batch, config, rng):
             loss = sum(weight * term for weight, term in terms.values())
             (loss * (mask.sum().item() / tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
-            for name, value in stats.items():
-                metrics[name] = (metrics.get(name) or 0.0) + value * mask.sum().item()
+            sums += [(name, value * mask.sum().item()) for name, value in stats.items()]
+        RANKS > 1 and sum_gradients([*model.parameters()])
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
             optimizer.step()
         optimizer.zero_grad()
+    for name, value in gathered(sums):
+        metrics[name] = (metrics.get(name) or 0.0) + value
     means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
     return means | {"grad_norm": sum(norms) / len(norms), "skipped_updates": sum(not math.isfinite(norm) for norm in norms)}
 
@@ -589,14 +590,13 @@ def train(config):
     check = lambda: evaluate(run.model, run.chat, run.envs, config, run.bandit)
     if not run.step:
         run.begin(check())
-    run.bar = tqdm(range(run.step + 1, config.steps + 1), config.method, config.steps, initial=run.step, unit="step")
-    with run.kept():  # on disk, whatever stops it
-        for step in run.bar:
+    with run.kept_on_disk() as steps:  # whatever stops it
+        for step in steps:
             run.results = training_step(run, step)  # episodes, metrics, clock
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 run.results[1].update({"eval_" + key: value for key, value in check().items()})
             run.log(step, *run.results)
-    return run.finish()
+    return run.finish() if RANK == 0 else None
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
 import argparse
@@ -737,7 +737,7 @@ def check_config(config):
         require(good, f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
     require(config.retrieval != "ucb" or not METHODS[config.method].skilled,
             f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
-    require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    require(config.device == "cpu" or torch.cuda.device_count() > LOCAL_RANK, f"--device cuda: no CUDA device {LOCAL_RANK} here")
     require(not config.kernel or config.device == "cuda", "--kernel is a CUDA kernel: it needs --device cuda")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares the episodes of one task")
 
@@ -806,12 +806,12 @@ def survivors(results):
     for failure in failures[:1]:
         message = f"{len(failures)} of {len(results)} episodes failed: {failure}"
         require(2 * len(failures) < len(results), message, EnvUnavailable)
-        tqdm.write(message, sys.stderr)
+        RANK == 0 and tqdm.write(message, sys.stderr)
     return [result for result in results if isinstance(result, Episode)]
 
 def micro_batches(episodes, budget):
     """Cut a list of episodes, in order, into lists whose padded sequences hold at most `budget` tokens."""
-    batches = [[]]
+    batches = [[]][:len(episodes)]
     for episode in episodes:
         longest = max(len(e.ids) + len(e.skill_ids) for e in batches[-1] + [episode])
         if batches[-1] and longest * (len(batches[-1]) + 1) > budget:
@@ -824,6 +824,24 @@ def check_context(model, env, episodes, config):
     prompt, context = max((len(episode.view(True)[0]) for episode in episodes), default=0), model.config.max_position_embeddings
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
             f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
+
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # its processes: this one's number, on this machine, all
+RANK, LOCAL_RANK, RANKS = int(torchrun.get("RANK", 0)), int(torchrun.get("LOCAL_RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
+rank_0 = lambda function: function if RANK == 0 else lambda *args: None  # decorates what one of them does for all
+share = lambda rows: rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]  # this process's part of a sequence
+
+def gathered(rows):
+    """The lists of all processes, one after the other. Between share and gathered they differ, elsewhere all do the same."""
+    parts = [rows] * RANKS
+    RANKS > 1 and torch.distributed.all_gather_object(parts, rows)
+    return sum(parts, [])
+
+def sum_gradients(weights):
+    """The gradients of all processes, each from its share of the rows, become their sum."""
+    flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])  # None: it had no rows
+    torch.distributed.all_reduce(flat)  # one call: for small weights a call takes longer than its numbers
+    for weight, gradient in zip(weights, flat.split([w.numel() for w in weights])):
+        weight.grad = gradient.view_as(weight)
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
@@ -846,6 +864,7 @@ class Run:
         if config.resume:
             self.load()
 
+    @rank_0
     def begin(self, before):
         """Say where training starts from, and write the folder's first files."""
         self.before = {"start_" + key: value for key, value in before.items()}
@@ -861,8 +880,8 @@ class Run:
         self.save()
 
     @contextmanager
-    def kept(self):
-        """Around the training loop: Ctrl-C and SIGTERM wait for the end of a step, a second one does not; an environment that
+    def kept_on_disk(self):
+        """Around the training loop, whose steps it gives: Ctrl-C and SIGTERM wait for the end of a step, a second one does not; an environment that
         fails ends the run. In both cases all that was learned is then on disk."""
         def wait(number, frame):
             self.asked = number
@@ -870,12 +889,15 @@ class Run:
 
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         before = {number: signal.signal(number, wait) for number in numbers}
+        todo = range(self.step + 1, self.config.steps + 1)
+        self.bar = tqdm(todo, self.config.method, self.config.steps, initial=self.step, unit="step", disable=RANK > 0)
         try:
-            yield
+            yield self.bar
         except EnvUnavailable:
             if self.results:  # only the evaluation failed
                 self.log(self.step + 1, *self.results)
             self.save()
+            gathered([])  # nobody ends before it is saved
             raise
         finally:
             self.bar.close()
@@ -897,7 +919,7 @@ class Run:
                    "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         strange = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         metrics.update(dict.fromkeys(strange))  # null: NaN is no JSON
-        with open(self.lines, "a") as lines:
+        with open(self.lines if RANK == 0 else os.devnull, "a") as lines:
             lines.write(json.dumps(metrics) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
@@ -907,15 +929,18 @@ class Run:
         self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
         require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a gradient "
                 f"that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
-        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or self.asked:
+        asked = [number for number in gathered([self.asked]) if number]  # of any process
+        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or asked:
             self.save()
-        if self.asked and step < self.config.steps:
-            raise KeyboardInterrupt(128 + self.asked)
-        self.first = self.first or json.loads(open(self.lines).readline())
-        for alarm in {*alarms(metrics, self.first)} - self.alarmed:
+        if asked and step < self.config.steps:
+            gathered([])  # nobody ends before it is saved
+            raise KeyboardInterrupt(128 + asked[0])
+        self.first = self.first or metrics
+        for alarm in {*alarms(metrics, self.first)} - self.alarmed if RANK == 0 else ():
             self.alarmed.add(alarm)
             tqdm.write(f"step {step}: {alarm}", sys.stderr)
 
+    @rank_0
     def save(self):
         """Checkpoint: Hugging Face format, and the trainer's state. All randomness hangs on (seed, step): none to keep."""
         def write(folder):
@@ -941,8 +966,8 @@ class Run:
         if not whole:
             ours = {"metrics.jsonl", "checkpoint.new"}  # what a run leaves that is killed before it saves
             require({path.name for path in self.folder.glob("*")} <= ours, f"--resume: {self.folder} holds no run that can be read")
-            return print(f"--resume: nothing was saved in {self.folder} yet, so this run begins anew", file=sys.stderr)
-        if whole[0] != found[0]:
+            return RANK == 0 and print(f"--resume: nothing was saved in {self.folder} yet, so this run begins anew", file=sys.stderr)
+        if whole[0] != found[0] and RANK == 0:
             print(f"--resume: {found[0]} is damaged, {whole[0]} takes its place", file=sys.stderr)
         state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
         changed = {flag(key): key in self.FREE for key, value in vars(self.config).items() if state["config"].get(key) != value}
@@ -955,8 +980,9 @@ class Run:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.bad, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
-        self.replace_file("metrics.jsonl", "".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
-        print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or 'nothing'}", file=sys.stderr)
+        self.first = json.loads(self.lines.read_text().splitlines()[0]) if self.step else None
+        RANK == 0 and self.replace_file("metrics.jsonl", "".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
+        RANK == 0 and print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or 'nothing'}", file=sys.stderr)
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
@@ -1076,9 +1102,10 @@ def tiny_policy(chat):
         trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER, chat)
     except (OSError, ValueError):
         trusted = False
-    if not trusted:
+    if not trusted and RANK == 0:
         print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
         warmstart(TINY_FOLDER, chat)
+    gathered([])  # all wait for it
     return TINY_FOLDER
 
 def replace_folder(folder, write):
@@ -1239,7 +1266,7 @@ def command_evaluate(config):
     """Play the panel with the given model and print the table."""
     envs = make_envs(config)
     by_type = evaluate(*load_policy(config), envs, config)["by_type"]
-    print_table([("student", [by_type], ""), ("student*", [by_type], "")])
+    RANK == 0 and print_table([("student", [by_type], ""), ("student*", [by_type], "")])
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,
             "warmstart": lambda config: warmstart(TINY_FOLDER, Chat(toy_tokenizer())) or command_evaluate(config)}
@@ -1268,7 +1295,8 @@ def parse_args(argv):
     return partial(run, **options, **({"given": given} if command == "compare" else {})), Config(**given)
 
 def main(argv=None):
-    """Run a command. Returns the exit code: 0; 1 a compared run failed; 2 bad input (one line on stderr); 130 or 143 stopped."""
+    """Run a command. Returns the exit code: 0; 1 another run or process failed; 2 bad input (one line on stderr); 130 Ctrl-C, 143
+    SIGTERM."""
     def terminate(number, frame):
         raise KeyboardInterrupt(143)
 
@@ -1276,15 +1304,23 @@ def main(argv=None):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
+        if RANKS > 1:
+            require(command.func in (train, command_evaluate) and RANKS <= config.tasks_per_step,
+                    f"torchrun is for train and evaluate, and for --tasks-per-step {config.tasks_per_step} processes at most")
+            config.device == "cuda" and torch.cuda.set_device(LOCAL_RANK)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
         return int(command(config) is True)
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt as error:
         message, code = "stopped; a training run goes on with the same command and --resume", *(error.args or (130,))
     except (RuntimeError, MemoryError) as error:
+        if RANKS > 1 and re.search("by peer|Broken pipe|NCCL", str(error)):
+            return print("sdar.py: another process of this run ended; --resume continues it", file=sys.stderr) or 1
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise
         message, code = "out of memory: lower --rollout-batch, --micro-tokens, or add --gradient-checkpointing, --offload", 2
+    time.sleep(2 * (RANK > 0))  # where all fail alike, rank 0 says it, and torchrun ends the others
     print(f"sdar.py: {message}", file=sys.stderr)
     return code
 
