@@ -919,10 +919,11 @@ class Run:
                    "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         strange = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         metrics.update(dict.fromkeys(strange))  # null: NaN is no JSON
-        with open(self.lines if RANK == 0 else os.devnull, "a") as lines:
-            lines.write(json.dumps(metrics) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
+        if RANK == 0:
+            with open(self.lines, "a") as lines:
+                lines.write(json.dumps(metrics) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None

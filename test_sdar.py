@@ -991,6 +991,32 @@ def test_alarms():
         assert len(said) == 1 and words in said[0] and "--" in said[0]
     assert sdar.alarms({**first, "entropy": .05, "success": .9}, first) == []  # sure, and right
 
+# The 3 groups are not even for 2 processes; of a mini-batch and of a part of the panel with 1 episode, one of them has nothing
+SHARED = "--steps 3 --tasks-per-step 3 --group-size 4 --minibatches 4 --eval-episodes 65 --gate shuffled --retrieval ucb".split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+
+def run_faulty(launcher, folder, **environment):
+    """sdar.py with faults (.assets/test/faulty.py) in one process or two."""
+    return subprocess.run([sys.executable, *launcher, DATA / "faulty.py", *SHARED, "--out", folder], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+def test_two_processes_come_to_the_same_as_one(tmp_path):
+    results = []
+    for folder, launcher in ((tmp_path / "one", []), (tmp_path / "two", TORCHRUN)):
+        done, numbers = run_faulty(launcher, folder), []
+        assert done.returncode == 0 and done.stdout.count("before training") == done.stdout.count("after*") == 1, done.stderr
+        for line in lines(folder):
+            assert line["dropped"] == 5 and (line["grad_norm"] is None) == (line["skipped_updates"] == 1) == (line["step"] == 2)
+            numbers += [value for value in line.values() if type(value) in (int, float)]
+        model = sdar.load_policy(sdar.Config(model=str(folder / "checkpoint"), device="cpu"))[0]
+        results.append(numbers + vector(model.parameters()).tolist())
+    assert np.allclose(*results, rtol=0, atol=1e-5)
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    done = run_faulty(TORCHRUN, tmp_path, DIES="1")
+    seconds = time.time() - (tmp_path / "metrics.jsonl").stat().st_mtime  # it was written just before the first step
+    assert done.returncode == 1 and seconds < 60 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+
 # --- 8. The command line ---------------------------------------------------------------------------------------------
 def test_presets_and_flags():
     assert (sdar.Config().lr, sdar.Config().sdar_coef) == (sdar.Config(preset="toy").lr, 1.0)
