@@ -66,7 +66,7 @@ def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
     type and whole-word keywords fit it, each once. full: the whole bank. random: as many as keyword finds, at least one, of
     the whole bank. ucb: those that the bandit chooses. none: none. The control wrong: as many as keyword finds, of those for
     other task types."""
-    found, rng = [skill for skill in bank if skill.matches(task, task_type)], random.Random(f"{task}/{seed}")
+    found, rng = [s for s in bank if s.matches(task, task_type)], random.Random(f"{task}/{seed}".encode(errors="replace"))
     if strategy in ("random", "wrong"):
         pool = [s for s in bank if strategy == "random" or s.task_types and task_type not in s.task_types]
         return rng.sample(pool, min(len(pool), max(1, len(found))))
@@ -571,7 +571,7 @@ class SearchEnv(TextEnv):
              "multi_hop": r"hotpot|2wiki|musique|bamboogle|\b(whose|of the \w+ (that|who|which|where))\b",
              "attribute": r"\b(when|where|how (many|much|old|long|tall)|what (year|date|city|number))\b", "direct": ""}
     ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-    TAG = re.compile(r"<(?=\s*/?\s*(?:search|answer|information|think|action)\b)", re.IGNORECASE)
+    TAG = re.compile(r"<(?=\s*(?:/\s*)?(?:search|answer|information|think|action)\b)", re.IGNORECASE)
 
     def __init__(self, data="", url="http://127.0.0.1:8000/retrieve", **options):
         super().__init__(**options)
@@ -583,9 +583,9 @@ class SearchEnv(TextEnv):
         """{id: (task type, splits, (question, golden answers))} of a file; the server has been tried."""
         goals, of_hash = {}, ("eval", "dev", "train", "train", "train")
         for row in read_rows(file, id=(str, int), question=str, golden_answers=(str, list)):
-            text, name = f"{row['question']} {row.get('data_source', '')}", str(row["id"])
+            text, name = f"{row['question'][:2000]} {row.get('data_source', '')}", str(row["id"])
             kind = next(kind for kind, words in cls.TYPES.items() if re.search(words, text, re.IGNORECASE))
-            split = row.get("split") or random.Random(name).choice(of_hash)
+            split = row.get("split") or random.Random(name.encode(errors="replace")).choice(of_hash)
             goals[name] = kind, (split,), (row["question"], row["golden_answers"])
         ask(url, "probe")
         return goals

@@ -135,16 +135,19 @@ class Chat:
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None})
         if self.end_id not in tokenizer.added_tokens_decoder:
             raise ValueError("its chat template closes a turn with no control token, so a response could not end")
-        control = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
-        self._control = re.compile(f"(?={'|'.join(control)})")
-        self.encode = lru_cache(maxsize=20000)(self._encode)  # environments repeat themselves
+        added, harmless = tokenizer.added_tokens_decoder, {tokenizer.unk_token_id} - {*self.stop_ids}
+        cut = re.compile(f"(?s)(?<=(?={'|'.join(re.escape(token.content) for token in added.values())}).)")
+        self.pieces = lambda text: cut.split(text.encode(errors="replace").decode())  # lone surrogates become ?
+        self._control = {id for id, token in added.items() if token.special or len(token.content) > 1} - harmless
+        cached = lru_cache(maxsize=5000)(self._encode)  # environments repeat themselves, in short texts
+        self.encode = lambda text: (cached if len(text) < 500 else self._encode)(text)
         self.stop_text = lru_cache(self._stop_text)
 
     def _encode(self, text):
-        """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one
-        that is not even marked special) is cut after its first character."""
-        cuts = [0, *(match.start() + 1 for match in self._control.finditer(text)), len(text)]
-        return sum((self._frame(text[a:b], split_special_tokens=True) for a, b in zip(cuts, cuts[1:])), [])
+        """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one that is
+        not even marked special) is cut after its first character; what a normaliser makes look like one is left out."""
+        parts = self._frame(self.pieces(text), split_special_tokens=True)
+        return [id for ids in parts for id in ids if id not in self._control]
 
     def first(self, instructions, observation):
         """Ids of the first prompt, and where in it the skill goes: the start of the user's first message."""
@@ -252,7 +255,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     whatever its neighbours do. with_skill: the prompt that is sampled from has the skill. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
-        env.cut = partial(cut_text, chat.tokenizer, config.max_obs_tokens)
+        env.cut = partial(cut_text, chat, config.max_obs_tokens)
     mine = share(range(len(starts)))  # under torchrun every process plays its own; else all
     episodes = dict(zip(mine, call_all([partial(envs[i].reset, *starts[i][:2]) for i in mine], envs[0].slow)))
     playing = [i for i, begun in episodes.items() if not isinstance(begun, EnvUnavailable)]
@@ -781,12 +784,16 @@ def make_envs(config):
     envs[0].tasks(config.eval_split)  # none? say so now
     return envs
 
-def cut_text(tokenizer, limit, text):
+def cut_text(chat, limit, text):
     """The text, cut after `limit` tokens."""
     if len(text.encode(errors="replace")) <= limit:  # a token is a byte or more
         return text
-    spans = tokenizer(text[:64 * limit], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if len(spans) <= limit else text[:spans[limit - 1][1]] + " ..."
+    pieces = chat.pieces(text[:64 * limit])
+    found = chat.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    starts = np.cumsum([0, *map(len, pieces)])
+    ends = [start + end for start, spans in zip(starts, found["offset_mapping"]) for _, end in spans]
+    end = ends[limit - 1] if len(ends) > limit else 64 * limit  # of blanks, a tokenizer may make few tokens or none
+    return text if end >= len(text) else text[:end] + " ..."
 
 def call_all(calls, at_once):
     """The results of functions without arguments, in order; where one raised EnvUnavailable, that error. at_once: in threads."""
@@ -994,7 +1001,8 @@ class Run:
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
               f"{self.chat.tokenizer.decode(sample.skill_ids)!r}):")
-        print("\n".join("  " + "> " * (i % 2) + text for i, text in enumerate(sample.transcript)))
+        shown = "\n".join("  " + "> " * (i % 2) + text for i, text in enumerate(sample.transcript))
+        print("".join(c if c.isprintable() or c == "\n" else " " for c in shown))  # a terminal would obey the others
         return {**self.before, **self.metrics}
 
 def alarms(now, first):

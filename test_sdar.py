@@ -1430,8 +1430,8 @@ def test_an_environment_that_dies_leaves_what_was_learned(panel, tmp_path, monke
 def test_observations_are_cut_by_tokens_and_full_contexts_counted(policy, tmp_path, monkeypatch):
     chat = policy[1]
     text = "a mug 1 and a cup 1 and an egg 1\n"
-    assert [sdar.cut_text(chat.tokenizer, n, text * 9) for n in (1, 3)] == ["a mug 1 ...", "a mug 1 and a cup 1 and an egg 1 ..."]
-    assert sdar.cut_text(chat.tokenizer, 3, text) == text
+    assert [sdar.cut_text(chat, n, text * 9) for n in (1, 3)] == ["a mug 1 ...", "a mug 1 and a cup 1 and an egg 1 ..."]
+    assert sdar.cut_text(chat, 3, text) == text
     monkeypatch.setattr(ToyEnv, "show_admissible", True), monkeypatch.setattr(ToyEnv, "stop_strings", ("zzz",))
     monkeypatch.setattr(ToyEnv, "_admissible", lambda self: ["look"])
     observation = play(policy, small(tmp_path, max_obs_tokens=1))[0].transcript[0]
