@@ -7,7 +7,8 @@ decides how far it is trusted on that token. At test time there is no skill: wha
 
     python sdar.py                                    # train the carried tiny policy on the toy household, on a CPU
     python sdar.py --model Qwen/Qwen3-0.6B            # a checkpoint from the hub, through the same code
-Sections: 1 configuration, 2 conversation, 3 rollout, 4 log-probs, 5 objectives, 6 update, 7 evaluation and training.
+Sections: 1 configuration (Config), 2 conversation (Chat, Episode.view), 3 rollout, 4 log-probs
+(response_mask), 5 objectives (group_advantages, gate, sdar_loss), 6 update (update), 7 evaluation and training (train).
 Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence, V vocabulary, H width.
 """
 import math
