@@ -1117,8 +1117,8 @@ def command_compare(config, given, *, methods=",".join(METHODS), seeds="0,1,2,3,
 def draw(panels, path):
     """Means over runs of {title: {label: (runs, points, x and y)}}, as text and, with sd bands, a picture."""
     for title, curves in panels.items():
-        ends = np.concatenate([curve.mean(0)[:, 1] for curve in curves.values()])
-        low, high = (0, 1) if "success" in title or "share" in title else (ends.min(), ends.max() + 1e-9)
+        means = [y for curve in curves.values() for y in curve.mean(0)[:, 1]]
+        low, high = (0, 1) if "success" in title or "share" in title else (min(means), max(means) + 1e-9)
         print("\n" + title)
         for label, curve in curves.items():
             points = curve.mean(0)[np.linspace(0, curve.shape[1] - 1, min(curve.shape[1], 7)).astype(int)]
@@ -1188,8 +1188,8 @@ def command_inspect(config, *, episode=0, page="inspect.html"):
     require(METHODS[config.method].teacher == "gate", f"inspect shows the gate, and --method {config.method} has none")
     (model, chat), envs = load_policy(config), make_envs(config)
     tasks, decode = envs[0].tasks("train"), chat.tokenizer.decode
-    start = (tasks[config.seed % len(tasks)], config.seed, 0)
-    group = rollout(model, chat, envs, [start] * config.group_size, config, (4, config.seed))
+    starts = [(tasks[config.seed % len(tasks)], config.seed, 0)] * config.group_size
+    group = rollout(model, chat, envs, starts, config, (4, config.seed))
     require(0 <= episode < len(group) and any(group[episode].mask), f"--episode {episode}: there is none with a sampled token")
     e, first = group[episode], group[episode].mask.index(1)
     require(2 * e.ids[:first].count(chat.tokenizer.unk_token_id) < first,
@@ -1215,13 +1215,12 @@ def command_inspect(config, *, episode=0, page="inspect.html"):
             text, cells = decode([i]), [f"{value:.2f}" for value in row[:-1]] + [f"{'▲▼'[row[-1] < 0]}{row[-1]:+.2f}"]
             show(32 if row[3] > 0 else 31, line(text, cells))
             numbers = ", ".join(map(" ".join, zip(values, cells)))
-            tokens.append(f'<i tabindex=0 style="--d:{row[3]:.3f};--p:{row[4]:.3f}" data-n="{numbers}">{html.escape(text)}</i>')
+            tokens.append(f'<i tabindex="0" style="--d:{row[3]:.3f};--p:{row[4]:.3f}" data-n="{numbers}">{html.escape(text)}</i>')
     counts, edges = np.histogram(values["gap"][episode][:sum(e.mask)].cpu().clamp(-3, 3), 25, (-3, 3))
     bars = [f'<b style="--d:{d:.2f};--n:{n / counts.max():.3f}" title="{n}"></b>' for n, d in zip(counts, edges + 0.12)]
     filled = {name: html.escape(text[:20000]) for name, text in texts.items()} | {"tokens": "".join(tokens[1:1200]),
               "histogram": "".join(bars), "beta": f"{config.gate_beta * METHODS[config.method].beta:g}"}  # at most 500 kB
-    template = (TINY_FOLDER.parent / "inspect.html").read_text()
-    Path(page).write_text(re.sub(r"\{(\w+)\}", lambda name: filled[name[1]], template))
+    Path(page).write_text(re.sub(r"\{(\w+)\}", lambda name: filled[name[1]], (TINY_FOLDER.parent / "inspect.html").read_text()))
     print(f"\n{page}: the same, for a browser")
 
 def command_plot(config, *, runs=(), picture="plot.svg"):
