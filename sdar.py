@@ -1179,7 +1179,7 @@ def dissect(model, episodes, config):
     method, batch = METHODS[config.method], step_batch(model, None, episodes, config)
     entropy, student = response_logprobs(model, episodes, config, with_entropy=True)[1], batch["old"]
     teacher = torch.where(batch["taught"], score(model, episodes, config, with_skill=True), student)
-    trust = gate(config.gate, teacher - student, entropy, config.gate_beta * method.beta, batch["mask"])
+    trust = gate(config.gate if method.beta else "gap", teacher - student, entropy, config.gate_beta * method.beta, batch["mask"])
     return {"student": student, "teacher": teacher, "advantage": batch["advantages"], "gap": teacher - student, "gate": trust,
             "push": method.policy * batch["advantages"] + config.sdar_coef * trust}
 
@@ -1230,7 +1230,7 @@ def command_plot(config, *, runs=(), picture="plot.svg"):
         made, lines = read_run(run)
         settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.FREE, "seed")]
         alike.setdefault((re.sub(r"-s\d+$", "", run), str(settings)), []).append(lines)
-    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"), ("kl", "KL, nats"),
+    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"), ("kl", "KL"),
                         ("gap_mean", "mean gap, nats"), ("gate_active", "share of active gates"), ("entropy", "entropy, nats")):
         for (label, _), group in alike.items():
             found = [[(line["step"], line[name]) for line in lines if line.get(name) is not None] for lines in group]
