@@ -7,7 +7,8 @@ decides how far it is trusted on that token. At test time there is no skill: wha
 
     python sdar.py                                    # train the carried tiny policy on the toy household, on a CPU
     python sdar.py --model Qwen/Qwen3-0.6B            # a checkpoint from the hub, through the same code
-Sections: 1 configuration, 2 conversation, 3 rollout, 4 log-probs, 5 objectives, 6 update, 7 evaluation and training.
+Sections: 1 configuration (Config), 2 conversation (Chat, Episode.view), 3 rollout, 4 log-probs
+(response_mask), 5 objectives (group_advantages, gate, sdar_loss), 6 update (update), 7 evaluation and training (train).
 Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence, V vocabulary, H width.
 """
 import math
@@ -606,6 +607,8 @@ import argparse
 import copy
 import difflib
 import hashlib
+import html
+import itertools
 import json
 import os
 import random
@@ -1163,12 +1166,19 @@ def plan(config, given, methods, seeds, sweep, out):
         runs[label] = {seed: Config(**{**given, **row, "seed": seed, "out": f"{folder}-s{seed}"}) for seed in seeds}
     return runs
 
+def read_run(folder):
+    """(settings, lines of metrics) of a run's folder."""
+    try:
+        lines = [json.loads(line) for line in open(Path(folder, "metrics.jsonl"))]
+        return dict(json.loads(Path(folder, "config.json").read_text())), lines
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} holds no run that can be read: {error}") from error
+
 def finished(config):
     """The evaluations of a run, if it is complete, else None. UserError if it was made with other settings."""
     try:
-        old = dict(json.loads(Path(config.out, "config.json").read_text()))
-        lines = [json.loads(line) for line in open(Path(config.out, "metrics.jsonl"))]
-    except (OSError, ValueError, TypeError):
+        old, lines = read_run(config.out)
+    except UserError:
         return None
     read = {*vars(config)} - {*Run.FREE} | {"steps", "eval_every"}
     same = all(old.get(key) == getattr(config, key) for key in read)
@@ -1215,29 +1225,36 @@ def command_compare(config, given, *, methods=",".join(METHODS), seeds="0,1,2,3,
     out.mkdir(parents=True, exist_ok=True)
     report = out / "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
     report.with_suffix(".json").write_text(json.dumps({"start": start, "evaluations": done}) + "\n")
-    draw(done, start["success"], report.with_suffix(".svg"))
+    curves = {label: np.array([[(0, start["success"]), *((line["step"], line["eval_success"]) for line in lines)]
+                               for lines in row.values()]) for label, row in done.items() if row}
+    draw({"held-out success without the skill at training steps": curves}, report.with_suffix(".svg"))
     return any(len(row) > len(done[label]) for label, row in runs.items())
 
-def draw(done, start, path):
-    """Mean learning curves from success `start` on, of {label: {seed: evaluations}}, as text and, with sd bands, a picture."""
-    curves = {label: np.array([[(0, start), *((line["step"], line["eval_success"]) for line in lines)] for lines in row.values()])
-              for label, row in done.items() if row}  # (seeds, points, 2)
-    print("\nheld-out success without the skill at training steps")
-    for label, curve in curves.items():
-        shown = "".join(f"  {step:.0f}: {mean:.2f}" for step, mean in curve.mean(0))
-        print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for _, mean in curve.mean(0)) + shown + f"  {label}")
+def draw(panels, path):
+    """Means over runs of {title: {label: (runs, points, x and y)}}, as text and, with sd bands, a picture."""
+    for title, curves in panels.items():
+        means = [y for curve in curves.values() for y in curve.mean(0)[:, 1]]
+        low, high = (0, 1) if "success" in title or "share" in title else (min(means), max(means) + 1e-9)
+        print("\n" + title)
+        for label, curve in curves.items():
+            points = curve.mean(0)[np.linspace(0, curve.shape[1] - 1, min(curve.shape[1], 7)).astype(int)]
+            bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (y - low) / (high - low)))] for _, y in points)
+            print(bars + "".join(f"  {x:.4g}: {y:.2f}" for x, y in points) + f"  {label}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
-    axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
-    for label, curve in curves.items():
-        (steps, mean), sd = curve.mean(0).T, curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
-        axes.plot(steps, mean, label=label)
-        axes.fill_between(steps, mean - sd, mean + sd, alpha=0.15, linewidth=0)
-    axes.set(xlabel="training step", ylabel="held-out success without the skill", ylim=(0, 1))
-    axes.legend(fontsize="small")
-    axes.figure.savefig(path)
+    wide, high = min(len(panels), 3), -(-len(panels) // 3)
+    figure = Figure(figsize=(max(7, 4 * wide), max(4.2, 3 * high)), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(high, wide, squeeze=False).flat, panels.items()):
+        for label, curve in curves.items():
+            (x, mean), sd = curve.mean(0).T, curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
+            axes.plot(x, mean, label=label)
+            axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize="medium")
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+    print(f"\n{path}")
 
 def command_bench(config):
     """Where the time of a training step goes; then token_logprobs on each of its paths."""
@@ -1270,7 +1287,75 @@ def command_bench(config):
         print(f"{name:<8} forward {forward * 1e3:.1f} ms ({read / 1e9:.0f} GB/s, {read / copy_speed:.0%} of a copy), with "
               f"backward {both * 1e3:.1f} ms, GPU memory {peak / 1e6:.0f} MB, largest error {error:.1e}")
 
-# --- 12. Command line ---------------------------------------------------------------------------
+# --- 12. To look at: an episode token by token, and the curves of runs ----------------------------
+@torch.no_grad()
+def dissect(model, episodes, config):
+    """Of the sampled tokens of a group's episodes, a dict of (B, T): log-probs, advantage, gap, gate, and push: what a first
+    update multiplies the gradient of log pi with. test_the_push_is_the_losses_gradient"""
+    method, batch = METHODS[config.method], step_batch(model, None, episodes, config)
+    entropy, student = response_logprobs(model, episodes, config, with_entropy=True)[1], batch["old"]
+    teacher = torch.where(batch["taught"], score(model, episodes, config, with_skill=True), student)
+    trust = gate(config.gate if method.beta else "gap", teacher - student, entropy, config.gate_beta * method.beta, batch["mask"])
+    return {"student": student, "teacher": teacher, "advantage": batch["advantages"], "gap": teacher - student, "gate": trust,
+            "push": method.policy * batch["advantages"] + config.sdar_coef * trust}
+
+def command_inspect(config, *, episode=0, page="inspect.html"):
+    """Play the group of the training task that --seed chooses; show its --episode token by token, here and as a web --page."""
+    require(METHODS[config.method].teacher == "gate", f"inspect shows the gate, and --method {config.method} has none")
+    (model, chat), envs = load_policy(config), make_envs(config)
+    tasks, decode = envs[0].tasks("train"), chat.tokenizer.decode
+    starts = [(tasks[config.seed % len(tasks)], config.seed, 0)] * config.group_size
+    group = rollout(model, chat, envs, starts, config, (4, config.seed))
+    require(0 <= episode < len(group) and any(group[episode].mask), f"--episode {episode}: there is none with a sampled token")
+    e, first = group[episode], group[episode].mask.index(1)
+    require(2 * e.ids[:first].count(chat.tokenizer.unk_token_id) < first,
+            f"--model {config.model} cannot read --env {config.env}: its tokenizer does not know most of the prompt")
+    values = dissect(model, group, config)
+    scores = [f"{'won' if x.won else 'lost'} {a:+.2f}" for x, a in zip(group, values["advantage"][:, 0].tolist())]
+    texts = {"task": e.task, "episode": f"{episode}: {scores[episode]}", "group": ", ".join(scores), "skill": decode(e.skill_ids),
+             "before": decode(e.ids[:e.skill_at]), "after": decode(e.ids[e.skill_at:first])}
+    plain = lambda text: repr(text)[1:-1]  # no control character reaches the terminal
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show = lambda code, text: print(f"\033[{code}m{text}\033[0m" if colour else text)
+    room, shown = (20, slice(6)) if shutil.get_terminal_size().columns >= 80 else (10, slice(3, 6))  # 80 columns or 40
+    line = lambda text, cells: f"{plain(text)[:room - 1]:<{room}}" + "".join(f"{cell:>10}" for cell in cells[shown])
+    show(1, "\n".join(f"{name}: {plain(texts[name])}" for name in ("task", "episode", "group", "skill")))
+    show(1, line("", list(values)))
+    rows, tokens = zip(*(value[episode].tolist() for value in values.values())), []
+    for sampled, run in itertools.groupby(zip(e.ids, e.mask), lambda pair: pair[1]):
+        ids = [i for i, _ in run]
+        if not sampled:
+            show(2, plain(decode(ids)))
+            tokens.append(f"<p>{html.escape(decode(ids)[:999])}</p>")
+        for i, row in zip(ids, rows) if sampled else ():
+            text, cells = decode([i]), [f"{value:.2f}" for value in row[:-1]] + [f"{'▲▼'[row[-1] < 0]}{row[-1]:+.2f}"]
+            show(32 if row[3] > 0 else 31, line(text, cells))
+            numbers = ", ".join(map(" ".join, zip(values, cells)))
+            tokens.append(f'<i tabindex="0" style="--d:{row[3]:.3f};--p:{row[4]:.3f}" data-n="{numbers}">{html.escape(text)}</i>')
+    counts, edges = np.histogram(values["gap"][episode][:sum(e.mask)].cpu().clamp(-3, 3), 25, (-3, 3))
+    bars = [f'<b style="--d:{d:.2f};--n:{n / counts.max():.3f}" title="{n}"></b>' for n, d in zip(counts, edges + 0.12)]
+    filled = {name: html.escape(text[:20000]) for name, text in texts.items()} | {"tokens": "".join(tokens[1:1200]),
+              "histogram": "".join(bars), "beta": f"{config.gate_beta * METHODS[config.method].beta:g}"}  # at most 500 kB
+    Path(page).write_text(re.sub(r"\{(\w+)\}", lambda name: filled[name[1]], (TINY_FOLDER.parent / "inspect.html").read_text()))
+    print(f"\n{page}: the same, for a browser")
+
+def command_plot(config, *, runs=(), picture="plot.svg"):
+    """Draw the curves of runs, given by their folders; those that differ in nothing but the seed are one curve with a band."""
+    alike, panels = {}, {}
+    for run in runs:
+        made, lines = read_run(run)
+        settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.FREE, "seed")]
+        alike.setdefault((re.sub(r"-s\d+$", "", run), str(settings)), []).append(lines)
+    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"), ("kl", "KL"),
+                        ("gap_mean", "mean gap, nats"), ("gate_active", "share of active gates"), ("entropy", "entropy, nats")):
+        for (label, _), group in alike.items():
+            found = [[(line["step"], line[name]) for line in lines if line.get(name) is not None] for lines in group]
+            if points := min(map(len, found)):
+                panels.setdefault(title, {})[label] = np.array([curve[:points] for curve in found])
+    require(panels, "plot takes folders of runs that have finished a step: python sdar.py plot runs/toy-sdar-s0")
+    draw(panels, picture)
+
+# --- 13. Command line ---------------------------------------------------------------------------
 def command_evaluate(config):
     """Play the panel with the given model and print the table."""
     envs = make_envs(config)
@@ -1278,6 +1363,7 @@ def command_evaluate(config):
     RANK == 0 and print_table([("student", [by_type], ""), ("student*", [by_type], "")])
 
 COMMANDS = {"train": train, "evaluate": command_evaluate, "compare": command_compare, "bench": command_bench,
+            "inspect": command_inspect, "plot": command_plot,
             "warmstart": lambda config: warmstart(TINY_FOLDER, Chat(toy_tokenizer())) or command_evaluate(config)}
 
 def parse_args(argv):
@@ -1295,7 +1381,8 @@ def parse_args(argv):
         parser.add_argument(flag(f.name), help=f"{f.metadata['help']}{known} [{default}]", **kind)
     own = run.__kwdefaults__ or {}  # the command's own flags: its keyword-only arguments
     for name, default in own.items():
-        parser.add_argument(flag(name), type=type(default), help=f"[{default}]")
+        kind = {"nargs": "*"} if default == () else {"type": type(default)}  # a list comes without a flag
+        parser.add_argument(name if default == () else flag(name), help=f"[{default}]", **kind)
     values, rest = parser.parse_known_args(argv)
     near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
     require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))

@@ -1152,8 +1152,8 @@ def test_compare_for_real(tmp_path):
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    runs = {seed: [{"step": 10, "eval_success": seed / 10}] for seed in (6, 8)}
-    sdar.draw({"one": {6: runs[6]}, "two": runs, "failed": {}}, .1, tmp_path / "p.svg")
+    curve = np.array([[(0, .1), (10, .6)], [(0, .1), (10, .8)]])
+    sdar.draw({"success": {"one": curve[:1], "two": curve}}, tmp_path / "p.svg")
     assert "</svg>" in (tmp_path / "p.svg").read_text()
 
 def test_import_runs_nothing_and_help_shows_the_presets():
