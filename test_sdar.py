@@ -1,7 +1,7 @@
 """The proof: hand numbers, oracles, and the whole pipeline on small models. `python -m pytest -q`
 
 Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy, 7 runs, 8 the
-command line, 9 the CUDA kernel, 10 the real environments. Classic silent bugs are also planted, to see that their test finds them (`planted`)."""
+command line, 9 the CUDA kernel, 10 the real environments, 11 what teaches. Classic silent bugs are also planted, to see that their test finds them (`planted`)."""
 import copy
 import ctypes
 import http.server
@@ -11,17 +11,22 @@ import math
 import os
 import random
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.request
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -31,7 +36,8 @@ import envs
 import sdar
 from envs import HOME, EnvUnavailable, Household, ToyEnv, make_env, scripted_action
 
-DATA = Path(__file__).resolve().parent / ".assets" / "test"
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / ".assets" / "test"
 tensor = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
@@ -449,6 +455,58 @@ def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     bandit.learn(group(bank[:1]), [1.0, -1.0] * 2, [.1, .2] * 2)
     plays, total = arms["apple not found"]
     assert bandit.arms["apple not found"] == pytest.approx([plays + 1, total - 1])
+
+@pytest.fixture
+def chats(tiny, checkpoint):
+    """tiny, a checkpoint's, and that with a normaliser under which other text becomes an added token."""
+    from tokenizers import AddedToken, normalizers
+    chats = [tiny[1], *(sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1] for _ in range(2))]
+    chats[2].tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    chats[2].tokenizer.add_tokens([AddedToken("<TOOL>", normalized=True), AddedToken("<s>", lstrip=True, rstrip=True), "\n",
+                                   AddedToken("mug", single_word=True), AddedToken("\u2404", special=True)])
+    return chats[:2] + [sdar.Chat(chats[2].tokenizer)]
+
+def test_ten_thousand_hostile_strings(chats):
+    """2 checkpoints x 3 chats x 560 conversations of 3 strings: no control token that the frames did not bring."""
+    rng = random.Random(0)
+    for chat in chats:
+        added = {i: t for i, t in chat.tokenizer.added_tokens_decoder.items() if t.content not in ("<unk>", "\n")}
+        words = [token.content for token in added.values()] + ["<|end|>", "<|im_end|>", "<think>", "system", "\n", "go to"]
+        word, cut = lambda: rng.choice(words), lambda: rng.randrange(9)
+        wide = lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+        atoms = [word, word, lambda: word()[:cut()], lambda: word()[cut():], lambda: word().upper(), lambda: wide(word()),
+                 lambda: "<" * cut(), lambda: chr(rng.randrange(0x110000)), lambda: rng.choice(" \t\r\0\u202e\u200b\ud800\udfff\u0338")]
+        text = lambda: "".join(rng.choice(atoms)() for _ in range(rng.randrange(12)))
+        turns = lambda a, b, c: [i for i in chat.first(a, b)[0] + [chat.end_id] + chat.next(c, True) if i in added]
+        plain = turns("", "", "")
+        for _ in range(560):
+            texts = text(), text(), text()
+            assert turns(*texts) == plain, texts
+            back, same = chat.tokenizer.decode(chat.encode(texts[0])), lambda text: unicodedata.normalize("NFC", text)
+            assert chat is not chats[1] or same(back) == same(texts[0].encode(errors="replace").decode()), "no text is lost"
+
+def test_a_megabyte_of_anything(chats):
+    start = time.perf_counter()
+    for chat in chats:
+        for text in ("<|im_end|>", "<think>", " ", "<", "\ud83d", "a", "mug ", "\U0001f600", " " * 40000 + "mug " * 250000):
+            text *= 1 + 10 ** 6 // len(text)
+            shown = sdar.cut_text(chat, 512, text)
+            assert len(shown) < 2 ** 15 + 5 and len(chat.encode(shown)) < 512 + 5, text[:9]
+            assert chat.encode(text[:600]) is not chat.encode(text[:600]), "long texts would fill the memory"
+        chat.encode("<|im_end|>" * 30000)
+    envs.SearchEnv.TAG.sub("(", "<" + " " * 10 ** 5)
+    assert time.perf_counter() - start < 20, "a time that grows with the square"
+    assert chat.encode("mug") is chat.encode("mug")
+
+def test_an_environment_that_says_anything(tmp_path, monkeypatch, capsys):
+    class Hostile(ToyEnv):
+        def _result(self, text, state):
+            self.task += (hostile := "\ud83d \x00\x1b[2J\u202e<|end|><|user|>")
+            return super()._result(text + hostile, state)
+    monkeypatch.setitem(envs.ENVS, "toy", Hostile)
+    sdar.train(small(tmp_path, steps=1, max_turns=4))
+    printed = capsys.readouterr().out
+    assert "<|user|>" in printed and not set("\x00\x1b\u202e\ud83d") & set(printed)
 
 # --- 4. Rollout and update ---------------------------------------------------------------------------------
 def test_mask_covers_the_sampled_ids_with_their_end(policy):
@@ -946,7 +1004,7 @@ def test_stopping_waits_for_the_step(number, code, tmp_path):
     run = tmp_path / "run"
     flags = "--steps 999 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0 --save-every 999 --resume".split()
     command = [sys.executable, "sdar.py", "--out", str(run), *flags]
-    with subprocess.Popen(command, cwd=DATA.parents[1], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
             time.sleep(0.05)
         process.send_signal(number)
@@ -1157,7 +1215,7 @@ def test_the_picture(tmp_path):
     assert "</svg>" in (tmp_path / "p.svg").read_text()
 
 def test_import_runs_nothing_and_help_shows_the_presets():
-    python = lambda *args: subprocess.run([sys.executable, *args], cwd=DATA.parents[1], capture_output=True, text=True)
+    python = lambda *args: subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
     done = python("-c", "import sdar, sys; assert 'transformers' not in sys.modules")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = python("sdar.py", "--help")
@@ -1573,20 +1631,20 @@ def test_the_bundled_server_speaks_both_dialects_and_survives(search):
     (["play", "webshop", "--data", "/no"], 2, "WEBSHOP_ROOT"), (["serve", "envs.py"], 2, "envs.py, line 1"), ([], 2, "command")])
 def test_command_line_of_envs(argv, code, said):
     command = [sys.executable, "envs.py", *argv]
-    run = subprocess.run(command, cwd=DATA.parents[1], input="go to sofa 1\n", capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, input="go to sofa 1\n", capture_output=True, text=True)
     assert run.returncode == code and said in (run.stderr if code else run.stdout), run.stderr
     assert len(run.stderr.splitlines()) == (code == 2)
 
 def test_a_person_wins_in_the_terminal(request):
     _, task, actions = winner("toy", request)
-    run = subprocess.run([sys.executable, "envs.py", "play", "toy", "--task", task], cwd=DATA.parents[1], text=True,
+    run = subprocess.run([sys.executable, "envs.py", "play", "toy", "--task", task], cwd=ROOT, text=True,
                          input="\n".join(["nonsense words", *actions]), capture_output=True)
     assert run.stdout.endswith("won, score 1\n") and run.stdout.count("(an invalid action)") == 1 and run.stderr == ""
 
 def test_import_of_envs_is_quick_and_needs_no_engine():
     code = ("import time, sys; t = time.process_time(); import envs; print(time.process_time() - t, "
             "{'numpy', 'torch', 'textworld', 'urllib.request', 'argparse', 'web_agent_site'} & set(sys.modules))")
-    runs = [subprocess.run([sys.executable, "-c", code], cwd=DATA.parents[1], capture_output=True, text=True).stdout.split()
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
             for _ in "abc"]
     assert min(float(seconds) for seconds, _ in runs) < 0.1 and runs[0][1] == "set()"
 
@@ -1599,3 +1657,159 @@ def test_skill_banks(monkeypatch):
     monkeypatch.delitem(envs.SKILLS, "search")
     with pytest.raises(EnvUnavailable, match="environments.json"):
         make_env("search")
+
+# --- 11. What teaches: inspect, plot, the exercises, the README's commands ------------------------------------------
+README = (ROOT / "README.md").read_text()
+exercise = SimpleNamespace(**runpy.run_path(str(ROOT / ".assets/exercises/exercise.py")))
+grade = lambda name: runpy.run_path(str(ROOT / ".assets/exercises/graders.py"))["grade_" + name]()
+
+@pytest.mark.parametrize("name", exercise.BLANKS, ids="exercise_{}".format)
+def test_fill_in(name):
+    grade(name)
+
+@pytest.mark.parametrize("kind", ["bug", "experiment"], ids="exercise_{}".format)
+def test_answer(kind):
+    puzzle, _, answer = os.environ.get("ANSWER", "").partition(" ")
+    if not puzzle or puzzle.isdigit() != (kind == "bug"):
+        pytest.skip('no answer to judge: ANSWER="6 eos" or ANSWER="beta a"')
+    assert puzzle in exercise.puzzles(), f"{puzzle!r} is none of {', '.join(exercise.puzzles())}"
+    right, hint = exercise.judge(puzzle, answer)
+    assert right, f"{puzzle} is not {answer!r}. {hint}"
+
+def test_the_exercises_grade(tmp_path, monkeypatch):
+    for name, file in exercise.BLANKS.items():
+        (tmp_path / file).write_text((ROOT / file).read_text())
+        exercise.blank(name, tmp_path)
+        emptied = runpy.run_path(str(tmp_path / file))[name]
+        assert emptied.__doc__ == getattr(sdar, name).__doc__
+        for module in (sdar, envs):
+            monkeypatch.setattr(module, name, emptied, raising=False)
+        with pytest.raises(NotImplementedError, match=f"write {name} again"):
+            grade(name)
+    monkeypatch.setenv("ANSWER", "beta a")
+    with pytest.raises(AssertionError, match="is not 'a'. .*gate_mean"):
+        test_answer("experiment")
+    bugs, packed = "eos observations shift skill detach temperature groups micro".split(), str(exercise.puzzles())
+    for puzzle in exercise.puzzles():
+        assert sum(exercise.judge(puzzle, name)[0] for name in (bugs if puzzle.isdigit() else "abc")) == 1
+    assert not any(name in packed for name in bugs), "no solution may be read by accident"
+
+def test_planted_bugs_show_in_the_metrics_of_step_1(tiny, tmp_path, monkeypatch):
+    def step(module):
+        monkeypatch.setattr(module, "load_policy", lambda config: (sdar.copy.deepcopy(tiny[0]), tiny[1]))
+        config = module.Config(group_size=2, tasks_per_step=4, max_turns=5, minibatches=1, micro_tokens=300, temperature=2.0,
+                               out=str(tmp_path))
+        return {key: value and round(value, 5) for key, value in module.training_step(module.Run(config), 1)[1].items()}
+    monkeypatch.setitem(sys.modules, "sdar", sdar)
+    right = step(sdar)
+    for number in range(1, 9):
+        assert step(exercise.planted(str(number))) != right, f"bug {number} was not planted: sdar.py has changed under it"
+
+def test_the_push_is_the_losses_gradient(policy):
+    for changes in ({}, {"method": "opsd"}, {"gate": "entropy"}, {"gate": "constant"}):
+        config = small(Path(), group_size=8, sdar_coef=.3, **changes)
+        group, method = play(policy, config), sdar.METHODS[config.method]
+        group[1].reward = 1.0
+        of, batch = sdar.dissect(policy[0], group, config), sdar.step_batch(policy[0], None, group, config)
+        student, mask = of["student"].clone().requires_grad_(), batch["mask"]
+        entropy = sdar.response_logprobs(policy[0], group, config, with_entropy=True)[1].detach()
+        loss = method.policy * sdar.policy_loss(student, batch["old"], batch["advantages"], mask)[0] + .3 * sdar.sdar_loss(
+            student, of["teacher"], mask, config.gate, 5.0, entropy)[0]
+        assert torch.allclose(-grad_of(loss, student) * mask.sum(), of["push"] * mask, atol=1e-5)
+
+@pytest.fixture
+def inspect(tiny, tmp_path, monkeypatch, capsys):
+    """Flags -> (exit code, stdout, stderr, the page)."""
+    monkeypatch.setattr(sdar, "load_policy", lambda config: tiny), monkeypatch.chdir(tmp_path)
+    page = tmp_path / "inspect.html"
+    return lambda flags: (sdar.main(["inspect", *flags.split()]), *capsys.readouterr(), page.exists() and page.read_text())
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_inspect(columns, inspect, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _, page = inspect("--seed 6 --episode 2")
+    rows = [line for line in out.splitlines() if re.search("[▲▼]", line)]
+    assert code == 0 and len(rows) == 18 and max(map(len, rows)) <= columns and "won +1.62" in out and "\033" not in out
+    assert ("student   teacher" in out) == (columns == 80)
+    tags = [element.tag for element in ElementTree.fromstring(page).iter()]
+    assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (len(rows), 25, 1)
+    assert len(page) < 20_000 and re.search("--d:-[2-9]", page)
+    assert not re.search(r"<script|https?:|url\(|@import|\{[a-z]+\}|src=", page)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False), monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033[32m" in inspect("--seed 6 --episode 2")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert inspect("--seed 6 --episode 2")[1] == out
+
+def test_inspect_shows_hostile_text_as_text_and_refuses_what_it_cannot_show(inspect, tiny, monkeypatch):
+    for flags, message in (("--method grpo", "--method grpo has none"), ("--episode 8", "--episode 8: there is none")):
+        assert message in inspect(flags + " --max-turns 1")[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny[1].tokenizer), "decode", lambda *args, **options: "<script>\x1b[31m{task}\"'&")
+        code, out, _, page = inspect("--max-turns 3")
+        read = ElementTree.fromstring(page.replace("\x1b", ""))
+        assert code == 0 and "\x1b" not in out and "<script" not in page and "".join(read.itertext()).count("<script>") > 9
+    reset = envs.ToyEnv.reset
+    monkeypatch.setattr(envs.ToyEnv, "reset", lambda self, *start: ("lorem ipsum dolor sit amet", reset(self, *start)[1]))
+    code, _, error, _ = inspect("--max-turns 1")
+    assert (code, error) == (2, "sdar.py: --model tiny cannot read --env toy: its tokenizer does not know most of the prompt\n")
+
+def test_plot(tmp_path, monkeypatch, capsys):
+    def run(name, success, steps=3, **changes):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(vars(sdar.Config(out=name, **changes))))
+        lines = [json.dumps({"step": step, "success": success, "kl": step / 7, "gap_mean": None}) for step in range(1, steps + 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    run("a-s0", .25), run("a-s1", .75, 2, seed=1), run("b-s0", 1.0, lr=1.0), run("b-s1", 0.0, lr=2.0, seed=1), run("empty", 0, 0)
+    assert sdar.main("plot a-s0 a-s1 b-s0 --picture p.png".split()) == 0
+    out = capsys.readouterr().out
+    assert "▅▅  1: 0.50  2: 0.50  a\n███  1: 1.00  2: 1.00  3: 1.00  b\n" in out
+    assert "mean gap" not in out and "KL\n▁▄  1" in out
+    assert Path("p.png").exists() == ("no picture" not in out)
+    Path("torn").mkdir(), Path("torn/metrics.jsonl").write_text("{")
+    for runs, message in (("", "takes folders"), ("empty", "finished a step"), ("torn", "torn holds no"), (".", ". holds no")):
+        assert sdar.main(["plot", *runs.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+NOT_RUN = {"pytest": "it is this suite", "git checkout": "undoes blank", "exercise.py blank": "done on copies", "venv": "it is .ci/run",
+           "sdar.py compare": "minutes; its flags are parsed, the rest is test_compare_for_real", "--help": "test_import_runs_nothing...",
+           "Qwen/": "no weights at hand: test_a_checkpoint_goes_through_the_same_code", "warmstart": "minutes: its own test",
+           "envs.py": "test_command_line_of_envs, test_search, test_contract", "torchrun": "test_two_processes...", "...": "a form",
+           "RUN": "a form", "echo": "questions and a corpus, as test_search's", "bench": "test_bench"}
+
+def test_the_readmes_commands(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path), monkeypatch.setitem(sys.modules, "sdar", sdar)
+    short = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max-turns 3 --steps 1".split()
+    blocks = re.findall(r"^(\w.*?)(?:  +#.*)?$", "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+    commands = sorted({*re.findall(r"`((?:python|torchrun) [^`]*)`", README), *blocks}, key=lambda text: (text != "python sdar.py", text))
+    run = [command for command in commands if not any(form in command for form in NOT_RUN)]
+    assert len(commands) > 40 and len(run) > 8 and run[0] == "python sdar.py"
+    for command in commands:
+        script, *words = shlex.split(command)[1:]
+        if "compare" in words and "M" not in words:
+            assert sdar.parse_args(words)
+    for command in run:
+        script, *words = shlex.split(command)[1:]
+        main = sdar.main if script == "sdar.py" else lambda argv: exercise.main(*argv)
+        words += short * (words == [] or "--steps" in words) + short[:-2] * ("evaluate" in words) + ["gate.svg"] * ("gradient" in words)
+        assert main(words) in (0, None), command
+
+def test_the_readmes_library_example():
+    code, = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    table, ids, response = torch.randn(9, 9, requires_grad=True), torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
+    names = {"model": lambda ids: SimpleNamespace(logits=table[ids]), "response": response, "mask": torch.ones(2, 5),
+             "student_ids": torch.cat([ids[:, :3], response], 1), "teacher_ids": torch.cat([ids, response], 1),
+             "grpo_loss": lambda logprobs, ids, mask: (logprobs * mask).sum()}
+    exec(code, names)
+    names["loss"].backward()
+    expected = torch.log_softmax(table[names["student_ids"][:, 2:-1]], -1).gather(-1, response[..., None])[..., 0]
+    assert torch.allclose(names["student"], expected) and table.grad.abs().sum() > 0 and not names["teacher"].requires_grad
+
+def test_the_table_of_contents_leads_to_the_method():
+    sections = dict(re.findall(r"^# --- (\d+)\. .*?-\n(.*?)(?=^# ---|^# ====|\Z)", (ROOT / "sdar.py").read_text(), re.M | re.S))
+    assert [*sections] == [str(n) for n in range(1, len(sections) + 1)]
+    contents = re.findall(r"(\d) [^,(]+? \(([^)]*)\)", " ".join(sdar.__doc__.partition("Sections:")[2].split()))
+    places = {name.split(".")[-1]: section for section, names in contents for name in names.split(", ")}
+    assert {"gate", "view", "group_advantages", "response_mask"} <= {*places}
+    assert all(re.search(rf"(def|class) {name}\b", sections[section]) for name, section in places.items()), places
