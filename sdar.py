@@ -1319,8 +1319,7 @@ def command_inspect(config, *, episode=0, page="inspect.html"):
     show = lambda code, text: print(f"\033[{code}m{text}\033[0m" if colour else text)
     room, shown = (20, slice(6)) if shutil.get_terminal_size().columns >= 80 else (10, slice(3, 6))  # 80 columns or 40
     line = lambda text, cells: f"{plain(text)[:room - 1]:<{room}}" + "".join(f"{cell:>10}" for cell in cells[shown])
-    show(1, "\n".join(f"{name}: {plain(texts[name])}" for name in ("task", "episode", "group", "skill")))
-    show(1, line("", list(values)))
+    show(1, "\n".join([*(f"{name}: {plain(texts[name])}" for name in [*texts][:4]), line("", list(values))]))
     rows, tokens = zip(*(value[episode].tolist() for value in values.values())), []
     for sampled, run in itertools.groupby(zip(e.ids, e.mask), lambda pair: pair[1]):
         ids = [i for i, _ in run]
