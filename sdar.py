@@ -142,7 +142,6 @@ class Chat:
         self._control = {id for id, token in added.items() if token.special or len(token.content) > 1} - harmless
         cached = lru_cache(maxsize=5000)(self._encode)  # environments repeat themselves, in short texts
         self.encode = lambda text: (cached if len(text) < 500 else self._encode)(text)
-        self.stop_text = lru_cache(self._stop_text)
 
     def _encode(self, text):
         """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one that is
@@ -156,12 +155,6 @@ class Chat:
         for part in self._before_first[1:]:  # the tiny policy's template has no place for a system message
             head += self.encode(instructions) + part
         return head + self.encode(observation) + self._after, len(head)
-
-    def _stop_text(self, strings):
-        """A function of ids (B, n): which rows now hold one of the strings. None if the tokenizer cannot write them."""
-        from transformers import StopStringCriteria
-        writable = [text for text in strings if self.tokenizer.decode(self._encode(text)) == text]
-        return StopStringCriteria(self.tokenizer, writable) if writable else None
 
     def next(self, observation, ended):
         """Ids between two responses. ended: the first response came to its end of turn by itself."""
@@ -251,8 +244,8 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
-    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, without those whose engine
-    or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream (*stream, i),
+    """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, but for those whose
+    engine or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream (*stream, i),
     whatever its neighbours do. with_skill: the prompt that is sampled from has the skill. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
@@ -279,7 +272,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             with forward_dtype(model, config):
                 sampler.feed_rows([episodes[i].ids[fed[i]:] for i in live])
                 responses = sampler.respond(torch.tensor(uniforms, device=model.device), chat.stop_ids,
-                                            chat.stop_text(envs[0].stop_strings))
+                                            stop_criteria(chat, envs[0].stop_strings))
             texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in responses]
             parsed, keep = [envs[i].parse(text) for i, text in zip(live, texts)], []
             results = call_all([partial(envs[i].step, action) for i, (action, _) in zip(live, parsed)], envs[0].slow)
@@ -496,8 +489,8 @@ def step_batch(model, start, episodes, config):
     return batch
 
 def update(model, optimizer, episodes, batch, config, rng):
-    """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's token
-    mean: neither the gradient nor the metrics, which are returned, depend on how it is cut or which processes share it."""
+    """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
+    token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut or which processes share it."""
     method, order, norms, sums = METHODS[config.method], rng.permutation(len(episodes)), [], []
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
     kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
@@ -787,6 +780,13 @@ def make_envs(config):
     envs[0].tasks(config.eval_split)  # none? say so now
     return envs
 
+@lru_cache
+def stop_criteria(chat, strings):
+    """A function of ids (B, n): which rows now hold one of the strings. None if the tokenizer cannot write them."""
+    from transformers import StopStringCriteria
+    writable = [text for text in strings if chat.tokenizer.decode(chat.encode(text)) == text]
+    return StopStringCriteria(chat.tokenizer, writable) if writable else None
+
 def cut_text(chat, limit, text):
     """The text, cut after `limit` tokens."""
     if len(text.encode(errors="replace")) <= limit:  # a token is a byte or more
@@ -880,7 +880,8 @@ class Run:
         self.before = {"start_" + key: value for key, value in before.items()}
         print("{method} on {env} with {model} ({size:,} parameters), {preset} preset, seed {seed}: {steps} steps of "
               "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success "
-              "{success:.2f}, with the skill {success_skill:.2f}".format(size=self.model.num_parameters(), **vars(self.config), **before))
+              "{success:.2f}, with the skill {success_skill:.2f}".format(
+                  size=self.model.num_parameters(), **vars(self.config), **before))
         if before["success_skill"] <= before["success"]:
             print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -891,8 +892,8 @@ class Run:
 
     @contextmanager
     def kept_on_disk(self):
-        """Around the training loop, whose steps it gives: Ctrl-C and SIGTERM wait for the end of a step, a second one does not; an environment that
-        fails ends the run. In both cases all that was learned is then on disk."""
+        """Around the training loop, whose steps it gives: Ctrl-C and SIGTERM wait for the end of a step, a second one does not;
+        an environment that fails ends the run. In both cases all that was learned is then on disk."""
         def wait(number, frame):
             self.asked = number
             signal.signal(number, before[number])
@@ -938,8 +939,8 @@ class Run:
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
         self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
-        require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a gradient "
-                f"that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
+        require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a "
+                f"gradient that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
         asked = [number for number in gathered([self.asked]) if number]  # of any process
         if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or asked:
             self.save()
@@ -976,8 +977,9 @@ class Run:
         whole = [folder for folder in found if is_whole(folder)]
         if not whole:
             ours = {"metrics.jsonl", "checkpoint.new"}  # what a run leaves that is killed before it saves
-            require({path.name for path in self.folder.glob("*")} <= ours, f"--resume: {self.folder} holds no run that can be read")
-            return RANK == 0 and print(f"--resume: nothing was saved in {self.folder} yet, so this run begins anew", file=sys.stderr)
+            found = {path.name for path in self.folder.glob("*")}
+            require(found <= ours, f"--resume: {self.folder} holds no run that can be read")
+            return RANK == 0 and print(f"--resume: nothing was saved in {self.folder}, so this run begins anew", file=sys.stderr)
         if whole[0] != found[0] and RANK == 0:
             print(f"--resume: {found[0]} is damaged, {whole[0]} takes its place", file=sys.stderr)
         state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
@@ -993,7 +995,7 @@ class Run:
         self.step, self.bad, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
         self.first = json.loads(self.lines.read_text().splitlines()[0]) if self.step else None
         RANK == 0 and self.replace_file("metrics.jsonl", "".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
-        RANK == 0 and print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or 'nothing'}", file=sys.stderr)
+        RANK == 0 and print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or '-'}", file=sys.stderr)
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
@@ -1012,7 +1014,7 @@ def alarms(now, first):
     """What looks like a run going wrong, in plain words with what usually helps. now, first: metrics of two steps."""
     length = lambda metrics: metrics["response_tokens"] / metrics["turns"]
     return [text for text, wrong in {
-        "no group's episodes differ in their score, so the reward says nothing (all lost? easier tasks, a larger --group-size help)":
+        "no group's episodes differ in score, so the reward says nothing (all lost? easier tasks, a larger --group-size help)":
             now["flat_groups"] == 1,
         "the entropy is near zero and most episodes are lost, always in the same way: a lower --lr or more --entropy-coef helps":
             now["entropy"] is not None and now["entropy"] < 0.1 and now["success"] < 0.5,
@@ -1030,7 +1032,7 @@ def wilson(wins, n, z=1.96):
     return (middle - half) / scale, (middle + half) / scale
 
 def print_table(rows):
-    """Success by task type, mean±sd over runs; of one run also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
+    """Success by task type, mean±sd over runs; of one also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
     print("\n" + " " * width + "".join(f"{kind:<11}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
     for title, runs, remark in rows:

@@ -457,56 +457,45 @@ def test_the_bandit_tries_everything_and_then_prefers_what_helps():
     assert bandit.arms["apple not found"] == pytest.approx([plays + 1, total - 1])
 
 @pytest.fixture
-def chats(tiny, checkpoint):
-    """tiny, a checkpoint's, and that with a normaliser under which other text becomes an added token."""
-    from tokenizers import AddedToken, normalizers
+def chats(tiny, checkpoint):  # the third: a normaliser makes added tokens of other text, the model makes ~
+    from tokenizers import AddedToken as Added, normalizers
     chats = [tiny[1], *(sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))[1] for _ in range(2))]
     chats[2].tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    chats[2].tokenizer.add_tokens([AddedToken("<TOOL>", normalized=True), AddedToken("<s>", lstrip=True, rstrip=True), "\n",
-                                   AddedToken("mug", single_word=True), AddedToken("\u2404", special=True)])
+    chats[2].tokenizer.add_tokens(["<TOOL>", Added("<s>", lstrip=True, rstrip=True), Added("mug", single_word=True), "\n",
+                                   Added("~", special=True), Added("<eot>", special=True, normalized=True)])
     return chats[:2] + [sdar.Chat(chats[2].tokenizer)]
 
 def test_ten_thousand_hostile_strings(chats):
-    """2 checkpoints x 3 chats x 560 conversations of 3 strings: no control token that the frames did not bring."""
-    rng = random.Random(0)
-    for chat in chats:
-        added = {i: t for i, t in chat.tokenizer.added_tokens_decoder.items() if t.content not in ("<unk>", "\n")}
-        words = [token.content for token in added.values()] + ["<|end|>", "<|im_end|>", "<think>", "system", "\n", "go to"]
-        word, cut = lambda: rng.choice(words), lambda: rng.randrange(9)
-        wide = lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    for chat, rng in zip(chats, map(random.Random, range(3))):
+        added = {i: t.content for i, t in chat.tokenizer.added_tokens_decoder.items() if t.content not in ("<unk>", "\n")}
+        word, cut = lambda: rng.choice([*added.values(), "<|end|>", "<|im_end|>", "<think>", "system", "\n"]), lambda: rng.randrange(9)
+        wide, same = lambda text: re.sub("[!-~]", lambda c: chr(ord(c[0]) + 0xFEE0), text), lambda x: unicodedata.normalize("NFC", x)
         atoms = [word, word, lambda: word()[:cut()], lambda: word()[cut():], lambda: word().upper(), lambda: wide(word()),
                  lambda: "<" * cut(), lambda: chr(rng.randrange(0x110000)), lambda: rng.choice(" \t\r\0\u202e\u200b\ud800\udfff\u0338")]
         text = lambda: "".join(rng.choice(atoms)() for _ in range(rng.randrange(12)))
         turns = lambda a, b, c: [i for i in chat.first(a, b)[0] + [chat.end_id] + chat.next(c, True) if i in added]
-        plain = turns("", "", "")
-        for _ in range(560):
-            texts = text(), text(), text()
-            assert turns(*texts) == plain, texts
-            back, same = chat.tokenizer.decode(chat.encode(texts[0])), lambda text: unicodedata.normalize("NFC", text)
-            assert chat is not chats[1] or same(back) == same(texts[0].encode(errors="replace").decode()), "no text is lost"
+        for texts in [(text(), text(), text()) for _ in range(560)]:  # x 3 strings, 3 chats, 2 checkpoints
+            assert turns(*texts) == turns("", "", ""), texts
+            kept = same(chat.tokenizer.decode(chat.encode(texts[0]))) == same(texts[0].encode(errors="replace").decode())
+            assert kept or chat is not chats[1], texts
 
 def test_a_megabyte_of_anything(chats):
-    start = time.perf_counter()
+    start = time.process_time()
     for chat in chats:
-        for text in ("<|im_end|>", "<think>", " ", "<", "\ud83d", "a", "mug ", "\U0001f600", " " * 40000 + "mug " * 250000):
-            text *= 1 + 10 ** 6 // len(text)
-            shown = sdar.cut_text(chat, 512, text)
-            assert len(shown) < 2 ** 15 + 5 and len(chat.encode(shown)) < 512 + 5, text[:9]
+        for text in ("<|im_end|>", "<think>", " ", "\uff1ceot\uff1e", "\ud83d", "mug ", "\U0001f600", " " * 40000 + "mug " * 10 ** 5):
+            shown = sdar.cut_text(chat, 512, text := text * (1 + 10 ** 6 // len(text)))
+            assert len(shown) < 2 ** 15 + 5 and len(chat.encode(shown)) < 512 + 8, text[:9]
             assert chat.encode(text[:600]) is not chat.encode(text[:600]), "long texts would fill the memory"
-        chat.encode("<|im_end|>" * 30000)
-    envs.SearchEnv.TAG.sub("(", "<" + " " * 10 ** 5)
-    assert time.perf_counter() - start < 20, "a time that grows with the square"
-    assert chat.encode("mug") is chat.encode("mug")
+    chat.encode("<|im_end|>" * 10 ** 5), envs.SearchEnv.TAG.sub("(", "<" + " " * 10 ** 5)
+    assert time.process_time() - start < 20, "a time that grows with the square"
 
 def test_an_environment_that_says_anything(tmp_path, monkeypatch, capsys):
-    class Hostile(ToyEnv):
-        def _result(self, text, state):
-            self.task += (hostile := "\ud83d \x00\x1b[2J\u202e<|end|><|user|>")
-            return super()._result(text + hostile, state)
-    monkeypatch.setitem(envs.ENVS, "toy", Hostile)
+    def says(self, text, state):
+        self.task += (hostile := "\ud83d \x00\x1b[2J\u202e<|end|><|user|>")
+        return ToyEnv._result(self, text + hostile, state)
+    monkeypatch.setitem(envs.ENVS, "toy", type("Hostile", (ToyEnv,), {"_result": says}))
     sdar.train(small(tmp_path, steps=1, max_turns=4))
-    printed = capsys.readouterr().out
-    assert "<|user|>" in printed and not set("\x00\x1b\u202e\ud83d") & set(printed)
+    assert "<|user|>" in (printed := capsys.readouterr().out) and not set("\x00\x1b\u202e\ud83d") & set(printed)
 
 # --- 4. Rollout and update ---------------------------------------------------------------------------------
 def test_mask_covers_the_sampled_ids_with_their_end(policy):
@@ -535,9 +524,9 @@ def test_a_response_ends_at_the_closing_tag_however_it_is_cut(hub, tiny):
     unclosed = chat._frame("<action>look</action ") + [chat.end_id]
     assert len(whole) < len(letters)
     sampler = Scripted([row + [5] * 60 for row in (whole, letters, unclosed)], len(chat.tokenizer))
-    responses = sampler.respond(torch.full((3, 60), .5), chat.stop_ids, chat.stop_text(("</action>",)))
+    responses = sampler.respond(torch.full((3, 60), .5), chat.stop_ids, sdar.stop_criteria(chat, ("</action>",)))
     assert [ids for ids, _ in responses] == [whole, letters, unclosed]
-    assert tiny[1].stop_text(("</action>",)) is None  # it has no tags to write
+    assert sdar.stop_criteria(tiny[1], ("</action>",)) is None  # it has no tags to write
 
 def test_only_new_ids_are_fed_and_a_shared_prompt_once(hub, monkeypatch):
     shapes = noted(monkeypatch, "feed", lambda self, ids, new: (*ids.shape, int(new.sum())), sdar.Sampler)
@@ -962,7 +951,7 @@ def test_kill_at_any_moment_and_resume(tmp_path, monkeypatch):
     seconds, name = time.monotonic() - begin, next(names)
     while kills < int(os.environ.get("SDAR_FAULTS", 3)):
         process = launch(str(name))
-        process.join(rng.uniform(0, 1.2 * seconds))
+        process.join(rng.uniform(0, 2 * seconds))
         kills += process.is_alive()
         process.kill()
         process.join()
@@ -1813,3 +1802,9 @@ def test_the_table_of_contents_leads_to_the_method():
     places = {name.split(".")[-1]: section for section, names in contents for name in names.split(", ")}
     assert {"gate", "view", "group_advantages", "response_mask"} <= {*places}
     assert all(re.search(rf"(def|class) {name}\b", sections[section]) for name, section in places.items()), places
+
+def test_the_way_out_names_every_setting_and_its_commands_parse():
+    text = README.split("## Outgrown")[1].split("\n## ")[0]
+    configs = [sdar.parse_args(line.split())[1] for line in re.findall(r"^python sdar.py (--env .*)", text, re.M)]
+    assert [(c.env, c.tasks_per_step, c.max_turns) for c in configs] == [("alfworld", 16, 50), ("webshop", 16, 15), ("search", 128, 4)]
+    assert [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text] == []
