@@ -775,6 +775,8 @@ def load_policy(config):
 def make_envs(config):
     """One environment for each episode of a step or of a part of the panel."""
     options = {name: value for name, value in (("data", config.env_data), ("url", config.search_url)) if value}
+    taken = {"toy": (), "search": ("data", "url")}.get(config.env, ("data",))
+    require({*options} <= {*taken}, f"--env {config.env} takes no --env-data or no --search-url")
     number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
     envs = [make_env(config.env, max_turns=config.max_turns, **options) for _ in range(number)]
     envs[0].tasks(config.eval_split)  # none? say so now
@@ -1144,7 +1146,7 @@ def replace_folder(folder, write):
 def sums(folder):
     """{file: SHA-256} of a checkpoint, but for the files that keep such sums."""
     paths = sorted(path for path in folder.iterdir() if path.name not in ("fingerprint.json", "sums.json"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths}
 
 def is_whole(folder):
     """True if a checkpoint is as it was written."""

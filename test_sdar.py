@@ -1081,6 +1081,8 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
     shutil.copytree(DATA / "folders", tmp_path, dirs_exist_ok=True)
     (tmp_path / "TORN/config.json").write_text(json.dumps(vars(sdar.Config(out="TORN"))))
     monkeypatch.chdir(tmp_path), monkeypatch.setattr(sdar, "launch", lambda config: "it should not be")
+    if "--env " in flags:  # said before a model is loaded
+        monkeypatch.setattr(sdar, "load_policy", None)
     before = sorted(tmp_path.rglob("*"))
     assert sdar.main(flags.split()) == 2
     captured = capsys.readouterr()
