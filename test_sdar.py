@@ -1,7 +1,8 @@
 """The proof: hand numbers, oracles, and the whole pipeline on small models. `python -m pytest -q`
 
 Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy, 7 runs, 8 the
-command line, 9 the CUDA kernel, 10 the real environments, 11 what teaches. Classic silent bugs are also planted, to see that their test finds them (`planted`)."""
+command line, 9 the CUDA kernel, 10 the real environments, 11 what teaches. Classic silent bugs are also planted, to see that their
+test finds them (`planted`)."""
 import copy
 import ctypes
 import http.server
@@ -1026,6 +1027,20 @@ def test_numbers_going_wrong(tmp_path, monkeypatch, capsys):
     rows = lines(tmp_path / "run")
     assert [row["skipped_updates"] for row in rows] == [0, 4, 4, 4] and [row["loss"] is None for row in rows] == [False] + [True] * 3
     assert torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)["step"] == 1 and "NaN" not in str(rows)
+
+def test_an_episode_without_a_response_token_and_empty_responses(policy, tmp_path):
+    """Nothing sampled, the end of turn alone, and no end within max_new_tokens: all are scored, none breaks a step."""
+    config = small(tmp_path, max_new_tokens=1)
+    episodes = play(policy, config)
+    assert all(len(e.logprobs) == sum(e.mask) == e.turns for e in episodes)  # no response came to its end
+    silent = episodes[0]
+    silent.ids, silent.mask, silent.logprobs = silent.ids[:silent.mask.index(1)], [0] * silent.mask.index(1), []
+    batch = sdar.step_batch(policy[0], policy[0], episodes, config)
+    batch["teacher"] = sdar.score(policy[0], episodes, config, with_skill=True)
+    metrics = sdar.update(policy[0], torch.optim.AdamW(policy[0].parameters()), episodes, batch, config, np.random.default_rng(0))
+    assert batch["mask"][0].sum() == 0 and math.isfinite(metrics["loss"]) and metrics["skipped_updates"] == 0
+    assert policy[1].next("x", ended=True)[:1] != [policy[1].end_id] == policy[1].next("x", ended=False)[:1]
+    assert ToyEnv().parse(policy[1].tokenizer.decode([policy[1].end_id], skip_special_tokens=True)) == ("", False)
 
 def test_alarms():
     first = dict(flat_groups=0, entropy=.5, success=.1, invalid_rate=.1, response_tokens=30, turns=10)
