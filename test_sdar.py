@@ -1003,6 +1003,17 @@ def test_stopping_waits_for_the_step(number, code, tmp_path):
     assert process.returncode == code and "with the same command and --resume" in said, said
     assert state["step"] == len(lines(run)) >= 3 and sdar.is_whole(run / "checkpoint")
 
+def test_a_second_signal_does_not_wait():
+    run = SimpleNamespace(step=0, config=SimpleNamespace(steps=1, method="sdar"), results=None, asked=None)
+    before = signal.getsignal(signal.SIGINT)
+    with sdar.Run.kept_on_disk(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     save, saved = torch.save, []
     def full(*args):
