@@ -1,6 +1,11 @@
 """A stand-in for WebShop: the real class's interface and misbehaviour, in three pages."""
+import random
+
 class Server:
-    goals, pages = [{"category": "garden", "instruction_text": "Find me a lamp", "number": i} for i in range(50)], {}
+    def __init__(self):
+        self.goals = [{"category": "garden", "instruction_text": "Find me a lamp", "price": random.random()} for _ in range(50)]
+        self.pages = {}
+
 class WebAgentTextEnv:
     def __init__(self, observation_mode="html", file_path="", server=None, human_goals=None, session_prefix=""):
         assert observation_mode == "text" and human_goals is False
