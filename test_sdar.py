@@ -1571,6 +1571,7 @@ def test_alfworld_without_or_with_broken_data(alfworld, tmp_path):
         world.tasks("dev")
 
 def test_webshop_misbehaves():
+    random.seed(1)
     before = random.getstate()
     one, two = (make_env("webshop", data=str(DATA / "webshop")) for _ in "ab")
     assert random.getstate() == before and one.shop.server.goals[0]["price"] == random.Random(233).random()
@@ -1643,9 +1644,9 @@ def test_a_misbehaving_server_is_never_an_observation(kind):
             assert envs.ask(url, "q") == ["a"]
             return server.shutdown()
         with pytest.raises(EnvUnavailable, match=f"{url}.*{'8 MB.*' * (kind == 'enormous')}envs.py serve") as error:
-            envs.ask(url, "q", seconds=0.6)
+            envs.ask(url, "q", seconds=4 if kind == "enormous" else 0.6)
         server.shutdown()
-    assert time.monotonic() - begin < 2.5 and "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert time.monotonic() - begin < (9 if kind == "enormous" else 2.5) and "\n" not in str(error.value) and len(str(error.value)) < 600
     assert all(call == {"query": "q", "queries": ["q"], "topk": 3, "return_scores": True} for call in calls)
     assert len(calls) == {"refused": 0, "422": 1, "slow": 1, "500": 2, "half": 2}.get(kind, len(calls))
 
