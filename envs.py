@@ -128,9 +128,9 @@ class TextEnv:
 
     def tasks(self, split):
         """Task ids of a split ("train", "dev" or "eval"), in a fixed order. EnvUnavailable if there are none."""
-        found = [task for task, goal in self.goals.items() if split in goal[1]]
-        require(found, f"{self.name}: none of the {len(self.goals)} tasks is in the split {split!r}", EnvUnavailable)
-        return found
+        splits = {part for goal in self.goals.values() for part in goal[1]}
+        require(split in splits, f"{self.name}: no task is in the split {split!r}, but in {sorted(splits)}", EnvUnavailable)
+        return [task for task, goal in self.goals.items() if split in goal[1]]
 
     def reset(self, task, seed=0):
         """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same episode. Returns
@@ -193,11 +193,11 @@ PLACES = STORAGES + sum(APPLIANCES.values(), ())
 CLASSES = ("apple", "bowl", "bread", "cup", "egg", "mug", "plate", "potato", "spoon", "tomato")
 TASK_TEXT = {"put": "put a {object} in {target}", **{v: v + " a {object} and put it in {target}" for v in APPLIANCES},
              "look": "look at a {object} under the desklamp 1", "two": "put two {object} in {target}"}
-PHRASES = (  # every fixed one of the world's text: the tiny policy's vocabulary
-    "You are in the middle of a room", "Your task is to", "put", "put it in", "put two", "clean", "heat", "cool", "look at",
-    "under", "desklamp 1", "go to", "open", "take", "use", "look", "inventory", "in", "from", "in/on", "with", "is closed", "On",
-    "In", "you see", "nothing", "You arrive at", "You pick up", "You put", "You clean", "You heat", "You cool", "You turn on",
-    "You are carrying", "Nothing happens", "Skill", "is kept in", "is on", "Clean with", "Heat with", "Cool with")
+PHRASES = ("You are in the middle of a room", "Your task is to", "put", "put it in", "put two", "clean", "heat", "cool",
+           "look at", "under", "desklamp 1", "go to", "open", "take", "use", "look", "inventory", "in", "from", "in/on", "with",
+           "is closed", "On", "In", "you see", "nothing", "You arrive at", "You pick up", "You put", "You clean", "You heat",
+           "You cool", "You turn on", "You are carrying", "Nothing happens", "Skill", "is kept in", "is on", "Clean with",
+           "Heat with", "Cool with")
 
 @dataclass(frozen=True)
 class Household:
@@ -447,7 +447,7 @@ class AlfworldEnv(TextEnv):
         super().__init__(**options)
         require(find_spec("textworld") and find_spec("alfworld"),
                 "ALFWorld is missing: pip install alfworld (it builds with g++, make and a command python)", EnvUnavailable)
-        self.data, self.number = os.path.abspath(data or os.environ.get("ALFWORLD_DATA") or "ALFWORLD_DATA"), next(self.numbers)
+        self.data, self.number = os.path.abspath(data or os.environ.get("ALFWORLD_DATA", "(no data named)")), next(self.numbers)
         self.goals = self.games(self.data)
 
     @classmethod
@@ -488,7 +488,7 @@ class WebShopEnv(TextEnv):
 
     def __init__(self, data="", **options):
         super().__init__(**options)
-        root, before = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT") or "WEBSHOP_ROOT"), random.getstate()
+        root, before = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(none named)")), random.getstate()
         first = self.first.get(root)  # its server, with products and index, is everyone's
         sys.path += [] if root in sys.path else [root]
         with engine(f"WebShop does not start: WEBSHOP_ROOT={root} must be a checkout of its code after its setup.sh"):
@@ -573,7 +573,7 @@ class SearchEnv(TextEnv):
     ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
     TAG = re.compile(r"<(?=\s*(?:/\s*)?(?:search|answer|information|think|action)\b)", re.IGNORECASE)
 
-    def __init__(self, data="", url="http://127.0.0.1:8000/retrieve", **options):
+    def __init__(self, data="(no data named)", url="http://127.0.0.1:8000/retrieve", **options):
         super().__init__(**options)
         self.goals, self.url = self.questions(data, url), url
 

@@ -404,7 +404,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
                                      "ratio_mean": masked_mean(ratio, mask).item()}
 
 def kl_k3(logprobs, ref_logprobs):
-    """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1, d = reference - policy."""
+    """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1, d = reference - policy; the value
+    is clamped to [-10, 10], as in the official code, its gradient finite everywhere."""
     d = (ref_logprobs - logprobs).clamp(max=20)  # beyond the clamp of the value; keeps exp, and its gradient, finite
     d = torch.where(d.isnan(), d.detach(), d)  # NaN stays NaN but sends no gradient: it may stand under a mask
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -884,6 +885,10 @@ class Run:
               "{tasks_per_step} tasks x {group_size} episodes\nbefore training, {episodes} held-out episodes: success "
               "{success:.2f}, with the skill {success_skill:.2f}".format(
                   size=self.model.num_parameters(), **vars(self.config), **before))
+        if {*self.envs[0].tasks("train")} & {*self.envs[0].tasks(self.config.eval_split)}:
+            print("Nothing is held out, though: these are training tasks, since the data has no other split.")
+        if self.config.model == "tiny" and self.config.env != "toy":
+            print("The tiny policy knows the words of the toy alone: here it shows that everything works, and learns nothing.")
         if before["success_skill"] <= before["success"]:
             print("The teacher is not better than the student: there is nothing to distil. Can this model use a skill?")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -985,7 +990,8 @@ class Run:
         if whole[0] != found[0] and RANK == 0:
             print(f"--resume: {found[0]} is damaged, {whole[0]} takes its place", file=sys.stderr)
         state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
-        changed = {flag(key): key in self.FREE for key, value in vars(self.config).items() if state["config"].get(key) != value}
+        changed = {flag(key): key in self.FREE for key, value in vars(self.config).items()
+                   if state["config"].get(key) != value and key != "resume"}
         fixed = [name for name, free in changed.items() if not free]
         require(not fixed, f"--resume: {', '.join(fixed)} not as in {self.folder}/config.json")
         require(state["step"] < self.config.steps, f"--resume: {self.folder} has all of its {state['step']} steps; raise --steps")
@@ -1036,13 +1042,14 @@ def wilson(wins, n, z=1.96):
 def print_table(rows):
     """Success by task type, mean±sd over runs; of one also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
     kinds, width = sorted(rows[0][1][0]), max(len(title) for title, *_ in rows) + 2
-    print("\n" + " " * width + "".join(f"{kind:<11}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
+    wide = max(11, *(len(kind) + 2 for kind in kinds))
+    print("\n" + " " * width + "".join(f"{kind:<{wide}}" for kind in [*kinds, "all"]) + "(*: with the skill in the prompt)")
     for title, runs, remark in rows:
         line = f"{title:<{width}}"
         for group in [[kind] for kind in kinds] + [kinds] if runs else []:
             counts = [[sum(run[kind][i] for kind in group) for i in (1 + title.endswith("*"), 0)] for run in runs]
             shares = [wins / n for wins, n in counts]
-            line += f"{np.mean(shares):.2f}" + (f"±{np.std(shares, ddof=1):.2f}  " if len(runs) > 1 else " " * 7)
+            line += f"{np.mean(shares):.2f}{f'±{np.std(shares, ddof=1):.2f}' if len(runs) > 1 else '':<{wide - 4}}"
         line += "{}/{} [{:.2f}, {:.2f}]  ".format(*counts[0], *wilson(*counts[0])) if len(runs) == 1 else ""
         print((line + remark).rstrip())
 
@@ -1053,7 +1060,7 @@ TOY_TEMPLATE = (  # no system role: what the system message says, the tiny polic
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 def toy_tokenizer():
-    """One token a phrase of the toy world, articles and punctuation dropped; an episode is some 90 tokens."""
+    """One token each of PHRASES and things of the toy world, articles and punctuation dropped; an episode has some 90."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     things = [*PLACES, *CLASSES, *(f"{c} {n}" for c in CLASSES for n in (1, 2))]
@@ -1349,8 +1356,8 @@ def command_plot(config, *, runs=(), picture="plot.svg"):
         made, lines = read_run(run)
         settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.FREE, "seed")]
         alike.setdefault((re.sub(r"-s\d+$", "", run), str(settings)), []).append(lines)
-    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"), ("kl", "KL"),
-                        ("gap_mean", "mean gap, nats"), ("gate_active", "share of active gates"), ("entropy", "entropy, nats")):
+    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"),
+                        ("eval_success_skill", "held-out success with the skill"), ("kl", "KL"), ("gap_mean", "mean gap, nats"), ("gate_active", "share of active gates"), ("entropy", "entropy, nats")):
         for (label, _), group in alike.items():
             found = [[(line["step"], line[name]) for line in lines if line.get(name) is not None] for lines in group]
             if points := min(map(len, found)):

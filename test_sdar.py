@@ -987,7 +987,7 @@ def test_a_damaged_checkpoint_is_never_trusted(damage, tmp_path, capsys):
     said = capsys.readouterr().err
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
     assert ("checkpoint.old takes its place" in said) == (tmp_path / "run/checkpoint.old").exists() or "from step 2" in said
-    assert "other than before: --steps, --resume, --save-every" in said.replace("--save-every, --resume", "--resume, --save-every")
+    assert "other than before: --steps, --save-every" in said
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_waits_for_the_step(number, code, tmp_path):
@@ -1714,9 +1714,10 @@ def test_fill_in(name):
 @pytest.mark.parametrize("kind", ["bug", "experiment"], ids="exercise_{}".format)
 def test_answer(kind):
     puzzle, _, answer = os.environ.get("ANSWER", "").partition(" ")
-    if not puzzle or puzzle.isdigit() != (kind == "bug"):
+    if not puzzle or puzzle in exercise.puzzles() and puzzle.isdigit() != (kind == "bug"):
         pytest.skip('no answer to judge: ANSWER="6 eos" or ANSWER="beta a"')
-    assert puzzle in exercise.puzzles(), f"{puzzle!r} is none of {', '.join(exercise.puzzles())}"
+    if puzzle not in exercise.puzzles():
+        pytest.fail(f"{puzzle!r} is none of {', '.join(exercise.puzzles())}", pytrace=False)
     right, hint = exercise.judge(puzzle, answer)
     assert right, f"{puzzle} is not {answer!r}. {hint}"
 

@@ -36,7 +36,10 @@ def grade_gate():
             ("none", [1, 1, 1], "1 everywhere"), ("reverse_kl", [.5, -.2, 0], "the gap itself, signed"),
             ("constant", [.564361] * 3, "the mean of the gap gate over the mask: what stands behind it must not count"),
             ("centred", [.359781, -.29542, -.064361], "the gap gate less its mean over the mask")):
-        assert near(sdar.gate(kind, gap, h, 5.0, mask)[0, :3], expected), f"{kind}: {message}"
+        value = sdar.gate(kind, gap, h.clone().requires_grad_(), 5.0, mask)
+        assert value.shape == gap.shape, f"{kind}: a gate for every token, so of the gap's shape"
+        assert not value.requires_grad, f"{kind}: no gate has a gradient, through the entropy neither"
+        assert near(value[0, :3], expected), f"{kind}: {message}"
     shuffled = sdar.gate("shuffled", gap, h, 5.0, mask, torch.Generator().manual_seed(0))
     assert near(shuffled[mask > 0].sort().values, g[mask > 0].sort().values), (
         "shuffled: the same values, on other tokens, within the mask")
@@ -61,12 +64,16 @@ def grade_kl_k3():
     p, q = tensor([.5, .3, .2]), tensor([.2, .3, .5])
     policy = p.log().requires_grad_()
     k3 = sdar.kl_k3(policy, q.log())
+    assert k3.requires_grad, "it is a term of the loss: the policy must not be detached"
     assert (k3 >= 0).all() and near(k3[0, 1], 0), (
         "k3 is 0 where the two agree and never negative; the plain difference is neither")
     assert near((p * k3).sum(), (p * (p / q).log()).sum()), (
         "its mean under the policy is KL(policy || reference): d = reference - policy")
     assert near(torch.autograd.grad(k3.sum(), policy)[0], 1 - q / p), "reference is a constant, the policy is not"
-    assert sdar.kl_k3(tensor([-50.0]), tensor([0.0])) == 10, "the value is clamped to 10, and exp must not overflow before"
+    far = tensor([-900.0]).requires_grad_()
+    value = sdar.kl_k3(far, tensor([0.0]))
+    assert value == 10 and torch.autograd.grad(value.sum(), far)[0].isfinite().all(), (
+        "the value is clamped to 10, and exp must not overflow before: its gradient would be nan")
 
 def grade_retrieve():
     bank = [envs.Skill("mug", "m", ("put", "heat"), ("mug",)), envs.Skill("hat", "h", (), ("hat",)), envs.Skill("all", "a"),
