@@ -245,8 +245,8 @@ class Sampler:
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
     """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, but for those whose
-    engine or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream (*stream, i),
-    whatever its neighbours do. with_skill: the prompt that is sampled from has the skill. bandit: of --retrieval ucb."""
+    engine or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream
+    (*stream, i), whatever its neighbours do. with_skill: the prompt has the skill. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
         env.cut = partial(cut_text, chat, config.max_obs_tokens)
@@ -947,7 +947,7 @@ class Run:
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
         self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
         require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a "
-                f"gradient that is not finite: try a lower --lr, or --dtype float32; the last good checkpoint stays in {self.folder}")
+                f"gradient that is not finite: try a lower --lr or --dtype float32; the last good checkpoint is in {self.folder}")
         asked = [number for number in gathered([self.asked]) if number]  # of any process
         if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or asked:
             self.save()
@@ -1356,8 +1356,10 @@ def command_plot(config, *, runs=(), picture="plot.svg"):
         made, lines = read_run(run)
         settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.FREE, "seed")]
         alike.setdefault((re.sub(r"-s\d+$", "", run), str(settings)), []).append(lines)
-    for name, title in (("success", "success in training"), ("eval_success", "held-out success without the skill"),
-                        ("eval_success_skill", "held-out success with the skill"), ("kl", "KL"), ("gap_mean", "mean gap, nats"), ("gate_active", "share of active gates"), ("entropy", "entropy, nats")):
+    titles = {"success": "success in training", "eval_success": "held-out success without the skill", "kl": "KL",
+              "eval_success_skill": "held-out success with the skill", "gap_mean": "mean gap, nats",
+              "gate_active": "share of active gates", "entropy": "entropy, nats"}
+    for name, title in titles.items():
         for (label, _), group in alike.items():
             found = [[(line["step"], line[name]) for line in lines if line.get(name) is not None] for lines in group]
             if points := min(map(len, found)):
