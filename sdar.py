@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from envs import Bandit, EnvUnavailable, retrieve, skill_text  # skills: paper, section 2.1
 
-# ======== PART I: THE PAPER ========
+# ======== PART I: THE PAPER. What it calls of Part II does what its name says; share and gathered are for torchrun. ========
 # --- 1. Configuration (paper, section 4.1 and appendix C) ---------------------------------------
 class Method(NamedTuple):
     """A row of the paper's Table 1. toy, paper: what it changes in the presets (chosen on `dev`, like SDAR's own)."""
@@ -56,8 +56,8 @@ def option(help, toy, paper=None):
 class Config:
     """One run. Every field is also a flag; a value given by hand wins over the preset's."""
     env: str = option("environment", "toy")
-    env_data: str = option("its games, checkout or questions ('': ALFWORLD_DATA or WEBSHOP_ROOT; toy: none)", "")
-    search_url: str = option("of the retrieval server ('': http://127.0.0.1:8000/retrieve)", "")
+    env_data: str = option("the environment's games, checkout or questions ('': ALFWORLD_DATA or WEBSHOP_ROOT; toy: none)", "")
+    search_url: str = option("retrieval server of search ('': http://127.0.0.1:8000/retrieve)", "")
     model: str = option("'tiny' (carried with the code), a hub name or a checkpoint folder", "tiny")
     preset: str = option("column of defaults: toy with the tiny model, paper with any other", "toy", "paper")
     method: str = option("row of the paper's Table 1", "sdar")
@@ -69,7 +69,7 @@ class Config:
     save_every: int = option("steps between checkpoints", 10)
     max_bad_steps: int = option("steps in a row with an update skipped, its gradient not finite, that end the run", 3)
     device: str = option("cpu or cuda ('': cuda if there is one and the model is not tiny)", "")
-    dtype: str = option("of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
+    dtype: str = option("precision of forward passes; weights, log-probs and optimiser are float32", "float32", "bfloat16")
     micro_tokens: int = option("memory: padded tokens in one training pass; never changes the result", 8192, 16384)
     rollout_batch: int = option("memory: episodes played at once", 64)
     gradient_checkpointing: bool = option("memory: compute activations again in the backward pass", False)
@@ -110,7 +110,8 @@ class Config:
 
     def __post_init__(self):
         self.preset = self.preset or ("toy" if self.model in (None, "tiny") else "paper")
-        own = getattr(METHODS.get(self.method or "sdar"), self.preset if self.preset in ("toy", "paper") else "", {})
+        method = METHODS.get(self.method or "sdar", Method())  # check_config refuses an unknown name
+        own = {"toy": method.toy, "paper": method.paper}.get(self.preset, {})
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, own.get(f.name, f.metadata.get(self.preset)))
@@ -192,7 +193,7 @@ class Sampler:
     def __init__(self, model, temperature):
         from transformers import DynamicCache
         self.model, self.temperature, self.real = model, temperature, None  # real (B, columns): 1 token, 0 hole
-        self.cache = DynamicCache(config=model.config)  # keys, which leave RoPE in float32, in the dtype of the pass, as values
+        self.cache = DynamicCache(config=model.config)  # RoPE leaves keys in float32: they are kept in the values' dtype
         self.cache.update = lambda k, v, *more: DynamicCache.update(self.cache, k.to(v.dtype), v, *more)
 
     def feed(self, ids, new):
@@ -201,7 +202,7 @@ class Sampler:
         positions = (past.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
         self.real = torch.cat([past, new], 1)
         causal = torch.ones(new.shape[1], self.real.shape[1], device=ids.device).tril(past.shape[1]).bool()
-        mask = (causal & self.real[:, None].bool())[:, None]  # (B, 1, n, columns); the library would take a host sync for it
+        mask = (causal & self.real[:, None].bool())[:, None]  # (B, 1, n, columns); the library's own costs a host sync
         self.logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                  past_key_values=self.cache, logits_to_keep=1).logits[:, -1].float()
 
@@ -210,8 +211,9 @@ class Sampler:
         given = rows
         if self.real is None and max(map(len, rows)) > 64:
             rows = list(map(list, dict.fromkeys(map(tuple, rows))))
-        self.feed(*(pad_sequence(list(map(torch.tensor, block)), True, 0, "left").to(self.model.device)
-                    for block in (rows, [[1] * len(row) for row in rows])))
+        ids, new = (pad_sequence(list(map(torch.tensor, block)), True, 0, "left").to(self.model.device)
+                    for block in (rows, [[1] * len(row) for row in rows]))
+        self.feed(ids, new)
         if len(rows) < len(given):
             self.keep([rows.index(row) for row in given])
 
@@ -245,13 +247,14 @@ class Sampler:
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
     """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, but for those whose
-    engine or server failed (EnvUnavailable if half of them did). stream: ints; episode i samples from the random stream
-    (*stream, i), whatever its neighbours do. with_skill: the prompt has the skill. bandit: of --retrieval ucb."""
+    engine or server failed (EnvUnavailable if half of them did). stream: ints (first 1: evaluation, 3: training, 4: inspect);
+    episode i samples from the random stream (*stream, i), whatever its neighbours do. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
         env.cut = partial(cut_text, chat, config.max_obs_tokens)
     mine = share(range(len(starts)))  # under torchrun every process plays its own; else all
     episodes = dict(zip(mine, call_all([partial(envs[i].reset, *starts[i][:2]) for i in mine], envs[0].slow)))
+    # of each episode first (observation, info), then the Episode; a failure stays in its place
     playing = [i for i, begun in episodes.items() if not isinstance(begun, EnvUnavailable)]
     for i in playing:
         (observation, info), (_, seed, group) = episodes[i], starts[i]
@@ -276,7 +279,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
             texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in responses]
             parsed, keep = [envs[i].parse(text) for i, text in zip(live, texts)], []
             results = call_all([partial(envs[i].step, action) for i, (action, _) in zip(live, parsed)], envs[0].slow)
-            for row, (i, (ids, logprobs), text, result) in enumerate(zip(live, responses, texts, results)):
+            for row, (i, (ids, logprobs), text, (_, valid), result) in enumerate(zip(live, responses, texts, parsed, results)):
                 if isinstance(result, EnvUnavailable):
                     episodes[i] = result
                     continue
@@ -285,7 +288,7 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
                 episode.logprobs += logprobs
                 fed[i] = len(episode.ids) - 1  # the last sampled id is fed with the next observation
                 episode.turns += 1
-                episode.invalid += not (parsed[row][1] and info["valid"])
+                episode.invalid += not (valid and info["valid"])
                 episode.reward += reward
                 episode.won = info["won"]
                 episode.transcript += [text, observation]
@@ -303,7 +306,6 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
     return survivors(gathered([*episodes.values()]))
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) -------------------------------------
-EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams hang on it
 LOGITS_AT_ONCE = 2 ** 26  # 256 MB in float32
 KERNEL = None  # the function of logits that --kernel puts here
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes over the same ids may differ on average
@@ -337,9 +339,9 @@ def response_mask(episodes, device="cpu"):
 
 def response_logprobs(model, episodes, config, with_skill=False, with_entropy=False):
     """Log-probs (and entropy) of the sampled ids as the student or, with_skill, the teacher sees them: (B, T)."""
-    views = [episode.view(with_skill) for episode in episodes]
+    ids, mask = zip(*(episode.view(with_skill) for episode in episodes))
     ids, mask, real = (pad_sequence(list(map(torch.tensor, rows)), True).to(model.device)  # (B, S)
-                       for rows in (*zip(*views), [[1] * len(ids) for ids, _ in views]))
+                       for rows in (ids, mask, [[1] * len(row) for row in ids]))
     sampled = mask[:, 1:].bool()  # the state at position s-1 predicts the id at s
     with forward_dtype(model, config):
         hidden = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
@@ -354,7 +356,7 @@ def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without graph: (B, T)."""
     home = model.device  # the CPU for --offload's frozen copies
     model.to(config.device)
-    parts = [response_logprobs(model, micro, config, with_skill)[0].cpu()  # waits: the step's clock is read after it
+    parts = [response_logprobs(model, micro, config, with_skill)[0].cpu()  # .cpu() waits for the GPU, whose clock we read
              for micro in micro_batches(share(episodes), config.micro_tokens)]
     model.to(home)
     return pad_sequence([row for part in gathered(parts) for row in part], True).to(config.device)
@@ -406,23 +408,22 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
 def kl_k3(logprobs, ref_logprobs):
     """The k3 estimate of KL(policy || reference) (section 2.2) on each token: exp(d) - d - 1, d = reference - policy; the value
     is clamped to [-10, 10], as in the official code, its gradient finite everywhere."""
-    d = (ref_logprobs - logprobs).clamp(max=20)  # beyond the clamp of the value; keeps exp, and its gradient, finite
-    d = torch.where(d.isnan(), d.detach(), d)  # NaN stays NaN but sends no gradient: it may stand under a mask
+    d = (ref_logprobs - logprobs).clamp(max=20)  # keeps exp finite, and NaN under a mask out of the gradient
     return (d.exp() - d - 1).clamp(-10, 10)
 
 CONTROLS = ("constant", "shuffled", "centred")  # gates whose value on a token depends on the other tokens of the batch
 
 def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     """The gate g_t (section 2.4): how far the teacher is trusted on each token. Detached, shaped like gap (B, T).
-    gap is Delta_t = teacher - student, entropy the student's h_t in nats. The paper's: "gap" sigmoid(beta gap),
-    "entropy" sigmoid(beta h), "soft_or" sigmoid(beta [1 - (1 - h)(1 - gap)]); "none" 1. Controls, over the tokens where
-    mask is 1: "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less its
-    mean: the same expected gradient (up to 1/batch), less variance; "reverse_kl" the gap itself: the signed gradient of the
-    reverse KL to the teacher, which also pushes down.
+    gap is Delta_t = teacher - student, entropy the student's h_t in nats. The paper's: "gap" sigmoid(beta gap), "entropy"
+    sigmoid(beta h), "soft_or" sigmoid(beta [1 - (1 - h)(1 - gap)]); "none" 1. Controls, over the tokens where mask is 1:
+    "constant" the gap gate's mean; "shuffled" its values permuted (by generator); "centred" the gap gate less its mean: the same
+    expected gradient (up to 1/batch), less variance. "reverse_kl" the gap itself: the signed gradient of the reverse KL.
     >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))   # 0.924, 0.269, 0.500
     """
     gap = gap.detach()
     g, mask = torch.sigmoid(beta * gap), torch.ones_like(gap) if mask is None else mask.expand_as(gap)
+    order = lambda: torch.randperm(int((mask > 0).sum()), generator=generator)
     gates = {
         "gap": lambda: g,
         "none": lambda: torch.ones_like(gap),
@@ -433,7 +434,6 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
         "centred": lambda: g - masked_mean(g, mask),
         "shuffled": lambda: g.masked_scatter(mask > 0, g[mask > 0][order().to(g.device)]),
     }
-    order = lambda: torch.randperm(int((mask > 0).sum()), generator=generator)
     if kind not in gates:
         raise ValueError(f"unknown gate {kind!r}")
     return gates[kind]()
@@ -493,6 +493,7 @@ def update(model, optimizer, episodes, batch, config, rng):
     """One pass over the shuffled episodes in `minibatches` optimiser steps. A micro-batch adds its share to its mini-batch's
     token mean: neither the gradient nor the metrics, which are returned, depend on how it is cut or which processes share it."""
     method, order, norms, sums = METHODS[config.method], rng.permutation(len(episodes)), [], []
+    total = batch["mask"].sum().item()
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))  # None: not in this method
     kind = config.gate if method.beta else "gap"  # GRPO+OPSD is the gap gate with beta 0
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
@@ -515,7 +516,7 @@ def update(model, optimizer, episodes, batch, config, rng):
             if "ref" in part:
                 terms["kl"] = (config.kl_coef, masked_mean(kl_k3(logprobs, part["ref"]), mask))
             if method.teacher in ("gate", "skill_sd"):
-                teacher = torch.where(part["taught"], part["teacher"], logprobs.detach())  # else its gap is 0
+                teacher = torch.where(part["taught"], part["teacher"], logprobs.detach())  # no skill: gap 0
                 if method.teacher == "gate":
                     distil, more = sdar_loss(logprobs, teacher, mask, part.get("gate", kind), beta, entropy)
                 else:
@@ -525,18 +526,19 @@ def update(model, optimizer, episodes, batch, config, rng):
             loss = sum(weight * term for weight, term in terms.values())
             (loss * (mask.sum().item() / tokens)).backward()
             stats |= {"loss": loss.item(), **{name: term.item() for name, (_, term) in terms.items()}}
-            sums += [(name, value * mask.sum().item()) for name, value in stats.items()]
-        RANKS > 1 and sum_gradients([*model.parameters()])
+            sums += [(name, value * mask.sum().item() / total) for name, value in stats.items()]
+        sum_gradients([*model.parameters()])
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
         if math.isfinite(norms[-1]):  # one NaN would be in all weights for good
             optimizer.step()
         optimizer.zero_grad()
     for name, value in gathered(sums):
         metrics[name] = (metrics.get(name) or 0.0) + value
-    means = {name: value and value / batch["mask"].sum().item() for name, value in metrics.items()}
-    return means | {"grad_norm": sum(norms) / len(norms), "skipped_updates": sum(not math.isfinite(norm) for norm in norms)}
+    return metrics | {"grad_norm": sum(norms) / len(norms), "skipped_updates": sum(not math.isfinite(norm) for norm in norms)}
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) --------------------
+EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random streams depend on it
+
 def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt. Plain n/N of single tries: success, success_skill,
     episodes, and by_type {task type: [episodes, won, won with the skill]}."""
@@ -590,10 +592,10 @@ def train(config):
         run.begin(check())
     with run.kept_on_disk() as steps:  # whatever stops it
         for step in steps:
-            run.results = training_step(run, step)  # episodes, metrics, clock
+            episodes, metrics, clock = run.results = training_step(run, step)  # kept, since the evaluation may fail
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                run.results[1].update({"eval_" + key: value for key, value in check().items()})
-            run.log(step, *run.results)
+                metrics.update({"eval_" + key: value for key, value in check().items()})
+            run.log(step, episodes, metrics, clock)
     return run.finish() if RANK == 0 else None
 
 # ======== PART II: THE WORKSHOP. The reader of the paper can stop here. ========
@@ -737,6 +739,7 @@ def check_config(config):
         require(good, f"{flag(name)} {value}: must be {'at least' if name in MAY_BE_ZERO else 'more than'} 0")
     require(config.retrieval != "ucb" or not METHODS[config.method].skilled,
             f"--retrieval ucb learns from a teacher, and --method {config.method} has none")
+    require(config.retrieval != "ucb" or config.skills == "right", "--retrieval ucb learns from its own choice: --skills right")
     require(config.device == "cpu" or torch.cuda.device_count() > LOCAL_RANK, f"--device cuda: no CUDA device {LOCAL_RANK} here")
     require(not config.kernel or config.device == "cuda", "--kernel is a CUDA kernel: it needs --device cuda")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares the episodes of one task")
@@ -791,15 +794,10 @@ def stop_criteria(chat, strings):
     return StopStringCriteria(chat.tokenizer, writable) if writable else None
 
 def cut_text(chat, limit, text):
-    """The text, cut after `limit` tokens."""
-    if len(text.encode(errors="replace")) <= limit:  # a token is a byte or more
-        return text
-    pieces = chat.pieces(text[:64 * limit])
-    found = chat.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    starts = np.cumsum([0, *map(len, pieces)])
-    ends = [start + end for start, spans in zip(starts, found["offset_mapping"]) for _, end in spans]
-    end = ends[limit - 1] if len(ends) > limit else 64 * limit  # of blanks, a tokenizer may make few tokens or none
-    return text if end >= len(text) else text[:end] + " ..."
+    """The text or, if it has more than `limit` tokens, the first ones as the tokenizer writes them."""
+    start = text[:64 * limit]  # of blanks, a tokenizer may make few tokens or none
+    ids = chat.encode(start)
+    return text if len(ids) <= limit and start == text else chat.tokenizer.decode(ids[:limit], skip_special_tokens=True) + " ..."
 
 def call_all(calls, at_once):
     """The results of functions without arguments, in order; where one raised EnvUnavailable, that error. at_once: in threads."""
@@ -819,7 +817,7 @@ def survivors(results):
     for failure in failures[:1]:
         message = f"{len(failures)} of {len(results)} episodes failed: {failure}"
         require(2 * len(failures) < len(results), message, EnvUnavailable)
-        RANK == 0 and tqdm.write(message, sys.stderr)
+        say(message)
     return [result for result in results if isinstance(result, Episode)]
 
 def micro_batches(episodes, budget):
@@ -838,9 +836,10 @@ def check_context(model, env, episodes, config):
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
             f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
 
-torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # its processes: this one's number, on this machine, all
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # where it tells each process which of how many it is
 RANK, LOCAL_RANK, RANKS = int(torchrun.get("RANK", 0)), int(torchrun.get("LOCAL_RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
 rank_0 = lambda function: function if RANK == 0 else lambda *args: None  # decorates what one of them does for all
+say = rank_0(lambda text: tqdm.write(text, sys.stderr))  # above a progress bar, if there is one
 share = lambda rows: rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]  # this process's part of a sequence
 
 def gathered(rows):
@@ -851,6 +850,8 @@ def gathered(rows):
 
 def sum_gradients(weights):
     """The gradients of all processes, each from its share of the rows, become their sum."""
+    if RANKS == 1:
+        return
     flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])  # None: it had no rows
     torch.distributed.all_reduce(flat)  # one call: for small weights a call takes longer than its numbers
     for weight, gradient in zip(weights, flat.split([w.numel() for w in weights])):
@@ -926,13 +927,12 @@ class Run:
         """Append a line to metrics.jsonl; save when due. clock: seconds at the start, after rollout, teacher, update."""
         turns, tokens, n = sum(e.turns for e in episodes), sum(sum(e.mask) for e in episodes), len(episodes)
         seconds = dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update"), np.diff(clock).tolist()))
-        scores = {}
-        for e in episodes:
-            scores.setdefault(e.group, set()).add(e.reward - self.config.invalid_penalty * e.invalid)
+        scores = {(e.group, e.reward - self.config.invalid_penalty * e.invalid) for e in episodes}  # a flat group has one
+        groups = [group for group, _ in scores]
         metrics = {"step": step, "success": sum(e.won for e in episodes) / n, "reward": sum(e.reward for e in episodes) / n,
                    "turns": turns / n, "invalid_rate": sum(e.invalid for e in episodes) / turns,
                    "response_tokens": tokens / n, "overflowed": sum(e.overflowed for e in episodes),
-                   "flat_groups": np.mean([len(one) == 1 for one in scores.values()]),
+                   "flat_groups": np.mean([groups.count(group) == 1 for group in {*groups}]),
                    "dropped": self.config.tasks_per_step * self.config.group_size - n, **seconds,
                    "tokens_per_second": tokens / (clock[-1] - clock[0]), **metrics}
         strange = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -940,8 +940,6 @@ class Run:
         if RANK == 0:
             with open(self.lines, "a") as lines:
                 lines.write(json.dumps(metrics) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
@@ -955,23 +953,19 @@ class Run:
             gathered([])  # nobody ends before it is saved
             raise KeyboardInterrupt(128 + asked[0])
         self.first = self.first or metrics
-        for alarm in {*alarms(metrics, self.first)} - self.alarmed if RANK == 0 else ():
+        for alarm in {*alarms(metrics, self.first)} - self.alarmed:
             self.alarmed.add(alarm)
-            tqdm.write(f"step {step}: {alarm}", sys.stderr)
+            say(f"step {step}: {alarm}")
 
     @rank_0
     def save(self):
-        """Checkpoint: Hugging Face format, and the trainer's state. All randomness hangs on (seed, step): none to keep."""
-        def write(folder):
-            self.model.save_pretrained(folder)
-            self.chat.tokenizer.save_pretrained(folder)
-            torch.save({"step": self.step, "bad": self.bad, "before": self.before, "optimizer": self.optimizer.state_dict(),
-                        "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms,
-                        "config": vars(self.config)}, folder / "trainer.pt")
-            (folder / "sums.json").write_text(json.dumps(sums(folder)))
-        replace_folder(self.folder / "checkpoint", write)
+        """Checkpoint: Hugging Face format, and the trainer's state. All randomness depends on (seed, step): none to keep."""
+        state = {"step": self.step, "bad": self.bad, "before": self.before, "optimizer": self.optimizer.state_dict(),
+                 "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms, "config": vars(self.config)}
+        write_checkpoint(self.folder / "checkpoint", self.model, self.chat, state)
         self.replace_file("config.json", json.dumps(vars(self.config), indent=1) + "\n")
 
+    @rank_0
     def replace_file(self, name, text):
         """A file of the run's folder becomes this text, or stays as it was."""
         new = self.folder / f"{name}.new"
@@ -986,9 +980,9 @@ class Run:
             ours = {"metrics.jsonl", "checkpoint.new"}  # what a run leaves that is killed before it saves
             found = {path.name for path in self.folder.glob("*")}
             require(found <= ours, f"--resume: {self.folder} holds no run that can be read")
-            return RANK == 0 and print(f"--resume: nothing was saved in {self.folder}, so this run begins anew", file=sys.stderr)
-        if whole[0] != found[0] and RANK == 0:
-            print(f"--resume: {found[0]} is damaged, {whole[0]} takes its place", file=sys.stderr)
+            return say(f"--resume: nothing was saved in {self.folder}, so this run begins anew")
+        if whole[0] != found[0]:
+            say(f"--resume: {found[0]} is damaged, {whole[0]} takes its place")
         state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
         changed = {flag(key): key in self.FREE for key, value in vars(self.config).items()
                    if state["config"].get(key) != value and key != "resume"}
@@ -1001,9 +995,10 @@ class Run:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.bad, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
-        self.first = json.loads(self.lines.read_text().splitlines()[0]) if self.step else None
-        RANK == 0 and self.replace_file("metrics.jsonl", "".join(self.lines.read_text().splitlines(keepends=True)[:self.step]))
-        RANK == 0 and print(f"--resume: from step {self.step}; other than before: {', '.join(changed) or '-'}", file=sys.stderr)
+        lines = self.lines.read_text().splitlines(keepends=True)[:self.step]
+        self.first = json.loads(lines[0]) if lines else None
+        self.replace_file("metrics.jsonl", "".join(lines))
+        say(f"--resume: from step {self.step}; other than before: {', '.join(changed) or '-'}")
 
     def finish(self):
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
@@ -1075,12 +1070,12 @@ def toy_tokenizer():
 WARMSTART = 1  # raise it with every change of warmstart()
 TINY_FOLDER = Path(__file__).resolve().parent / ".assets" / "tiny-policy"
 
-def fingerprint(folder, chat):
-    """Hashes of a tiny policy's files and of its recipe: WARMSTART and sample demonstrations, in which the world, the
-    scripted player, the skills, the tokenizer and the chat template show. chat: of toy_tokenizer()."""
-    rng = random.Random("fingerprint")
+def recipe(chat):
+    """Hash of what the tiny policy is made from: WARMSTART and sample demonstrations, in which the world, the scripted
+    player, the skills, the tokenizer and the chat template show. chat: of toy_tokenizer()."""
+    rng = random.Random("recipe")
     sample = [WARMSTART, len(chat.tokenizer), [demonstration(chat, rng) for _ in range(32)]]
-    return {**sums(folder), "recipe": hashlib.sha256(json.dumps(sample).encode()).hexdigest()}
+    return hashlib.sha256(json.dumps(sample).encode()).hexdigest()
 
 def warmstart(folder, chat, steps=900):
     """Train the tiny policy by imitation and save it in `folder`. Deterministic on one machine and PyTorch. Muon on the
@@ -1111,34 +1106,29 @@ def warmstart(folder, chat, steps=900):
         for item in (*optimizers, *schedulers):
             item.step()
         model.zero_grad()
-
-    def write(target):
-        model.save_pretrained(target)
-        chat.tokenizer.save_pretrained(target)
-        (target / "fingerprint.json").write_text(json.dumps(fingerprint(target, chat), indent=1) + "\n")
-    replace_folder(folder, write)
+    write_checkpoint(folder, model, chat, recipe=recipe(chat))
     shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
 
 def tiny_policy(chat):
     """The folder of the tiny policy. It is built anew when absent, of another recipe, or not as it was written."""
-    try:
-        trusted = json.loads((TINY_FOLDER / "fingerprint.json").read_text()) == fingerprint(TINY_FOLDER, chat)
-    except (OSError, ValueError):
-        trusted = False
-    if not trusted and RANK == 0:
-        print(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.", file=sys.stderr)
+    if RANK == 0 and not is_whole(TINY_FOLDER, recipe=recipe(chat)):
+        say(f"{TINY_FOLDER} is absent, changed or of another recipe: building it, once, in some minutes.")
         warmstart(TINY_FOLDER, chat)
     gathered([])  # all wait for it
     return TINY_FOLDER
 
-def replace_folder(folder, write):
-    """Let write(folder.new) fill a folder, flush it to the disk, and put it in the place of `folder`, which becomes folder.old.
-    Wherever this is cut short, one of the three is whole."""
+def write_checkpoint(folder, model, chat, state=None, **origin):
+    """Write a checkpoint to folder.new, flush it to the disk, and put it in the place of `folder`, which becomes folder.old.
+    Wherever this is cut short, one of the three is whole. state: the trainer's. origin: what else its sums.json says."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        write(fresh)  # save_pretrained makes the folder
-        for path in (*fresh.iterdir(), fresh, fresh.parent):
+        model.save_pretrained(fresh)  # makes the folder
+        chat.tokenizer.save_pretrained(fresh)
+        if state:
+            torch.save(state, fresh / "trainer.pt")
+        (fresh / "sums.json").write_text(json.dumps(hashes(fresh) | origin, indent=1) + "\n")
+        for path in (*fresh.iterdir(), fresh, *fresh.parent.glob("*.jsonl"), fresh.parent):
             file = os.open(path, os.O_RDONLY)
             os.fsync(file)
             os.close(file)
@@ -1150,15 +1140,15 @@ def replace_folder(folder, write):
         folder.rename(old)
     fresh.rename(folder)
 
-def sums(folder):
-    """{file: SHA-256} of a checkpoint, but for the files that keep such sums."""
-    paths = sorted(path for path in folder.iterdir() if path.name not in ("fingerprint.json", "sums.json"))
+def hashes(folder):
+    """{file: SHA-256} of a checkpoint, but for sums.json, which keeps them."""
+    paths = sorted(path for path in folder.iterdir() if path.name != "sums.json")
     return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths}
 
-def is_whole(folder):
-    """True if a checkpoint is as it was written."""
+def is_whole(folder, **origin):
+    """True if a checkpoint is as it was written, and of this origin."""
     try:
-        return json.loads((folder / "sums.json").read_text()) == sums(folder)
+        return json.loads((folder / "sums.json").read_text()) == hashes(folder) | origin
     except (OSError, ValueError):
         return False
 
@@ -1409,8 +1399,7 @@ def main(argv=None):
         raise KeyboardInterrupt(143)
 
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, terminate)
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
         if RANKS > 1:
             require(command.func in (train, command_evaluate) and RANKS <= config.tasks_per_step,
