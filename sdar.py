@@ -1417,6 +1417,9 @@ def main(argv=None):
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))):
             raise
         message, code = "out of memory: lower --rollout-batch, --micro-tokens, or add --gradient-checkpointing, --offload", 2
+    finally:
+        if torch.distributed.is_initialized():  # else its threads may abort a process that ends
+            torch.distributed.destroy_process_group()
     time.sleep(2 * (RANK > 0))  # where all fail alike, rank 0 says it, and torchrun ends the others
     print(f"sdar.py: {message}", file=sys.stderr)
     return code
