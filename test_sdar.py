@@ -161,12 +161,6 @@ def test_policy_loss_on_policy_gradient_is_minus_advantage():
         loss, _ = sdar.policy_loss(logprobs, old, advantages, MASK)
         assert torch.allclose(grad_of(loss, logprobs), -tensor([2.0], [-1.0]) * MASK / 6)
 
-def test_kl_k3_hand_numbers_and_expectation():
-    values = sdar.kl_k3(tensor([-.5, .5, 3, -5]), tensor([0.0]))[0].tolist()
-    assert values == pytest.approx([.1487213, .1065307, 2.0497871, 10], abs=1e-6)
-    p, q = torch.softmax(tensor([.3, -1, 2, 0, .5])[0], 0), torch.softmax(tensor([1.0, -.5, 1, .2, 0])[0], 0)
-    assert (p * sdar.kl_k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
-
 def test_masked_values_never_matter():
     """NaN under the mask reaches neither a value nor a gradient, in any loss."""
     noisy, clean = STUDENT.clone().requires_grad_(), STUDENT.nan_to_num(7.0).requires_grad_()
@@ -683,7 +677,7 @@ def test_parse(response, action, valid):
 # --- 6. The tiny policy ------------------------------------------------------------------------------------------
 def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
     """Decoding an encoded action gives it back, and no observation or skill of the world holds an unknown word."""
-    (model, chat), world, rng = tiny, make_env("toy"), random.Random(0)
+    chat, world, rng = tiny[1], make_env("toy"), random.Random(0)
     tokenizer, texts = chat.tokenizer, [sdar.skill_text(HOME.skills())]
     for i, task in enumerate(world.goals):
         observation, info = world.reset(task, i)
@@ -691,7 +685,6 @@ def test_tiny_tokenizer_keeps_actions_and_knows_the_world(tiny):
         texts += [observation, *(world.step(scripted_action(world, set(), rng))[0] for _ in range(4))]
     assert not any(tokenizer.unk_token_id in chat.encode(text) for text in texts)
     assert tokenizer.unk_token_id in chat.encode("inside the fridgelet")
-    assert type(model).__name__ == "Qwen3ForCausalLM" and 10 ** 5 <= sum(p.numel() for p in model.parameters()) <= 10 ** 6
     assert sum(path.stat().st_size for path in sdar.TINY_FOLDER.iterdir()) <= 1.5e6
 
 def test_demonstrations_never_show_this_household():
@@ -766,7 +759,8 @@ def test_a_run_writes_what_it_should_and_nothing_else(finished):
     assert len(chat.tokenizer) == model.config.vocab_size
 
 @pytest.mark.parametrize("changes", [
-    {"method": "opsd", "turn_weights": True, "kl_coef": 0.0}, {"gate": "shuffled", "retrieval": "random", "teacher": "frozen"},
+    {"method": "opsd", "turn_weights": True, "kl_coef": 0.0},
+    {"gate": "shuffled", "retrieval": "random", "teacher": "frozen"},
     {"method": "rlsd", "retrieval": "ucb", "group_size": 12, "teacher": "lagged", "teacher_refresh": 2}])
 def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
     _, whole = trained(tmp_path, "whole", steps=4, **changes)
@@ -868,7 +862,7 @@ def test_kill_at_any_moment_and_resume(tmp_path):
     """SIGKILL at random moments, as often as SDAR_FAULTS says: metrics and weights become those of an uninterrupted run."""
     processes, rng, kills, names = get_context("forkserver"), random.Random(0), 0, itertools.count()
     processes.set_forkserver_preload(["sdar", "transformers"])
-    flags = dict(steps=6, save_every=2, eval_every=3, teacher="lagged", teacher_refresh=4, retrieval="ucb")
+    flags = dict(steps=4, save_every=2, eval_every=3, teacher="lagged", teacher_refresh=2, retrieval="ucb")
     def launch(name):
         process = processes.Process(target=sdar.train, args=(small(tmp_path, name, **flags, resume=True),))
         process.start()
@@ -887,7 +881,7 @@ def test_kill_at_any_moment_and_resume(tmp_path):
         process.join()
         folder = tmp_path / str(name) / "checkpoint"
         places = [place for place in folder.parent.glob("checkpoint*") if sdar.is_whole(place)]
-        if sdar.is_whole(folder) and torch.load(folder / "trainer.pt", weights_only=True)["step"] == 6:
+        if sdar.is_whole(folder) and torch.load(folder / "trainer.pt", weights_only=True)["step"] == 4:
             assert lines(folder.parent) == lines(tmp_path / "whole")
             expected = tmp_path / "whole/checkpoint/model.safetensors"
             assert (folder / "model.safetensors").read_bytes() == expected.read_bytes()
@@ -982,7 +976,8 @@ def test_alarms():
     assert sdar.alarms({**first, "entropy": .05, "success": .9}, first) == []  # sure, and right
 
 # 3 groups are not even for 2 processes; of a mini-batch and of a part of the panel with 1 episode, one of them has nothing
-SHARED = "--steps 3 --tasks-per-step 3 --group-size 4 --minibatches 4 --eval-episodes 65 --gate shuffled --retrieval ucb"
+SHARED = """--steps 3 --tasks-per-step 3 --group-size 4 --minibatches 4 --max-turns 5 --eval-episodes 65 --eval-every 0
+    --gate shuffled --retrieval ucb"""
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 
 def run_faulty(launcher, folder, **environment):
@@ -1038,7 +1033,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "vit"}, "Unrecognized"), ({"is_causal": False}, "not causal, or not its last states times"),
     ("another head", "not causal, or not its last states times"), (None, "it has no chat template; take the -Instruct"),
-    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ", "closes a turn with no control token")])
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a: ", "closes a turn with no control token")])
 def test_unusable_checkpoints(change, message, checkpoint, tmp_path, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     settings = json.loads((folder / "config.json").read_text())
@@ -1184,7 +1179,8 @@ def kernel(request, tmp_path_factory):
     compiler = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so".split()
     subprocess.run([*compiler, DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "k.so"))
-    convert = lambda x: ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_double(x) if type(x) is float else x
+    kinds = {torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), float: ctypes.c_double, int: ctypes.c_int}
+    convert = lambda x: kinds[type(x)](x)
     run = lambda name: lambda *args: getattr(library, "run_" + name)(*map(convert, args))
     return request.param, run("forward"), run("backward"), run("encode")
 
@@ -1207,7 +1203,7 @@ def test_the_kernels_source_against_float64(kernel, rows, width, temperature, of
     assert (logits.double() - gradient).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * gradient.norm() + 1e-7
 
 def check_autograd_function(logits, ids, tolerance):
-    """Arguments in the launcher's order, the gradient in the logits' place, and no second backward pass over what is gone."""
+    """Arguments in the launcher's order, the gradient in the logits' place, no second backward pass over what is gone."""
     exact, expected = reference(logits[-3:], ids[-3:], .7, 1, -.3)
     ours = sdar.KernelLogprobs.apply(logits.requires_grad_(), ids, .7, True)
     assert torch.allclose(torch.stack(ours)[:, -3:].double(), exact, rtol=1e-5, atol=1e-5)
@@ -1707,38 +1703,41 @@ def test_inspect_shows_hostile_text_as_text_and_refuses_what_it_cannot_show(insp
     reset = envs.ToyEnv.reset
     monkeypatch.setattr(envs.ToyEnv, "reset", lambda self, *start: ("lorem ipsum dolor sit amet", reset(self, *start)[1]))
     code, _, error, _ = inspect("--max-turns 1")
-    assert (code, error) == (2, "sdar.py: --model tiny cannot read --env toy: its tokenizer does not know most of the prompt\n")
+    said = "sdar.py: --model tiny cannot read --env toy: its tokenizer does not know most of the prompt\n"
+    assert (code, error) == (2, said)
 
 def test_plot(tmp_path, monkeypatch, capsys):
     def run(name, success, steps=3, **changes):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(vars(sdar.Config(out=name, **changes))))
-        lines = [json.dumps({"step": step, "success": success, "kl": step / 7, "gap_mean": None}) for step in range(1, steps + 1)]
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        rows = [{"step": step, "success": success, "kl": step / 7, "gap_mean": None} for step in range(1, steps + 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    run("a-s0", .25), run("a-s1", .75, 2, seed=1), run("b-s0", 1.0, lr=1.0), run("b-s1", 0.0, lr=2.0, seed=1), run("empty", 0, 0)
+    run("a-s0", .25), run("a-s1", .75, 2, seed=1), run("b-s0", 1.0, lr=1.0), run("empty", 0, 0)
     assert sdar.main("plot a-s0 a-s1 b-s0 --picture p.png".split()) == 0
     out = capsys.readouterr().out
     assert "▅▅  1: 0.50  2: 0.50  a\n███  1: 1.00  2: 1.00  3: 1.00  b\n" in out
     assert "mean gap" not in out and "KL\n▁▄  1" in out
     assert Path("p.png").exists() == ("no picture" not in out)
     Path("torn").mkdir(), Path("torn/metrics.jsonl").write_text("{")
-    for runs, message in (("", "takes folders"), ("empty", "finished a step"), ("torn", "torn holds no"), (".", ". holds no")):
+    for runs, message in (("", "takes folders"), ("empty", "finished a step"), ("torn", "torn holds no")):
         assert sdar.main(["plot", *runs.split()]) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
 
-NOT_RUN = {"pytest": "it is this suite", "git checkout": "undoes blank", "exercise.py blank": "done on copies", "venv": "it is .ci/run",
-           "sdar.py compare": "minutes; its flags are parsed, the rest is test_compare_for_real", "--help": "test_imports_are_quick...",
+NOT_RUN = {"pytest": "it is this suite", "git checkout": "undoes blank", "exercise.py blank": "done on copies",
+           "sdar.py compare": "minutes; its flags are parsed, the rest is test_compare_for_real", "venv": "it is .ci/run",
+           "--help": "test_imports_are_quick...", "RUN": "a form", "...": "a form", "bench": "test_bench",
            "Qwen/": "no weights at hand: test_a_checkpoint_goes_through_the_same_code", "warmstart": "minutes: its own test",
-           "envs.py": "test_command_line_of_envs, test_search, test_contract", "torchrun": "test_two_processes...", "...": "a form",
-           "RUN": "a form", "echo": "questions and a corpus, as test_search's", "bench": "test_bench"}
+           "envs.py": "test_command_line_of_envs, test_search, test_contract", "torchrun": "test_two_processes...",
+           "echo": "questions and a corpus, as test_search's"}
 
 def test_the_readmes_commands(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path), monkeypatch.setitem(sys.modules, "sdar", sdar)
     short = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max-turns 3 --steps 1".split()
     blocks = re.findall(r"^(\w.*?)(?:  +#.*)?$", "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
-    commands = sorted({*re.findall(r"`((?:python|torchrun) [^`]*)`", README), *blocks}, key=lambda text: (text != "python sdar.py", text))
+    commands = {*re.findall(r"`((?:python|torchrun) [^`]*)`", README), *blocks}
+    commands = sorted(commands, key=lambda text: (text != "python sdar.py", text))
     run = [command for command in commands if not any(form in command for form in NOT_RUN)]
     assert len(commands) > 40 and len(run) > 8 and run[0] == "python sdar.py"
     for command in commands:
@@ -1748,8 +1747,8 @@ def test_the_readmes_commands(tiny, tmp_path, monkeypatch):
     for command in run:
         script, *words = shlex.split(command)[1:]
         main = sdar.main if script == "sdar.py" else lambda argv: exercise.main(*argv)
-        words += short * (words == [] or "--steps" in words) + short[:-2] * ("evaluate" in words) + ["gate.svg"] * ("gradient" in words)
-        assert main(words) in (0, None), command
+        words += short * (words == [] or "--steps" in words) + short[:-2] * ("evaluate" in words)
+        assert main(words + ["gate.svg"] * ("gradient" in words)) in (0, None), command
 
 def test_the_readmes_library_example():
     code, = re.findall("```python\n(.*?)```", README, re.DOTALL)
@@ -1763,7 +1762,8 @@ def test_the_readmes_library_example():
     assert torch.allclose(names["student"], expected) and table.grad.abs().sum() > 0 and not names["teacher"].requires_grad
 
 def test_the_table_of_contents_leads_to_the_method():
-    sections = dict(re.findall(r"^# --- (\d+)\. .*?-\n(.*?)(?=^# ---|^# ====|\Z)", (ROOT / "sdar.py").read_text(), re.M | re.S))
+    code = (ROOT / "sdar.py").read_text()
+    sections = dict(re.findall(r"^# --- (\d+)\. .*?-\n(.*?)(?=^# ---|^# ====|\Z)", code, re.M | re.S))
     assert [*sections] == [str(n) for n in range(1, len(sections) + 1)]
     contents = re.findall(r"(\d) [^,(]+? \(([^)]*)\)", " ".join(sdar.__doc__.partition("Sections:")[2].split()))
     places = {name.split(".")[-1]: section for section, names in contents for name in names.split(", ")}
@@ -1773,5 +1773,6 @@ def test_the_table_of_contents_leads_to_the_method():
 def test_the_way_out_names_every_setting_and_its_commands_parse():
     text = README.split("## Outgrown")[1].split("\n## ")[0]
     configs = [sdar.parse_args(line.split())[1] for line in re.findall(r"^python sdar.py (--env .*)", text, re.M)]
-    assert [(c.env, c.tasks_per_step, c.max_turns) for c in configs] == [("alfworld", 16, 50), ("webshop", 16, 15), ("search", 128, 4)]
+    settings = [(config.env, config.tasks_per_step, config.max_turns) for config in configs]
+    assert settings == [("alfworld", 16, 50), ("webshop", 16, 15), ("search", 128, 4)]
     assert [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text] == []
