@@ -855,7 +855,7 @@ def test_kill_at_any_moment_and_resume(tmp_path):
     """SIGKILL at random moments, as often as SDAR_FAULTS says: metrics and weights become those of an uninterrupted run."""
     processes, rng, kills, names = get_context("forkserver"), random.Random(0), 0, itertools.count()
     processes.set_forkserver_preload(["sdar", "transformers"])
-    flags = dict(steps=4, save_every=2, eval_every=3, teacher="lagged", teacher_refresh=2, retrieval="ucb")
+    flags = dict(steps=4, save_every=2, eval_every=3, teacher="lagged", teacher_refresh=4, retrieval="ucb")
     def launch(name):
         process = processes.Process(target=sdar.train, args=(small(tmp_path, name, **flags, resume=True),))
         process.start()
