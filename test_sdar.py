@@ -651,14 +651,15 @@ def test_splits_are_disjoint_and_cover_all_task_types():
 def test_toy_by_hand(game):
     """task: actions. Nothing happens where one is marked ! (not here, closed or broken) or ? (malformed)."""
     tools = {"clean": "sinkbasin 1", "heat": "microwave 2", "cool": "fridge 1"}
-    world = make_env("toy", household=Household(dict.fromkeys(envs.CLASSES, "cabinet 1"), tools, "shelf 1"), max_turns=14)
     task, *actions = re.split("[:,] ", game.replace(r"\n", "\n"))
+    household = Household(dict.fromkeys(envs.CLASSES, "cabinet 1"), tools, "shelf 1")
+    world = make_env("toy", household=household, max_turns=len(actions))
     world.reset(task)
     for i, action in enumerate(actions):
         assert not world._won()
         observation, reward, terminated, truncated, info = world.step(action.strip("!?"))
         assert (observation == "Nothing happens.") == (action[0] in "!?") and info["valid"] is (action[0] != "?")
-        assert terminated == (i == len(actions) - 1) and reward == float(terminated)
+        assert terminated == (i == len(actions) - 1) and reward == float(terminated) and not truncated
 
 @pytest.mark.parametrize("response, action, valid", [
     ("go to desk 1", "go to desk 1", True), ("<action></action>", "", False), ("", "", False),
