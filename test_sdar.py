@@ -1535,7 +1535,7 @@ def test_a_misbehaving_server_is_never_an_observation(kind):
             calls.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(code or 200)
             self.send_header("Content-Length", str(len(text) + 99 * (kind in ("half", "drip"))))
-            for _ in range(10 if kind in ("slow", "drip") else 0):
+            for _ in range(40 if kind in ("slow", "drip") else 0):
                 time.sleep(0.1)
                 if kind == "drip":
                     self.end_headers()
