@@ -126,13 +126,13 @@ class Chat:
     (The official code makes a row of every turn, its prompt rebuilt from the last two, the skill before the template.)"""
     def __init__(self, tokenizer, eos=None):  # eos: the checkpoint's own ends of a generation, an id or several
         self.tokenizer = tokenizer
-        self._frame = lambda text, **options: tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        self._tokenize = lambda text, **options: tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         roles = {"SYSTEMTEXT": "system", "FIRSTTEXT": "user", "ANSWERTEXT": "assistant", "NEXTTEXT": "user"}
         text = tokenizer.apply_chat_template([{"role": role, "content": mark} for mark, role in roles.items()],
                                              tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        self._before_first = [self._frame(part) for part in text.split("FIRSTTEXT")[0].split("SYSTEMTEXT")]
+        self._before_first = [self._tokenize(part) for part in text.split("FIRSTTEXT")[0].split("SYSTEMTEXT")]
         between, after = text.split("ANSWERTEXT")[1].split("NEXTTEXT")
-        self._between, self._after = self._frame(between), self._frame(after)
+        self._between, self._after = self._tokenize(between), self._tokenize(after)
         self.end_id = self._between[0]  # end of turn: the last id of a finished response
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None})
         if self.end_id not in tokenizer.added_tokens_decoder:
@@ -147,7 +147,7 @@ class Chat:
     def _encode(self, text):
         """Ids of foreign text, which never becomes control: what looks like an added token (Qwen3's <think> is one that is
         not even marked special) is cut after its first character; what a normaliser makes look like one is left out."""
-        parts = self._frame(self.pieces(text), split_special_tokens=True)
+        parts = self._tokenize(self.pieces(text), split_special_tokens=True)
         return [id for ids in parts for id in ids if id not in self._control]
 
     def first(self, instructions, observation):
@@ -262,8 +262,9 @@ def rollout(model, chat, envs, starts, config, stream, with_skill=False, tempera
         ids, at = chat.first(envs[i].instructions, observation)
         episode = Episode(info["task"], info["task_type"], group, ids, [0] * len(ids), at, skills,
                           chat.encode(skill_text(skills)), transcript=[observation])
-        if with_skill:
-            (episode.ids, episode.mask), episode.skill_ids = episode.view(with_skill), []
+        if with_skill:  # it becomes part of the conversation, which both readers then see
+            episode.ids, episode.mask = episode.view(with_skill)
+            episode.skill_ids = []
         episodes[i] = episode
     check_context(model, envs[0], [episodes[i] for i in playing], config)
     streams = [np.random.default_rng([*stream, i]) for i in range(len(starts))]
@@ -411,7 +412,7 @@ def kl_k3(logprobs, ref_logprobs):
     d = (ref_logprobs - logprobs).clamp(max=20)  # keeps exp finite, and NaN under a mask out of the gradient
     return (d.exp() - d - 1).clamp(-10, 10)
 
-CONTROLS = ("constant", "shuffled", "centred")  # gates whose value on a token depends on the other tokens of the batch
+BATCH_GATES = ("constant", "shuffled", "centred")  # gates whose value on a token depends on the other tokens of the batch
 
 def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     """The gate g_t (section 2.4): how far the teacher is trusted on each token. Detached, shaped like gap (B, T).
@@ -446,7 +447,6 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
     kind: a gate, or its values (B, T). Returns (loss, stats): gate_mean, gate_active (share of g > 0.5), gap_mean."""
     logprobs, teacher_logprobs = visible(mask, logprobs, teacher_logprobs.detach())
     gap = teacher_logprobs - logprobs
-    entropy = None if entropy is None else visible(mask, entropy)[0]
     g = kind if torch.is_tensor(kind) else gate(kind, gap, entropy, beta, mask)
     return masked_mean(g * gap, mask), {"gate_mean": masked_mean(g, mask).item(),
                                         "gate_active": masked_mean((g > 0.5).float(), mask).item(),
@@ -499,7 +499,7 @@ def update(model, optimizer, episodes, batch, config, rng):
     beta, generator = config.gate_beta * method.beta, torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
         tokens, rest, mini = batch["mask"][chosen].sum().item(), share(chosen), [episodes[i] for i in chosen]
-        if method.teacher == "gate" and kind in CONTROLS:  # they need the gaps of the whole mini-batch
+        if method.teacher == "gate" and kind in BATCH_GATES:  # they need the gaps of the whole mini-batch
             now, mask = score(model, mini, config), response_mask(mini, model.device)
             gap = torch.where(batch["taught"][chosen], batch["teacher"][chosen, :now.shape[1]] - now, 0.0)
             batch.setdefault("gate", torch.zeros_like(batch["mask"]))[chosen, :now.shape[1]] = gate(
@@ -723,7 +723,7 @@ class KernelLogprobs(torch.autograd.Function):
 
 # --- 9. Configuration errors, models, the run's folder -----------------------------------------
 CHOICES = {"preset": ("toy", "paper"), "env": tuple(ENVS), "method": tuple(METHODS), "device": ("cpu", "cuda"),
-           "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *CONTROLS), "teacher": ("live", "lagged", "frozen"),
+           "gate": ("gap", "entropy", "soft_or", "none", "reverse_kl", *BATCH_GATES), "teacher": ("live", "lagged", "frozen"),
            "retrieval": ("keyword", "ucb", "full", "random", "none"), "skills": ("right", "wrong", "empty"),
            "dtype": ("float32", "bfloat16"), "eval_split": ("dev", "eval")}
 MAY_BE_ZERO = ("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef", "entropy_coef",
@@ -859,17 +859,17 @@ def sum_gradients(weights):
 
 class Run:
     """The chores of a run: environments, policies, folder, log, checkpoint, final table. Bad input is found before writing."""
-    FREE = ("steps", "out", "search_url", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
+    MAY_DIFFER = ("steps", "out", "search_url", "resume", "overwrite", "device", "micro_tokens", "rollout_batch", "offload",
             "gradient_checkpointing", "kernel", "eval_every", "save_every", "max_bad_steps")  # may change
 
     def __init__(self, config):
-        self.folder, self.lines, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
+        self.folder, self.log_file, self.step = Path(config.out), Path(config.out, "metrics.jsonl"), 0
         self.config, self.envs, self.bandit, self.lagged = config, make_envs(config), Bandit(), None
-        self.bad, self.first, self.alarmed, self.asked, self.results = 0, None, set(), None, None
+        self.bad_steps, self.first_metrics, self.alarmed, self.stop_signal, self.results = 0, None, set(), None, None
         self.envs[0].tasks("train")
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: {parent} is no folder that can be written")
-        over = config.resume or config.overwrite and self.lines.exists()
+        over = config.resume or config.overwrite and self.log_file.exists()
         require(over or not any(self.folder.glob("*")), f"--out {config.out} is not empty: --resume it or --overwrite it")
         self.model, self.chat = load_policy(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.01, fused=config.model != "tiny")
@@ -895,7 +895,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("checkpoint*"):  # of a run that is overwritten
             shutil.rmtree(leftover)
-        self.lines.write_text("")
+        self.log_file.write_text("")
         self.save()
 
     @contextmanager
@@ -903,7 +903,7 @@ class Run:
         """Around the training loop, whose steps it gives: Ctrl-C and SIGTERM wait for the end of a step, a second one does not;
         an environment that fails ends the run. In both cases all that was learned is then on disk."""
         def wait(number, frame):
-            self.asked = number
+            self.stop_signal = number
             signal.signal(number, before[number])
 
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -938,29 +938,29 @@ class Run:
         strange = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         metrics.update(dict.fromkeys(strange))  # null: NaN is no JSON
         if RANK == 0:
-            with open(self.lines, "a") as lines:
+            with open(self.log_file, "a") as lines:
                 lines.write(json.dumps(metrics) + "\n")
         shown = ("success", "gap_mean", "gate_mean", "loss")
         self.bar.set_postfix({key: metrics[key] for key in shown if metrics[key] is not None})
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
-        self.bad = self.bad + 1 if metrics["skipped_updates"] else 0
-        require(self.bad < self.config.max_bad_steps, f"step {step} is number {self.bad} in a row (--max-bad-steps) with a "
-                f"gradient that is not finite: try a lower --lr or --dtype float32; the last good checkpoint is in {self.folder}")
-        asked = [number for number in gathered([self.asked]) if number]  # of any process
-        if not self.bad and (step == self.config.steps or step % self.config.save_every == 0) or asked:
+        self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
+        require(self.bad_steps < self.config.max_bad_steps, f"step {step} is number {self.bad_steps} in a row (--max-bad-steps) "
+                f"whose gradient is not finite: a lower --lr or --dtype float32 may help; {self.folder} has the last good checkpoint")
+        asked = [number for number in gathered([self.stop_signal]) if number]  # of any process
+        if not self.bad_steps and (step == self.config.steps or step % self.config.save_every == 0) or asked:
             self.save()
         if asked and step < self.config.steps:
             gathered([])  # nobody ends before it is saved
             raise KeyboardInterrupt(128 + asked[0])
-        self.first = self.first or metrics
-        for alarm in {*alarms(metrics, self.first)} - self.alarmed:
+        self.first_metrics = self.first_metrics or metrics
+        for alarm in {*alarms(metrics, self.first_metrics)} - self.alarmed:
             self.alarmed.add(alarm)
             say(f"step {step}: {alarm}")
 
     @rank_0
     def save(self):
         """Checkpoint: Hugging Face format, and the trainer's state. All randomness depends on (seed, step): none to keep."""
-        state = {"step": self.step, "bad": self.bad, "before": self.before, "optimizer": self.optimizer.state_dict(),
+        state = {"step": self.step, "bad": self.bad_steps, "before": self.before, "optimizer": self.optimizer.state_dict(),
                  "lagged": self.lagged and self.lagged.state_dict(), "arms": self.bandit.arms, "config": vars(self.config)}
         write_checkpoint(self.folder / "checkpoint", self.model, self.chat, state)
         self.replace_file("config.json", json.dumps(vars(self.config), indent=1) + "\n")
@@ -984,7 +984,7 @@ class Run:
         if whole[0] != found[0]:
             say(f"--resume: {found[0]} is damaged, {whole[0]} takes its place")
         state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=self.model.device)
-        changed = {flag(key): key in self.FREE for key, value in vars(self.config).items()
+        changed = {flag(key): key in self.MAY_DIFFER for key, value in vars(self.config).items()
                    if state["config"].get(key) != value and key != "resume"}
         fixed = [name for name, free in changed.items() if not free]
         require(not fixed, f"--resume: {', '.join(fixed)} not as in {self.folder}/config.json")
@@ -994,9 +994,9 @@ class Run:
         state["lagged"] and self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.bad, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
-        lines = self.lines.read_text().splitlines(keepends=True)[:self.step]
-        self.first = json.loads(lines[0]) if lines else None
+        self.step, self.bad_steps, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
+        lines = self.log_file.read_text().splitlines(keepends=True)[:self.step]
+        self.first_metrics = json.loads(lines[0]) if lines else None
         self.replace_file("metrics.jsonl", "".join(lines))
         say(f"--resume: from step {self.step}; other than before: {', '.join(changed) or '-'}")
 
@@ -1004,7 +1004,7 @@ class Run:
         """Print the table and a sample episode. Returns the last step's metrics, with start_* from before training."""
         before, after = [self.before["start_by_type"]], [self.metrics["eval_by_type"]]
         print_table([("before", before, ""), ("before*", before, ""), ("after", after, ""), ("after*", after, "")])
-        spent = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.lines))
+        spent = lambda part: sum(json.loads(line)["seconds_" + part] for line in open(self.log_file))
         print(f"\n{self.folder}; seconds: " + ", ".join(f"{part} {spent(part):.1f}" for part in ("rollout", "teacher", "update")))
         sample = max(self.episodes, key=lambda episode: (episode.won, -episode.turns))
         print(f"\nA training episode of step {self.step}, {'won' if sample.won else 'lost'} (the teacher also read: "
@@ -1181,7 +1181,7 @@ def finished(config):
         old, lines = read_run(config.out)
     except UserError:
         return None
-    read = {*vars(config)} - {*Run.FREE} | {"steps", "eval_every"}
+    read = {*vars(config)} - {*Run.MAY_DIFFER} | {"steps", "eval_every"}
     same = all(old.get(key) == getattr(config, key) for key in read)
     require(same or config.overwrite, f"{config.out} holds a run with other settings: choose another --out, or --overwrite it")
     return [line for line in lines if "eval_success" in line] if same and len(lines) == config.steps else None
@@ -1240,7 +1240,7 @@ def draw(panels, path):
         for label, curve in curves.items():
             points = curve.mean(0)[np.linspace(0, curve.shape[1] - 1, min(curve.shape[1], 7)).astype(int)]
             bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (y - low) / (high - low)))] for _, y in points)
-            print(bars + "".join(f"  {x:.4g}: {y:.2f}" for x, y in points) + f"  {label}")
+            print(bars + "".join(f"  {x:.4g}: {y:.3f}" for x, y in points) + f"  {label}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1344,7 +1344,7 @@ def command_plot(config, *, runs=(), picture="plot.svg"):
     alike, panels = {}, {}
     for run in runs:
         made, lines = read_run(run)
-        settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.FREE, "seed")]
+        settings = [made.get(f.name) for f in fields(Config) if f.name not in (*Run.MAY_DIFFER, "seed")]
         alike.setdefault((re.sub(r"-s\d+$", "", run), str(settings)), []).append(lines)
     titles = {"success": "success in training", "eval_success": "held-out success without the skill", "kl": "KL",
               "eval_success_skill": "held-out success with the skill", "gap_mean": "mean gap, nats",

@@ -481,8 +481,8 @@ class Scripted(sdar.Sampler):
 
 def test_a_response_ends_at_the_closing_tag_however_it_is_cut(hub, tiny):
     chat = hub[1]
-    whole, letters = chat._frame("<action>look</action>"), sum(map(chat._frame, "<action>look</action>"), [])
-    unclosed = chat._frame("<action>look</action ") + [chat.end_id]
+    whole, letters = chat._tokenize("<action>look</action>"), sum(map(chat._tokenize, "<action>look</action>"), [])
+    unclosed = chat._tokenize("<action>look</action ") + [chat.end_id]
     assert len(whole) < len(letters)
     sampler = Scripted([row + [5] * 60 for row in (whole, letters, unclosed)], len(chat.tokenizer))
     responses = sampler.respond(torch.full((3, 60), .5), chat.stop_ids, sdar.stop_criteria(chat, ("</action>",)))
@@ -525,7 +525,7 @@ def one_update(policy, episodes=None, **changes):
     metrics = sdar.update(model, sgd, episodes, batch, config, np.random.default_rng(0))
     return vector(model.parameters()) - vector(policy[0].parameters()), metrics, episodes, batch
 
-@pytest.mark.parametrize("gate", ["gap", *sdar.CONTROLS])
+@pytest.mark.parametrize("gate", ["gap", *sdar.BATCH_GATES])
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate, monkeypatch):
     """Controls take their statistics over the mini-batch: the gap gate's mean is kept, or taken off."""
     one, metrics, *_ = one_update(policy, gate=gate)
@@ -1095,7 +1095,7 @@ def test_compare_reports_resumes_and_redoes(compare, tmp_path):
     assert "0.42±0.12" in row["grpo"] and "minus" not in row["grpo"]  # 2/6 and 3/6
     assert "0.58±0.12" in row["sdar"] and "minus grpo +0.167 [+0.17, +0.17]" in row["sdar"]  # every seed 1/6 ahead
     assert "0/6" in row["vanilla"] and "6/6" in row["skill_prompt*"]
-    assert "▁▅  0: 0.00  1: 0.58  sdar" in out and "no picture was drawn: it takes matplotlib" in out
+    assert "▁▅  0: 0.000  1: 0.583  sdar" in out and "no picture was drawn: it takes matplotlib" in out
     report = json.loads((tmp_path / "compare.json").read_text())
     assert report["evaluations"]["sdar"]["1"][0]["eval_by_type"] == {"put": [6, 4, 6]} and report["start"]["success"] == 0
     (tmp_path / "sdar-s1/metrics.jsonl").write_text('{"step": ')  # killed while it wrote
@@ -1710,7 +1710,7 @@ def test_plot(tmp_path, monkeypatch, capsys):
     run("a-s0", .25), run("a-s1", .75, 2, seed=1), run("b-s0", 1.0, lr=1.0), run("empty", 0, 0)
     assert sdar.main("plot a-s0 a-s1 b-s0 --picture p.png".split()) == 0
     out = capsys.readouterr().out
-    assert "▅▅  1: 0.50  2: 0.50  a\n███  1: 1.00  2: 1.00  3: 1.00  b\n" in out
+    assert "▅▅  1: 0.500  2: 0.500  a\n███  1: 1.000  2: 1.000  3: 1.000  b\n" in out
     assert "mean gap" not in out and "KL\n▁▄  1" in out
     assert Path("p.png").exists() == ("no picture" not in out)
     Path("torn").mkdir(), Path("torn/metrics.jsonl").write_text("{")
