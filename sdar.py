@@ -797,7 +797,7 @@ def cut_text(chat, limit, text):
     """The text or, if it has more than `limit` tokens, the first ones as the tokenizer writes them."""
     start = text[:64 * limit]  # of blanks, a tokenizer may make few tokens or none
     ids = chat.encode(start)
-    return text if len(ids) <= limit and start == text else chat.tokenizer.decode(ids[:limit], skip_special_tokens=True) + " ..."
+    return text if len(ids) <= limit and start == text else chat.tokenizer.decode(ids[:limit]) + " ..."
 
 def call_all(calls, at_once):
     """The results of functions without arguments, in order; where one raised EnvUnavailable, that error. at_once: in threads."""
