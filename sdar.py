@@ -758,6 +758,7 @@ def load_policy(config):
     path = tiny_policy(Chat(toy_tokenizer())) if config.model == "tiny" else config.model
     is_path = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
     require(not is_path or (Path(path) / "config.json").is_file(), f"--model {path}: no folder with a config.json")
+    require(not (Path(path) / "checkpoint").is_dir(), f"--model {path}: a run's folder; its model is {path}/checkpoint")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         require(tokenizer.chat_template, "it has no chat template; take the -Instruct checkpoint of its family")
@@ -778,9 +779,9 @@ def load_policy(config):
 
 def make_envs(config):
     """One environment for each episode of a step or of a part of the panel."""
+    require(config.env != "toy" or not config.env_data, "--env toy takes no --env-data")
+    require(config.env == "search" or not config.search_url, f"--env {config.env} takes no --search-url")
     options = {name: value for name, value in (("data", config.env_data), ("url", config.search_url)) if value}
-    taken = {"toy": (), "search": ("data", "url")}.get(config.env, ("data",))
-    require({*options} <= {*taken}, f"--env {config.env} takes no --env-data or no --search-url")
     number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
     envs = [make_env(config.env, max_turns=config.max_turns, **options) for _ in range(number)]
     envs[0].tasks(config.eval_split)  # none? say so now
@@ -834,7 +835,8 @@ def check_context(model, env, episodes, config):
     """UserError if episodes of `env` that start with these prompts cannot fit the model's context."""
     prompt, context = max((len(episode.view(True)[0]) for episode in episodes), default=0), model.config.max_position_embeddings
     require(prompt + env.max_turns * config.max_new_tokens <= context, f"a prompt of {prompt} tokens and {env.max_turns} turns "
-            f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}")
+            f"(--max-turns) of {config.max_new_tokens} (--max-new-tokens) do not fit the model's context of {context}" +
+            " (--preset toy fits a checkpoint of the tiny policy)" * (config.preset == "paper"))
 
 torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # where it tells each process which of how many it is
 RANK, LOCAL_RANK, RANKS = int(torchrun.get("RANK", 0)), int(torchrun.get("LOCAL_RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
@@ -945,9 +947,9 @@ class Run:
         self.step, self.metrics, self.episodes, self.results = step, metrics, episodes, None
         self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
         require(self.bad_steps < self.config.max_bad_steps, f"step {step} is number {self.bad_steps} in a row (--max-bad-steps) "
-                f"whose gradient is not finite: a lower --lr or --dtype float32 may help; {self.folder} has the last good checkpoint")
+                f"whose gradient is not finite: try a lower --lr or --dtype float32; {self.folder} has the last good checkpoint")
         asked = [number for number in gathered([self.stop_signal]) if number]  # of any process
-        if not self.bad_steps and (step == self.config.steps or step % self.config.save_every == 0) or asked:
+        if step == self.config.steps or step % self.config.save_every == 0 and not self.bad_steps or asked:
             self.save()
         if asked and step < self.config.steps:
             gathered([])  # nobody ends before it is saved
@@ -989,13 +991,18 @@ class Run:
         fixed = [name for name, free in changed.items() if not free]
         require(not fixed, f"--resume: {', '.join(fixed)} not as in {self.folder}/config.json")
         require(state["step"] < self.config.steps, f"--resume: {self.folder} has all of its {state['step']} steps; raise --steps")
+        lines = self.log_file.read_text().splitlines(keepends=True)[:state["step"]]  # a later one may be torn
+        try:
+            logged = [json.loads(line)["step"] for line in lines]
+        except ValueError:
+            logged = []
+        require(len(logged) == state["step"], f"--resume: {self.log_file} lacks steps of the checkpoint's {state['step']}")
         weights = load_policy(replace(self.config, model=str(whole[0])))[0].state_dict()
         self.lagged = self.frozen_copy() if state["lagged"] else None
         state["lagged"] and self.lagged.load_state_dict(state["lagged"])
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.bad_steps, self.before, self.bandit.arms = state["step"], state["bad"], state["before"], state["arms"]
-        lines = self.log_file.read_text().splitlines(keepends=True)[:self.step]
         self.first_metrics = json.loads(lines[0]) if lines else None
         self.replace_file("metrics.jsonl", "".join(lines))
         say(f"--resume: from step {self.step}; other than before: {', '.join(changed) or '-'}")
@@ -1024,6 +1031,7 @@ def alarms(now, first):
         "far more actions are invalid than at first: a lower --lr or more --kl-coef helps, or more --invalid-penalty":
             now["invalid_rate"] > first["invalid_rate"] + 0.2,
         "responses have shrunk to less than half: a lower --lr or more --kl-coef helps": length(now) < length(first) / 2,
+        "an update was skipped, its gradient was not finite: a lower --lr or --dtype float32 helps": now["skipped_updates"] > 0,
         "the teacher does worse than the student, so it has nothing to teach: a lower --lr or --teacher lagged helps":
             now.get("eval_success_skill", 1) < now.get("eval_success", 0) - 0.05,
     }.items() if wrong]
@@ -1032,7 +1040,7 @@ def wilson(wins, n, z=1.96):
     """95 % Wilson score interval of a proportion: (low, high)."""
     p, scale = wins / n, 1 + z * z / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / scale, (middle + half) / scale
+    return max(0.0, middle - half) / scale, (middle + half) / scale
 
 def print_table(rows):
     """Success by task type, mean±sd over runs; of one also n/N, Wilson. rows: (title, [by_type], remark); title*: skilled."""
@@ -1158,7 +1166,8 @@ def plan(config, given, methods, seeds, sweep, out):
     typed = lambda name, text: getattr(parse_args([f"--{name}={text}"])[1], name.replace("-", "_"))
     name, _, values = (sweep or f"method={methods}").partition("=")
     rows = [{"method": "grpo"}] * bool(sweep) + [{name.replace("-", "_"): typed(name, value)} for value in values.split(",")]
-    require(not {"seed", "resume"} & {name, *given} and name != "out", "compare takes --seeds and one --out")
+    require(not {"seed", "resume"} & {name, *given} and name != "out" and (sweep or "method" not in given),
+            "compare takes --seeds, --methods (--method with --sweep) and one --out, and goes on without --resume")
     seeds, runs = [typed("seed", seed) for seed in seeds.split(",")], {}
     for row in rows:
         plain = Config(env=config.env, model=config.model, preset=config.preset, method=row.get("method", config.method))
@@ -1407,10 +1416,13 @@ def main(argv=None):
             config.device == "cuda" and torch.cuda.set_device(LOCAL_RANK)
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
         return int(command(config) is True)
+    except BrokenPipeError:  # of a pipe to `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt as error:
-        message, code = "stopped; a training run goes on with the same command and --resume", *(error.args or (130,))
+        message, code = "stopped; train goes on with the same command and --resume, compare without", *(error.args or (130,))
     except (RuntimeError, MemoryError) as error:
         if RANKS > 1 and re.search("by peer|Broken pipe|NCCL", str(error)):
             return print("sdar.py: another process of this run ended; --resume continues it", file=sys.stderr) or 1

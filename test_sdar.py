@@ -904,6 +904,15 @@ def test_a_damaged_checkpoint_is_never_trusted(damage, said, finished, tmp_path,
     printed = capsys.readouterr().err
     assert said in printed and "other than before: --steps, --out, --save-every" in printed
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.split("\n")[0] + "\n"])
+def test_a_run_whose_log_lacks_steps_is_refused(damage, finished, tmp_path):
+    log = Path(shutil.copytree(finished[1], tmp_path / "run")) / "metrics.jsonl"
+    log.write_text(damage(log.read_text()))
+    before = log.read_text()
+    with pytest.raises(sdar.UserError, match="lacks steps of the checkpoint's 2"):
+        trained(tmp_path, steps=3, resume=True)
+    assert log.read_text() == before
+
 @pytest.mark.parametrize("number, times, code, saved", [
     (signal.SIGINT, 1, 130, 2), (signal.SIGTERM, 1, 143, 2), (signal.SIGINT, 2, 130, 0)], ids=["SIGINT", "SIGTERM", "twice"])
 def test_stopping_waits_for_the_step(number, times, code, saved, tmp_path, monkeypatch, capsys):
@@ -916,7 +925,7 @@ def test_stopping_waits_for_the_step(number, times, code, saved, tmp_path, monke
     monkeypatch.setattr(sdar, "training_step", step)
     flags = "--steps 4 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0 --resume --out".split()
     assert sdar.main([*flags, str(tmp_path / "run")]) == code
-    assert "with the same command and --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert "train goes on with the same command and --resume" in capsys.readouterr().err.splitlines()[-1]
     state = torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)
     assert state["step"] == saved and len(lines(tmp_path / "run")) == max(saved, 1)
     assert sdar.is_whole(tmp_path / "run/checkpoint") and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -945,6 +954,9 @@ def test_numbers_going_wrong(tmp_path, monkeypatch, capsys):
     rows = lines(tmp_path / "run")
     assert [(row["skipped_updates"], row["loss"] is None) for row in rows] == [(0, False)] + [(4, True)] * 3
     assert torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)["step"] == 1 and "NaN" not in str(rows)
+    trained(tmp_path, "end", steps=2)  # what has trained to its end is saved as it was evaluated
+    assert torch.load(tmp_path / "end/checkpoint/trainer.pt", weights_only=True)["step"] == 2
+    assert capsys.readouterr().err.count("an update was skipped") == 2, "said once in each run"
 
 def test_an_episode_without_a_response_token_breaks_no_step(policy):
     episodes = play(policy, sdar.Config(group_size=4))
@@ -962,10 +974,12 @@ def test_an_overwritten_run_is_gone_before_the_new_one_saves(finished, tmp_path,
     assert len(trained(tmp_path, steps=1, overwrite=True)[1]) == 1
 
 def test_alarms():
-    first = dict(flat_groups=0, entropy=.5, success=.1, invalid_rate=.1, response_tokens=30, turns=10)
+    first = dict(flat_groups=0, entropy=.5, success=.1, invalid_rate=.1, response_tokens=30, turns=10,
+                 skipped_updates=0)
     assert sdar.alarms({**first, "eval_success": .5, "eval_success_skill": .46}, first) == []
     wrong = {"reward says nothing": dict(flat_groups=1), "always in the same way": dict(entropy=.05),
              "actions are invalid": dict(invalid_rate=.31), "have shrunk": dict(response_tokens=14),
+             "was skipped": dict(skipped_updates=1),
              "nothing to teach": dict(eval_success=.5, eval_success_skill=.4)}
     for words, change in wrong.items():
         said = sdar.alarms({**first, **change}, first)
@@ -1048,6 +1062,13 @@ def test_unusable_checkpoints(change, message, checkpoint, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
 
+def test_a_pipe_that_is_closed_is_no_error(monkeypatch, capfd):
+    def closed(config):
+        raise BrokenPipeError
+    monkeypatch.setitem(sdar.COMMANDS, "evaluate", closed)
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    assert sdar.main(["evaluate"]) == 0 and capfd.readouterr().err == ""
+
 def test_bench(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.utils.benchmark.Timer.blocked_autorange", lambda timer, min_run_time: timer.timeit(1))
     flags = "bench --tasks-per-step 2 --group-size 2 --micro-tokens 64 --out".split()
@@ -1058,7 +1079,7 @@ def test_bench(tmp_path, capsys, monkeypatch):
 
 def test_intervals_against_tables():
     assert sdar.wilson(8, 10) == pytest.approx((.4902, .9433), abs=1e-4)  # Wilson's own formula, worked by hand
-    assert sdar.wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4)
+    assert sdar.wilson(0, 10) == pytest.approx((0, .2775), abs=1e-4) and f"{sdar.wilson(0, 60)[0]:.2f}" == "0.00"
     for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (30, 2.045)):
         gains = np.arange(n, dtype=float)
         mean, half = gains.mean(), quantile * gains.std(ddof=1) / n ** .5
