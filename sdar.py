@@ -248,7 +248,7 @@ class Sampler:
 def rollout(model, chat, envs, starts, config, stream, with_skill=False, temperature=None, bandit=None):
     """Play an episode from each (task, seed, group) of `starts`, all in lockstep; returns the Episodes, but for those whose
     engine or server failed (EnvUnavailable if half of them did). stream: ints (first 1: evaluation, 3: training, 4: inspect);
-    episode i samples from the random stream (*stream, i), whatever its neighbours do. bandit: of --retrieval ucb."""
+    episode i samples from (*stream, i), whatever its neighbours do. with_skill: in the prompt. bandit: of --retrieval ucb."""
     strategy = {"right": config.retrieval, "wrong": "wrong", "empty": "none"}[config.skills]
     for env in envs:
         env.cut = partial(cut_text, chat, config.max_obs_tokens)
