@@ -957,6 +957,8 @@ def test_numbers_going_wrong(tmp_path, monkeypatch, capsys):
     trained(tmp_path, "end", steps=2)  # what has trained to its end is saved as it was evaluated
     assert torch.load(tmp_path / "end/checkpoint/trainer.pt", weights_only=True)["step"] == 2
     assert capsys.readouterr().err.count("an update was skipped") == 2, "said once in each run"
+    with pytest.raises(sdar.UserError, match="step 3 is number 3 in a row"):
+        trained(tmp_path, "end", steps=9, resume=True)
 
 def test_an_episode_without_a_response_token_breaks_no_step(policy):
     episodes = play(policy, sdar.Config(group_size=4))
@@ -1001,6 +1003,7 @@ def test_two_processes_come_to_the_same_as_one(tmp_path):
     for folder, launcher in ((tmp_path / "one", []), (tmp_path / "two", TORCHRUN)):
         done, numbers = run_faulty(launcher, folder), []
         assert done.returncode == 0 and done.stdout.count("before training") == done.stdout.count("after*") == 1, done.stderr
+        assert done.stderr.count("5 of 12 episodes failed") == 3, "one process says it for all"
         for line in lines(folder):
             assert line["dropped"] == 5 and (line["grad_norm"] is None) == (line["step"] == 2) == line["skipped_updates"]
             numbers += [value for value in line.values() if type(value) in (int, float)]
