@@ -652,9 +652,13 @@ def serve(file, port=8000):
             self.end_headers()
             self.wfile.write(json.dumps(value).encode())
 
-    ThreadingHTTPServer.request_queue_size = 128  # of connections that wait: a step's searches come all at once
-    ThreadingHTTPServer.handle_error = lambda *args: None  # a client went away
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # of connections that wait: a step's searches come all at once
+
+        def handle_error(self, request, client_address):
+            """A client went away."""
+
+    with Server(("127.0.0.1", port), Handler) as server:
         print(f"search server: http://127.0.0.1:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
@@ -679,8 +683,12 @@ def play(name, split="eval", task=None, **options):
 def main(argv):
     """The command line. Returns the exit code: 0, also at the end of input; 2 bad input (one line on stderr); 130 Ctrl-C."""
     import argparse
-    parser = argparse.ArgumentParser("envs.py", description="play: be the agent. serve: a search server on loopback.")
-    parser.error = lambda message: parser.exit(2, f"envs.py: {message}\n")  # one line, without the usage
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"envs.py: {message}\n")  # one line, without the usage
+
+    parser = Parser("envs.py", description="play: be the agent. serve: a search server on loopback.")
     parser.add_argument("command", choices=("play", "serve"))
     parser.add_argument("what", help=f"play: {', '.join(ENVS)}. serve: a JSON-lines file with id and contents")
     for flag, help in {"data": "play: its games, checkout or questions", "url": "play search: of the server",

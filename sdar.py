@@ -11,6 +11,7 @@ Sections: 1 configuration (Config), 2 conversation (Chat, Episode.view), 3 rollo
 (response_mask), 5 objectives (group_advantages, gate, sdar_loss), 6 update (update), 7 evaluation and training (train).
 Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence, V vocabulary, H width.
 """
+import inspect
 import math
 import re
 import time
@@ -135,12 +136,13 @@ class Chat:
         self._between, self._after = self._tokenize(between), self._tokenize(after)
         self.end_id = self._between[0]  # end of turn: the last id of a finished response
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None})
-        if self.end_id not in tokenizer.added_tokens_decoder:
+        added, harmless = tokenizer.get_added_vocab(), {tokenizer.unk_token_id} - {*self.stop_ids}  # added: {text: id}
+        if self.end_id not in added.values():
             raise ValueError("its chat template closes a turn with no control token, so a response could not end")
-        added, harmless = tokenizer.added_tokens_decoder, {tokenizer.unk_token_id} - {*self.stop_ids}
-        cut = re.compile(f"(?s)(?<=(?={'|'.join(re.escape(token.content) for token in added.values())}).)")
+        cut = re.compile(f"(?s)(?<=(?={'|'.join(map(re.escape, added))}).)")
         self.pieces = lambda text: cut.split(text.encode(errors="replace").decode())  # lone surrogates become ?
-        self._control = {id for id, token in added.items() if token.special or len(token.content) > 1} - harmless
+        special = lambda id: not tokenizer.decode([id], skip_special_tokens=True)
+        self._control = {id for text, id in added.items() if len(text) > 1 or special(id)} - harmless
         cached = lru_cache(maxsize=5000)(self._encode)  # environments repeat themselves, in short texts
         self.encode = lambda text: (cached if len(text) < 500 else self._encode)(text)
 
@@ -186,15 +188,31 @@ class Episode:
         return self.ids[:at] + skill + self.ids[at:], self.mask[:at] + [0] * len(skill) + self.mask[at:]
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) ---------------------------------------------
+@lru_cache
+def cache_class():
+    """The library's growing KV cache, its keys kept in the dtype of the values: under autocast RoPE leaves them in float32,
+    at twice the memory. A function, since importing transformers takes seconds."""
+    from transformers import DynamicCache
+
+    class ValuesDtypeCache(DynamicCache):
+        def update(self, key_states, value_states, *more, **named):
+            return super().update(key_states.to(value_states.dtype), value_states, *more, **named)
+
+    return ValuesDtypeCache
+
+def cache_name(model):
+    """What the installed library calls the KV cache in a forward pass: its name changed in 5.24. None: it takes no cache."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
+
 class Sampler:
     """A policy and the KV cache of a batch of growing conversations: each turn feeds only what is new. Blocks of new
     ids are padded on the left. The holes stay in the cache, masked out, and positions count real tokens only, so
     log-probs equal those of an unpadded pass."""
     def __init__(self, model, temperature):
-        from transformers import DynamicCache
         self.model, self.temperature, self.real = model, temperature, None  # real (B, columns): 1 token, 0 hole
-        self.cache = DynamicCache(config=model.config)  # RoPE leaves keys in float32: they are kept in the values' dtype
-        self.cache.update = lambda k, v, *more: DynamicCache.update(self.cache, k.to(v.dtype), v, *more)
+        self.cache = cache_class()(config=model.config)
+        self.named_cache = {cache_name(model): self.cache}
 
     def feed(self, ids, new):
         """Append a block of columns, ids (B, n) and new (B, n) 1 where real; keep the logits of its last column."""
@@ -204,7 +222,7 @@ class Sampler:
         causal = torch.ones(new.shape[1], self.real.shape[1], device=ids.device).tril(past.shape[1]).bool()
         mask = (causal & self.real[:, None].bool())[:, None]  # (B, 1, n, columns); the library's own costs a host sync
         self.logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                                 past_key_values=self.cache, logits_to_keep=1).logits[:, -1].float()
+                                 logits_to_keep=1, **self.named_cache).logits[:, -1].float()
 
     def feed_rows(self, rows):
         """Append a list of ids to each conversation. A long first prompt that several share, as in a group, is fed once."""
@@ -241,7 +259,7 @@ class Sampler:
     def keep(self, rows):
         """The batch of conversations becomes these rows of it; a row may be named several times."""
         rows = torch.tensor(rows, device=self.real.device)
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.real, self.logits = self.real[rows], self.logits[rows]
 
 @torch.no_grad()
@@ -506,7 +524,9 @@ def update(model, optimizer, episodes, batch, config, rng):
                 kind, gap, None, beta, mask, generator)
         for micro in micro_batches(share(mini), config.micro_tokens):
             rows, rest = rest[:len(micro)], rest[len(micro):]
+            model.train(config.gradient_checkpointing)  # in this mode alone the library checkpoints, and drops KV caches
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
+            model.eval()
             part = {key: value[rows, :logprobs.shape[1]] for key, value in batch.items()}
             mask = part["mask"]
             drift = masked_mean((logprobs - part["old"]).abs(), mask)
@@ -696,7 +716,9 @@ extern "C" __global__ void backward(Bits *logits, const long long *ids, const fl
 
 @lru_cache(maxsize=None)
 def compiled(name, dtype):
-    """A kernel of KERNEL_SOURCE for logits of dtype, by NVRTC; _compile_kernel is a private name, used here alone."""
+    """A kernel of KERNEL_SOURCE for logits of dtype, by NVRTC. PyTorch has no public compiler of CUDA source that needs no
+    toolkit: _compile_kernel is private, used here alone; where it is gone or changed, load_policy says so in one line and
+    PyTorch's own functions do the work."""
     from torch.utils import cpp_extension
     kind = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
     cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or "/nowhere"  # it would ask for a toolkit; no header is needed
@@ -762,20 +784,82 @@ def load_policy(config):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         require(tokenizer.chat_template, "it has no chat template; take the -Instruct checkpoint of its family")
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
-                                                                  attn_implementation="sdpa").to(config.device).eval()
-        ids, same = torch.arange(1, 9, device=config.device)[None], partial(torch.allclose, rtol=1e-2, atol=1e-2)
-        with torch.no_grad():  # what the rest of this file takes for granted of an ordinary causal LM
-            hidden, logits, first = model.base_model(ids).last_hidden_state, model(ids).logits, model(ids[:, :4]).logits
-            require(same(hidden @ model.get_output_embeddings().weight.T, logits) and same(first, logits[:, :4])
-                    and not any(transformers.DynamicCache(config=model.config).is_sliding),
-                    "its logits are not causal, or not its last states times one matrix, or its attention has a window")
-        for layer in model.modules() if config.gradient_checkpointing else ():  # the library's own switch drops KV caches
-            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True)  # check_model does not: it names what is wrong
+        model = model.to(config.device).eval()
+        if config.gradient_checkpointing:  # renamed in 5.24; it works in training mode alone: see update
+            new = hasattr(model, "activation_checkpointing_enable")
+            enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        check_model(model, tokenizer, report, config.gradient_checkpointing)
         return model, Chat(tokenizer, model.generation_config.eos_token_id)
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         raise UserError(f"--model {path}: cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]:.200}") from error
+
+def check_model(model, tokenizer, report, checkpointing=False):
+    """UserError if the model is not what the rest of this file takes for granted: an ordinary causal language model whose
+    attention sees everything before a token, read whole. report: what from_pretrained says of the files' tensors.
+    checkpointing: it will also run in training mode, which must compute the same."""
+    for key, fault in (("missing_keys", "its files lack"), ("unexpected_keys", "it has no place for"),
+                       ("mismatched_keys", "its files have in another shape")):
+        for name in sorted(map(str, report[key]))[:1]:
+            raise UserError(f"{fault} the tensor {name} (in all {len(report[key])} of this kind)")
+    for name, weights in model.named_parameters():
+        require(weights.isfinite().all(), f"its weights are not finite: {name}")
+    ids, rows = max(tokenizer.get_vocab().values()) + 1, len(model.get_input_embeddings().weight)
+    require(ids <= rows, f"its tokenizer has {ids} ids, its embedding only {rows} rows")
+
+    settings = model.config
+    require(getattr(settings, "max_position_embeddings", None), "its config does not say how long its context is")
+    windows = [name for name in ("sliding_window", "attention_chunk_size") if getattr(settings, name, None)]
+    kinds = getattr(settings, "layer_types", None) or windows
+    partial_view = sorted({*kinds} - {"full_attention"})
+    require(not partial_view, f"not all of its layers attend to everything before a token: {', '.join(partial_view)}")
+    lacking = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"} - {*inspect.signature(model.forward).parameters}
+    require(not lacking and cache_name(model), f"its forward pass takes no {', '.join(sorted(lacking)) or 'KV cache'}")
+
+    # Names can be wrong; from here on it is what the model computes that counts.
+    def same(a, b):
+        return (a - b).abs().max() <= 1e-3 * b.abs().max()
+
+    def plain(ids):
+        return model(torch.tensor([ids], device=model.device)).logits[0]
+
+    with torch.no_grad():
+        short, long = [1, 2, 3], [4, 5, 6, 7, 8]
+        logits = plain(long)
+        require(same(plain(long[:3]), logits[:3]), "its logits are not causal: those of a token change with what follows it")
+        hidden = model.base_model(torch.tensor([long], device=model.device)).last_hidden_state[0]
+        require(same(hidden @ model.get_output_embeddings().weight.T, logits), "its logits are not its last states times one matrix")
+        sampler = Sampler(model, 1.0)
+        sampler.feed_rows([short, long])
+        sampler.keep([1, 0])
+        sampler.feed_rows([[2, 1], [3]])
+        expected = torch.stack([plain(long + [2, 1])[-1], plain(short + [3])[-1]])
+        require(same(sampler.logits, expected), "padded rows in its KV cache change its logits: has it recurrent layers?")
+        if checkpointing:
+            model.train()
+            require(same(plain(long), logits), "it computes otherwise in training mode (dropout?): leave out --gradient-checkpointing")
+            model.eval()
+
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
+
+def untested_versions():
+    """What main says when it starts: which installed libraries are outside the range that is tested, and that range; "" if none
+    is, or where requirements.txt, the one place with the ranges, was not copied along."""
+    from importlib.metadata import PackageNotFoundError, version
+    from packaging.requirements import Requirement  # transformers needs it, too
+    found = []
+    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.exists() else ():
+        wanted = Requirement(line)
+        try:
+            installed = version(wanted.name)
+        except PackageNotFoundError:  # pytest is for the tests alone; without another one, nothing gets this far
+            continue
+        if not wanted.specifier.contains(installed, prereleases=True):
+            found.append(f"{wanted.name} {installed} (tested: {wanted.specifier})")
+    return "untested versions, which may do otherwise: " + ", ".join(found) if found else ""
 
 def make_envs(config):
     """One environment for each episode of a step or of a part of the panel."""
@@ -1266,6 +1350,8 @@ def draw(panels, path):
     figure.savefig(path)
     print(f"\n{path}")
 
+BENCH_SECONDS = 0.5  # of each timing, at least
+
 def command_bench(config):
     """Where the time of a training step goes; then token_logprobs on each of its paths."""
     global KERNEL, LOGITS_AT_ONCE
@@ -1278,7 +1364,7 @@ def command_bench(config):
           f"adds {seconds[1] / (seconds[0] + seconds[2]):.0%} to it")
     for part, spent in zip(("rollout", "teacher", "update"), seconds):
         print(f"{part:<9}{spent:8.2f} s {spent / seconds.sum():5.0%} {tokens / spent:10,.0f} tokens/s")
-    time_of = lambda work: Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.5).median  # one thread
+    time_of = lambda work: Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=BENCH_SECONDS).median  # one thread
     head = run.model.get_output_embeddings().weight.detach().to(getattr(torch, config.dtype)).requires_grad_()
     rows = config.micro_tokens if head.is_cuda else max(1, min(config.micro_tokens, 2 ** 28 // len(head)))
     hidden = torch.randn(rows, head.shape[1], device=head.device).to(head.dtype).requires_grad_()
@@ -1395,7 +1481,8 @@ def parse_args(argv):
         kind = {"nargs": "*"} if default == () else {"type": type(default)}  # a list comes without a flag
         parser.add_argument(name if default == () else flag(name), help=f"[{default}]", **kind)
     values, rest = parser.parse_known_args(argv)
-    near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], parser._option_string_actions, 1)
+    flags = [flag(name) for name in (*(f.name for f in fields(Config)), *own)]
+    near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], flags, 1)
     require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = vars(values)
     options = {name: given.pop(name) for name in own if name in given}
@@ -1410,6 +1497,8 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGTERM, terminate)
         command, config = parse_args(sys.argv[1:] if argv is None else list(argv))
+        if untested := untested_versions():
+            say(f"sdar.py: {untested}")
         if RANKS > 1:
             require(command.func in (train, command_evaluate) and RANKS <= config.tasks_per_step,
                     f"torchrun is for train and evaluate, and for --tasks-per-step {config.tasks_per_step} processes at most")

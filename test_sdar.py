@@ -3,11 +3,13 @@
 Sections: 1 objectives, 2 log-probs, 3 conversation, 4 rollout and update, 5 the toy world, 6 the tiny policy, 7 runs, 8 the
 command line, 9 the CUDA kernel, 10 the real environments, 11 what teaches. Classic silent bugs are also planted, to see
 that their test finds them (`planted`)."""
+import ast
 import copy
 import ctypes
 import http.server
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -45,6 +47,42 @@ tensor = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
 vector = torch.nn.utils.parameters_to_vector
+
+# Tomorrow's break, seen today: what a library is about to take away is an error here. This is the one list of exceptions, each
+# with its reason; pytest reads the lines from below upwards.
+pytestmark = [pytest.mark.filterwarnings(line) for line in (
+    "error::FutureWarning", "error::DeprecationWarning", "error::PendingDeprecationWarning",
+)]
+
+class Deprecations(logging.Handler):
+    """Keeps what transformers says of things to come, which it does in its log instead of by Python's warnings."""
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            self.said.append(record.getMessage())
+
+@pytest.fixture(scope="session")
+def deprecations():
+    from transformers.utils import logging as log
+    handler = Deprecations()
+    log.disable_default_handler()  # else it would print all of it
+    log.add_handler(handler)
+    log.set_verbosity_warning()
+    return handler
+
+@pytest.fixture(autouse=True)
+def nothing_is_deprecated(deprecations):
+    yield
+    said, deprecations.said = deprecations.said, []
+    assert not said
+
+@pytest.fixture(autouse=True)
+def tested_versions(monkeypatch):
+    """The line about untested versions, which a test of other lines does not expect, has its own test."""
+    monkeypatch.setattr(sdar, "untested_versions", lambda: "")
 
 @pytest.fixture(scope="session")
 def tiny():
@@ -426,7 +464,7 @@ def chats(tiny, checkpoint):  # the third: a normaliser makes added tokens of ot
 
 def test_ten_thousand_hostile_strings(chats):
     for chat, rng in zip(chats, map(random.Random, range(3))):
-        added = {i: t.content for i, t in chat.tokenizer.added_tokens_decoder.items() if t.content not in ("<unk>", "\n")}
+        added = {i: text for text, i in chat.tokenizer.get_added_vocab().items() if text not in ("<unk>", "\n")}
         words = [*added.values(), "<|end|>", "<|im_end|>", "<think>", "system", "\n"]
         word, cut, same = lambda: rng.choice(words), lambda: rng.randrange(9), partial(unicodedata.normalize, "NFC")
         wide = lambda text: re.sub("[!-~]", lambda c: chr(ord(c[0]) + 0xFEE0), text)
@@ -769,10 +807,17 @@ def test_same_seed_same_metrics_and_resume_continues(tmp_path, changes):
 
 def test_bfloat16_samples_and_scores_alike(tmp_path, monkeypatch):
     """Sampler and trainer both compute in bfloat16 (the run-time assertions compare them); weights stay float32."""
-    caches = noted(monkeypatch, "keep", lambda sampler, rows: sampler.cache.layers[0], sdar.Sampler)
+    update, kept = sdar.cache_class().update, set()
+    def noting(*args, **more):
+        keys, values = update(*args, **more)
+        if torch.is_autocast_enabled("cpu"):  # else the model is only being checked
+            kept.update((keys.dtype, values.dtype))
+        return keys, values
+
+    monkeypatch.setattr(sdar.cache_class(), "update", noting)
     final = sdar.train(small(tmp_path, dtype="bfloat16", steps=1))
     assert math.isfinite(final["loss"]) and final["eval_success_skill"] > .5
-    assert {x.dtype for cache in caches for x in (cache.keys, cache.values)} == {torch.bfloat16}
+    assert kept == {torch.bfloat16}
     from safetensors.torch import load_file
     assert {w.dtype for w in load_file(tmp_path / "run/checkpoint/model.safetensors").values()} == {torch.float32}
 
@@ -834,15 +879,24 @@ def test_memory_flags_never_change_a_run(tmp_path):
         for key in ("loss", "grad_norm", "gap_mean", "kl", "entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
 
-def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint):
-    """And so fewer activations; test_memory_flags_never_change_a_run sees that nothing else changes."""
-    kept = []
+def test_gradient_checkpointing_keeps_the_layers_inputs_alone(checkpoint, monkeypatch):
+    """In the training pass alone, and so fewer activations; test_memory_flags_never_change_a_run sees that nothing else changes."""
+    kept, modes = [], []
     for on in (False, True):
-        model, _ = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu", gradient_checkpointing=on))
-        sizes = []
+        config = sdar.Config(model=str(checkpoint), device="cpu", gradient_checkpointing=on, method="grpo", kl_coef=0.0,
+                             group_size=2, max_new_tokens=8)
+        model, chat = sdar.load_policy(config)
+        feed = noted(monkeypatch, "feed", lambda sampler, *columns: sampler.model.training, sdar.Sampler)
+        episodes = play((model, chat), config, 2)
+        batch = sdar.step_batch(model, None, episodes, config)
+        passes = noted(monkeypatch, "response_logprobs", lambda model, *rest: model.training)
+        sizes, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.0)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            model(torch.arange(40)[None])
+            sdar.update(model, optimizer, episodes, batch, config, np.random.default_rng(0))
         kept.append(sum(sizes))
+        modes.append(({*passes}, {*feed}, model.training))
+        monkeypatch.undo()
+    assert modes == [({False}, {False}, False), ({True}, {False}, False)]
     assert kept[1] < kept[0] / 2
 
 def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
@@ -1044,19 +1098,67 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
     assert message in captured.err and len(captured.err.strip().splitlines()) == 1 and "Traceback" not in captured.err
     assert sorted(tmp_path.rglob("*")) == before, "nothing may be half-written"
 
+def unembedded(tensors):
+    del tensors["model.embed_tokens.weight"]
+
+def renamed(tensors):
+    tensors["module.norm"] = tensors["model.norm.weight"].clone()
+
+def reshaped(tensors):
+    tensors["model.norm.weight"] = torch.ones(3)
+
+def not_finite(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+
+def with_a_bias():
+    """Logits that are not the last states times one matrix."""
+    from transformers import PhiConfig, PhiForCausalLM
+    model = PhiForCausalLM(PhiConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    model.lm_head.bias.data.fill_(1.0)
+    return model
+
+def hybrid():
+    """Some layers are no attention: padding changes what they keep."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+    return Lfm2ForCausalLM(Lfm2Config(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+
+def windowed():
+    from transformers import MistralConfig, MistralForCausalLM
+    return MistralForCausalLM(MistralConfig(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                            num_attention_heads=4, num_key_value_heads=2, sliding_window=64))
+
+def recurrent():
+    """Mamba: it has neither attention nor a KV cache."""
+    from transformers import MambaConfig, MambaForCausalLM
+    return MambaForCausalLM(MambaConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1))
+
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "vit"}, "Unrecognized"), ({"is_causal": False}, "not causal, or not its last states times"),
-    ("another head", "not causal, or not its last states times"), (None, "it has no chat template; take the -Instruct"),
-    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a: ", "closes a turn with no control token")])
+    ({"model_type": "vit"}, "Unrecognized"), ({"is_causal": False}, "its logits are not causal"),
+    (None, "it has no chat template; take the -Instruct"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a: ", "closes a turn with no control token"),
+    ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 64, "layer_types": None}, "before a token: sliding_attention"),
+    (unembedded, "its files lack the tensor"),
+    (renamed, "it has no place for the tensor module.norm (in all 1"),
+    (reshaped, "its files have in another shape the tensor ('model.norm.weight'"), (not_finite, "its weights are not finite: model.layers.0.mlp.up_proj.weight"),
+    ("a larger tokenizer", "its tokenizer has "), (with_a_bias, "its logits are not its last states times one matrix"),
+    (hybrid, "attend to everything before a token: conv"), (windowed, "attend to everything before a token: sliding_window"),
+    (recurrent, "scaled_dot_product_attention"),
+    ({"max_position_embeddings": 0}, "its config does not say how long its context is")])
 def test_unusable_checkpoints(change, message, checkpoint, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    settings = json.loads((folder / "config.json").read_text())
-    if change == "another head":  # with a bias
-        from transformers import PhiConfig, PhiForCausalLM
-        model = PhiForCausalLM(PhiConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
-        model.lm_head.bias.data.fill_(1.0)
-        model.save_pretrained(folder)
+    settings, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    if change in (unembedded, renamed, reshaped, not_finite):
+        change(tensors := load_file(weights))
+        save_file(tensors, weights, {"format": "pt"})
+    elif callable(change):
+        change().save_pretrained(folder)
         capsys.readouterr()  # saving may show a progress bar
+    elif change == "a larger tokenizer":
+        tokenizer = sdar.load_policy(sdar.Config(model=str(folder), device="cpu"))[1].tokenizer
+        tokenizer.add_tokens([f"<new{i}>" for i in range(settings["vocab_size"])])
+        tokenizer.save_pretrained(folder)
     elif isinstance(change, dict):
         (folder / "config.json").write_text(json.dumps({**settings, **change}))
     else:
@@ -1064,6 +1166,37 @@ def test_unusable_checkpoints(change, message, checkpoint, tmp_path, capsys):
     assert sdar.main(["--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+WHOLE = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+
+def test_a_model_with_dropout_is_refused_where_it_would_matter(policy):
+    model, chat = policy
+    sdar.check_model(model, chat.tokenizer, WHOLE, checkpointing=True)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    pytest.raises(envs.UserError, sdar.check_model, model, chat.tokenizer, WHOLE, True).match("otherwise in training mode")
+    sdar.check_model(model.eval(), chat.tokenizer, WHOLE)  # without checkpointing it never is in that mode
+
+class Recurrent(torch.nn.Module):
+    """A layer that carries a sum along, padding included, and starts anew in each forward pass: no config tells."""
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x.cumsum(1)
+
+def test_a_model_whose_cache_does_not_bear_padding_is_refused(policy):
+    model, chat = policy
+    model.model.layers[0].mlp = Recurrent(model.model.layers[0].mlp)
+    pytest.raises(envs.UserError, sdar.check_model, model, chat.tokenizer, WHOLE).match("padded rows in its KV cache")
+
+def test_a_model_without_what_the_sampler_passes_is_refused(policy):
+    class Bare(type(policy[0])):
+        def forward(self, input_ids, attention_mask=None, use_cache=None, **more):
+            return super().forward(input_ids, attention_mask, use_cache=use_cache, **more)
+
+    bare = Bare(policy[0].config).eval()
+    pytest.raises(envs.UserError, sdar.check_model, bare, policy[1].tokenizer, WHOLE).match("takes no logits_to_keep, position_ids")
 
 def test_a_pipe_that_is_closed_is_no_error(monkeypatch, capfd):
     def closed(config):
@@ -1073,7 +1206,7 @@ def test_a_pipe_that_is_closed_is_no_error(monkeypatch, capfd):
     assert sdar.main(["evaluate"]) == 0 and capfd.readouterr().err == ""
 
 def test_bench(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.utils.benchmark.Timer.blocked_autorange", lambda timer, min_run_time: timer.timeit(1))
+    monkeypatch.setattr(sdar, "BENCH_SECONDS", 1e-3)
     flags = "bench --tasks-per-step 2 --group-size 2 --micro-tokens 64 --out".split()
     assert sdar.main([*flags, str(tmp_path / "b")]) == 0
     out = capsys.readouterr().out
@@ -1259,7 +1392,7 @@ def test_the_kernels_source_with_nothing_to_say(kernel, bad):
     assert out[0, :2].isnan().all() and logits[0].isnan().all() and out[1].isfinite().all() and logits[1].isfinite().all()
 
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "_compile_kernel", None)
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", None, raising=False)  # the one private name, gone
     config = sdar.Config()
     config.kernel = True
     sdar.load_policy(config)
@@ -1718,7 +1851,8 @@ def test_inspect_shows_hostile_text_as_text_and_refuses_what_it_cannot_show(insp
     for flags, message in (("--method grpo", "--method grpo has none"), ("--episode 8", "--episode 8: there is none")):
         assert message in inspect(flags + " --max-turns 1")[2]
     with monkeypatch.context() as patch:
-        patch.setattr(type(tiny[1].tokenizer), "decode", lambda *args, **options: "<script>\x1b[31m{task}\"'&")
+        rude = SimpleNamespace(decode=lambda *args, **options: "<script>\x1b[31m{task}\"'&", unk_token_id=tiny[1].tokenizer.unk_token_id)
+        patch.setattr(tiny[1], "tokenizer", rude)
         code, out, _, page = inspect("--max-turns 3")
         read = ElementTree.fromstring(page.replace("\x1b", ""))
         assert code == 0 and "\x1b" not in out and "<script" not in page and "".join(read.itertext()).count("<script>") > 9
