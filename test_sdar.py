@@ -79,6 +79,8 @@ def nothing_is_deprecated(deprecations):
     said, deprecations.said = deprecations.said, []
     assert not said
 
+UNTESTED = sdar.untested_versions
+
 @pytest.fixture(autouse=True)
 def tested_versions(monkeypatch):
     """The line about untested versions, which a test of other lines does not expect, has its own test."""
@@ -1071,6 +1073,59 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert done.returncode == 1 and seconds < 60 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr
 
 # --- 8. The command line ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lines, said", [
+    ("torch>=2.0,<=99\nnumpy>=1.0,<=99\n", ""), ("torch>=2.0,<=2.1\nnumpy>=1.0,<=99\n", f"torch {torch.__version__} (tested: <=2.1,>=2.0)"),
+    ("numpy>=98,<=99\n", f"numpy {np.__version__} (tested: <=99,>=98)"), ("nobodyhasthis>=1,<=2\n", ""), (None, "")])
+def test_an_untested_version_is_named_and_the_command_goes_on(lines, said, tmp_path, monkeypatch, capsys):
+    file, ran = tmp_path / "requirements.txt", []
+    if lines is not None:  # else the file was not copied along
+        file.write_text(lines)
+    monkeypatch.setattr(sdar, "REQUIREMENTS", file)
+    monkeypatch.setattr(sdar, "untested_versions", UNTESTED)
+    monkeypatch.setitem(sdar.COMMANDS, "evaluate", lambda config: ran.append(config))
+    assert sdar.main(["evaluate"]) == 0
+    error = capsys.readouterr().err.splitlines()
+    assert ran
+    assert error == [f"sdar.py: untested versions, which may do otherwise: {said}"] * bool(said)
+
+def test_every_promised_range_has_two_ends():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
+
+PRIVATE = {  # what is not documented and used all the same, each guarded where it stands
+    "_compile_kernel": "PyTorch's compiler of CUDA source; without it --kernel says so and the run goes on",
+    "_exit": "os._exit is documented"}
+REPLACED = {"cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it"}
+
+def foreign(tree):
+    """(private names that a syntax tree uses, attributes of imported modules that it sets)."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)}
+    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names} - {"sdar", "envs"}
+    targets = [target for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets]
+    root = lambda node: root(node.value) if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+    return names, {ast.unparse(target) for target in targets if isinstance(target, ast.Attribute) and root(target) in imported}
+
+def own(tree):
+    """Private names that the tree itself defines."""
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    targets = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return functions | {node.attr for node in targets if getattr(node.value, "id", "") == "self"}
+
+def test_nothing_reaches_into_a_library():
+    paths = [ROOT / "sdar.py", ROOT / "envs.py", ROOT / "test_sdar.py", *(ROOT / ".assets").rglob("*.py")]
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    ours = set().union(*map(own, trees.values()))
+    for path, tree in trees.items():
+        names, replaced = foreign(tree)
+        assert names - ours <= {*PRIVATE}, path
+        assert replaced <= {*REPLACED}, path
+
+@pytest.mark.parametrize("planted", ["import torch\ntorch.save = None", "from a import B as C\nC.size = 1", "x._private()"])
+def test_reaching_into_a_library_is_found(planted):
+    names, replaced = foreign(ast.parse(planted))
+    assert names | replaced
+
 def test_presets_and_flags():
     assert (sdar.Config().lr, sdar.Config().sdar_coef) == (sdar.Config(preset="toy").lr, 1.0)
     assert (sdar.Config(method="opsd").lr, sdar.Config(method="opsd", lr=.5).lr) == (3e-4, .5)  # a method's own defaults
@@ -1618,7 +1673,7 @@ def test_alfworld_plays_in_parallel_and_survives_a_dead_process(alfworld):
         assert [step[1] for step in steps] == [float(turn + 1 == len(plans[tasks[i]])) for i in live]
     assert together(worlds, "reset", tasks[1:] + tasks[:1]) == first[1:] + first[:1]
     dead = worlds[0].number % envs.CORES
-    os.kill(next(iter(envs.WORKERS[dead]._processes)), signal.SIGKILL)
+    os.kill(envs.WORKERS[dead].submit(os.getpid).result(), signal.SIGKILL)
     results = together(worlds, "step", [" Look "] * len(tasks))
     assert [isinstance(result, EnvUnavailable) for result in results] == [w.number % envs.CORES == dead for w in worlds]
     assert together(worlds, "reset", tasks) == first  # in a new process
