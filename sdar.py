@@ -849,16 +849,17 @@ def untested_versions():
     """What main says when it starts: which installed libraries are outside the range that is tested, and that range; "" if none
     is, or where requirements.txt, the one place with the ranges, was not copied along."""
     from importlib.metadata import PackageNotFoundError, version
-    from packaging.requirements import Requirement  # transformers needs it, too
+    from packaging.requirements import InvalidRequirement, Requirement  # transformers needs it, too
     found = []
-    for line in REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.exists() else ():
-        wanted = Requirement(line)
+    for line in REQUIREMENTS.read_text("utf-8").splitlines() if REQUIREMENTS.exists() else ():
         try:
+            wanted = Requirement(line)
             installed = version(wanted.name)
-        except PackageNotFoundError:  # pytest is for the tests alone; without another one, nothing gets this far
+        except (InvalidRequirement, PackageNotFoundError):  # a line of the user's own; pytest, which only the tests need
             continue
         if not wanted.specifier.contains(installed, prereleases=True):
-            found.append(f"{wanted.name} {installed} (tested: {wanted.specifier})")
+            tested = " to ".join(re.findall(r"=([\d.]+)", line))
+            found.append(f"{wanted.name} {installed} (tested: {tested})")
     return "untested versions, which may do otherwise: " + ", ".join(found) if found else ""
 
 def make_envs(config):

@@ -24,7 +24,9 @@ import threading
 import time
 import unicodedata
 import urllib.request
+import warnings
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,11 +50,11 @@ grad_of = lambda loss, x: torch.autograd.grad(loss, x)[0]
 sampled = lambda ids, mask: [i for i, m in zip(ids, mask) if m]
 vector = torch.nn.utils.parameters_to_vector
 
-# Tomorrow's break, seen today: what a library is about to take away is an error here. This is the one list of exceptions, each
-# with its reason; pytest reads the lines from below upwards.
-pytestmark = [pytest.mark.filterwarnings(line) for line in (
+# Tomorrow's break, seen today: what a library is about to take away is an error here. Exceptions follow, if there have to be any,
+# as "ignore:<message>" with the reason beside them (a later line wins).
+pytestmark = pytest.mark.filterwarnings(
     "error::FutureWarning", "error::DeprecationWarning", "error::PendingDeprecationWarning",
-)]
+)
 
 class Deprecations(logging.Handler):
     """Keeps what transformers says of things to come, which it does in its log instead of by Python's warnings."""
@@ -78,6 +80,13 @@ def nothing_is_deprecated(deprecations):
     yield
     said, deprecations.said = deprecations.said, []
     assert not said
+
+def test_what_is_deprecated_is_seen(deprecations):
+    from transformers.utils.logging import get_logger
+    get_logger("transformers.models").warning("`past_key_values` is deprecated. Use `cache` instead.")
+    assert deprecations.said.pop().startswith("`past_key_values`")
+    for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        pytest.raises(kind, warnings.warn, "going", kind)
 
 UNTESTED = sdar.untested_versions
 
@@ -1074,8 +1083,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
 
 # --- 8. The command line ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lines, said", [
-    ("torch>=2.0,<=99\nnumpy>=1.0,<=99\n", ""), ("torch>=2.0,<=2.1\nnumpy>=1.0,<=99\n", f"torch {torch.__version__} (tested: <=2.1,>=2.0)"),
-    ("numpy>=98,<=99\n", f"numpy {np.__version__} (tested: <=99,>=98)"), ("nobodyhasthis>=1,<=2\n", ""), (None, "")])
+    ("torch>=2.0,<=99\nnumpy>=1.0,<=99\n", ""), ("torch>=2.0,<=2.1\nnumpy>=1.0,<=99\n", f"torch {version('torch')} (tested: 2.0 to 2.1)"),
+    ("numpy>=98,<=99\n", f"numpy {version('numpy')} (tested: 98 to 99)"), ("nobodyhasthis>=1,<=2\n# mine\n\n-e .\n", ""), (None, "")])
 def test_an_untested_version_is_named_and_the_command_goes_on(lines, said, tmp_path, monkeypatch, capsys):
     file, ran = tmp_path / "requirements.txt", []
     if lines is not None:  # else the file was not copied along
@@ -1095,16 +1104,25 @@ def test_every_promised_range_has_two_ends():
 PRIVATE = {  # what is not documented and used all the same, each guarded where it stands
     "_compile_kernel": "PyTorch's compiler of CUDA source; without it --kernel says so and the run goes on",
     "_exit": "os._exit is documented"}
-REPLACED = {"cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it"}
+REPLACED = {
+    "cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it", "env.cut": "an attribute of our environments",
+    "env.step": "the fault in faulty.py, an environment of ours", "sdar.update": "there, too"}
 
 def foreign(tree):
-    """(private names that a syntax tree uses, attributes of imported modules that it sets)."""
+    """(private names that a syntax tree uses; attributes that it sets of imported modules, or to functions elsewhere than on self)."""
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)}
     imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
                 for alias in node.names} - {"sdar", "envs"}
-    targets = [target for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets]
     root = lambda node: root(node.value) if isinstance(node, ast.Attribute) else getattr(node, "id", None)
-    return names, {ast.unparse(target) for target in targets if isinstance(target, ast.Attribute) and root(target) in imported}
+    replaced = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            function = isinstance(node.value, ast.Lambda) or ast.unparse(node.value).startswith("partial(")
+            for target in node.targets:
+                elsewhere = isinstance(target, ast.Attribute) and ast.unparse(target.value) != "self"
+                if elsewhere and (function or root(target) in imported):
+                    replaced.add(ast.unparse(target))
+    return names, replaced
 
 def own(tree):
     """Private names that the tree itself defines."""
@@ -1121,7 +1139,8 @@ def test_nothing_reaches_into_a_library():
         assert names - ours <= {*PRIVATE}, path
         assert replaced <= {*REPLACED}, path
 
-@pytest.mark.parametrize("planted", ["import torch\ntorch.save = None", "from a import B as C\nC.size = 1", "x._private()"])
+@pytest.mark.parametrize("planted", ["import torch\ntorch.save = None", "from a import B as C\nC.size = 1", "x._private()",
+                                     "self.cache.update = lambda k, v: 0", "layer.forward = partial(checkpoint, layer.forward)"])
 def test_reaching_into_a_library_is_found(planted):
     names, replaced = foreign(ast.parse(planted))
     assert names | replaced
@@ -1758,8 +1777,11 @@ def test_a_misbehaving_server_is_never_an_observation(kind):
             self.end_headers()
             self.wfile.write(text.encode())
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.handle_error = lambda *args: None
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """The client has gone, as it should."""
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, begin = f"http://127.0.0.1:{9 if kind == 'refused' else server.server_port}/retrieve", time.monotonic()
         if kind == "padded":  # an index that is short of documents repeats one, with an absurd score
