@@ -821,7 +821,7 @@ def check_model(model, tokenizer, report, checkpointing=False):
 
     # Names can be wrong; from here on it is what the model computes that counts.
     def same(a, b):
-        return (a - b).abs().max() <= 1e-3 * b.abs().max()
+        return (a - b).abs().max() <= 1e-2 * b.abs().max()  # a card's rounding is coarser than a CPU's
 
     def plain(ids):
         return model(torch.tensor([ids], device=model.device)).logits[0]
@@ -1472,17 +1472,17 @@ def parse_args(argv):
     run, text = COMMANDS[command], f"Commands: {', '.join(COMMANDS)}."
     parser = argparse.ArgumentParser(f"python sdar.py {command}", description=text, epilog=run.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)  # what is not typed is not there
+    flags = ["--help"]
     for f in fields(Config):
         known = f": {', '.join(CHOICES[f.name])}" if f.name in CHOICES else ""
         default = " paper: ".join(dict.fromkeys(map(str, (f.metadata["toy"], f.metadata["paper"]))))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument(flag(f.name), help=f"{f.metadata['help']}{known} [{default}]", **kind)
+        flags += parser.add_argument(flag(f.name), help=f"{f.metadata['help']}{known} [{default}]", **kind).option_strings
     own = run.__kwdefaults__ or {}  # the command's own flags: its keyword-only arguments
     for name, default in own.items():
         kind = {"nargs": "*"} if default == () else {"type": type(default)}  # a list comes without a flag
-        parser.add_argument(name if default == () else flag(name), help=f"[{default}]", **kind)
+        flags += parser.add_argument(name if default == () else flag(name), help=f"[{default}]", **kind).option_strings
     values, rest = parser.parse_known_args(argv)
-    flags = [flag(name) for name in (*(f.name for f in fields(Config)), *own)]
     near = difflib.get_close_matches("".join(rest[:1]).split("=")[0], flags, 1)
     require(not rest, f"unknown flag {''.join(rest[:1])}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     given = vars(values)
