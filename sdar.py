@@ -803,8 +803,8 @@ def check_model(model, tokenizer, report, checkpointing=False):
     checkpointing: it will also run in training mode, which must compute the same."""
     for key, fault in (("missing_keys", "its files lack"), ("unexpected_keys", "it has no place for"),
                        ("mismatched_keys", "its files have in another shape")):
-        for name in sorted(map(str, report[key]))[:1]:
-            raise UserError(f"{fault} the tensor {name} (in all {len(report[key])} of this kind)")
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])  # else with the two shapes
+        require(not names, f"{fault} the tensor {''.join(names[:1])} (in all {len(names)} of this kind)")
     for name, weights in model.named_parameters():
         require(weights.isfinite().all(), f"its weights are not finite: {name}")
     ids, rows = max(tokenizer.get_vocab().values()) + 1, len(model.get_input_embeddings().weight)

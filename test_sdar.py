@@ -1101,6 +1101,12 @@ def test_every_promised_range_has_two_ends():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
 
+def test_the_readme_promises_the_same_versions():
+    promised = (ROOT / "requirements.txt").read_text()
+    for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
+        low, high = re.search(rf"^{name}>=(.*),<=(.*)$", promised, re.MULTILINE).groups()
+        assert f" {title} {low} to {high}" in README
+
 PRIVATE = {  # what is not documented and used all the same, each guarded where it stands
     "_compile_kernel": "PyTorch's compiler of CUDA source; without it --kernel says so and the run goes on",
     "_exit": "os._exit is documented"}
@@ -1214,7 +1220,7 @@ def recurrent():
     ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 64, "layer_types": None}, "before a token: sliding_attention"),
     (unembedded, "its files lack the tensor"),
     (renamed, "it has no place for the tensor module.norm (in all 1"),
-    (reshaped, "its files have in another shape the tensor ('model.norm.weight'"), (not_finite, "its weights are not finite: model.layers.0.mlp.up_proj.weight"),
+    (reshaped, "its files have in another shape the tensor model.norm.weight (in all 1"), (not_finite, "its weights are not finite: model.layers.0.mlp.up_proj.weight"),
     ("a larger tokenizer", "its tokenizer has "), (with_a_bias, "its logits are not its last states times one matrix"),
     (hybrid, "attend to everything before a token: conv"), (windowed, "attend to everything before a token: sliding_window"),
     (recurrent, "scaled_dot_product_attention"),
