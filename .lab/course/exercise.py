@@ -1,0 +1,131 @@
+"""The course: functions to write again, planted bugs to find, the picture of the gate's gradient.
+
+    python sdar.py exercise blank gate        # empties a function; git checkout brings it back
+    python sdar.py exercise bug 3 --steps 20 --out runs/bug3    # sdar.py with planted bug 3
+    python sdar.py exercise gradient          # .assets/gate.svg, and the same as text
+
+A planted bug is in memory only, no file shows it. Do not unpack the long strings of puzzles.json
+unless you want to be told: they are the bugs, packed so that no eye falls on them.
+"""
+
+import ast
+import base64
+import hashlib
+import importlib.util
+import json
+import sys
+import zlib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BLANKS = {  # {function to write again: its file}
+    "group_advantages": "sdar.py",
+    "gate": "sdar.py",
+    "sdar_loss": "sdar.py",
+    "kl_k3": "sdar.py",
+    "retrieve": "envs.py",
+}
+PICTURE = ROOT / ".assets" / "gate.svg"
+
+
+def puzzles():
+    """{"1": {"answer": hash, "code": what plants it, "hint"}, ..., "beta": {"answer", "hint"}},
+    code and hint packed."""
+    return json.loads((HERE / "puzzles.json").read_text())
+
+
+def unpack(text):
+    """The text of a packed string."""
+    return zlib.decompress(base64.b85decode(text)).decode()
+
+
+def judge(puzzle, answer):
+    """(is it right, a hint) for an answer: a bug by its name, an experiment's conclusion by its
+    letter."""
+    entry = puzzles()[puzzle]
+    said = f"sdar {puzzle} {answer.strip().lower()}"
+    right = hashlib.sha256(said.encode()).hexdigest() == entry["answer"]
+    return right, unpack(entry["hint"])
+
+
+def blank(name, folder=ROOT):
+    """Replace the body of a function, its docstring kept, by a NotImplementedError. Returns what to
+    tell the learner."""
+    path = Path(folder, BLANKS[name])
+    source = path.read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            function = node
+
+    lines = source.splitlines(keepends=True)
+    after_docstring = function.body[0].end_lineno
+    body = f'    raise NotImplementedError("exercise: write {name} again")\n'
+    lines[after_docstring : function.end_lineno] = [body]
+    path.write_text("".join(lines))
+    told = f"{path.name}: the body of {name} is gone; its docstring says what it did."
+    return f"{told} Back: git checkout {path.name}"
+
+
+def planted(number):
+    """sdar.py as a new module with a planted bug."""
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location("sdar", ROOT / "sdar.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sdar"] = module
+    spec.loader.exec_module(module)
+    exec(unpack(puzzles()[number]["code"]), vars(module))
+    return module
+
+
+def gradient(path=PICTURE):
+    """Draw what the gradient of log pi is multiplied by on a token, over its gap: taken from the
+    losses by autograd."""
+    sys.path[:0] = [str(ROOT), str(HERE.parent)]
+    import plots
+    import torch
+
+    import sdar
+
+    gap = torch.arange(-20, 21)[None] / 10
+    mask = torch.ones(1, 41)
+
+    def loss_of(kind, beta):
+        return lambda student: sdar.sdar_loss(student, gap, mask, kind, beta)[0]
+
+    def undetached(student):
+        return (torch.sigmoid(5 * (gap - student)) * (gap - student)).mean()
+
+    losses = {
+        "gap gate, beta 5": loss_of("gap", 5),
+        "gap gate, beta 1": loss_of("gap", 1),
+        "beta 0, as in GRPO+OPSD": loss_of("gap", 0),
+        "reverse KL": loss_of("reverse_kl", 1),
+        "beta 5, not detached (a bug)": undetached,
+    }
+    curves = {}
+    for label, loss in losses.items():
+        student = torch.zeros(1, 41, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(student), student)
+        curves[label] = torch.stack([gap, -41 * slope], -1).numpy()
+    title = "push on log pi of a sampled token, over its gap in nats (+: up)"
+    plots.draw({title: curves}, path)
+
+
+def main(argv):
+    """Run one of the three. Returns an exit code, or None for 0."""
+    command, *rest = argv or ["help"]
+    what = rest[0] if rest else ""
+    if command == "blank" and what in BLANKS:
+        print(blank(what))
+    elif command == "bug" and what.isdigit() and what in puzzles():
+        return planted(what).main(rest[1:])
+    elif command == "gradient":
+        gradient(*rest)
+    else:
+        print(f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""The graders of the fill-in exercises: hand numbers, and what it means when one is missed.
+test_lab.py runs them."""
+
+import torch
+
+import envs
+import sdar
+
+
+def tensor(*values):
+    """(1, T) in float64."""
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def check_near(got, expected, meaning):
+    """AssertionError with the meaning of the number unless the two agree to 1e-5."""
+    got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    assert torch.allclose(got, expected, atol=1e-5), meaning
+
+
+def grade_group_advantages():
+    advantages = sdar.group_advantages
+    scores, one_group = torch.tensor([1.0, 0, 0, 0]), torch.tensor([7] * 4)
+    check_near(
+        advantages(scores, one_group)[0],
+        1.5,
+        "1.5 is (1 - 1/4) / 0.5: the deviation has n - 1 under it (1.73: n)",
+    )
+    mixed = advantages(torch.tensor([1.0, 5.0, 0.0, 5.0]), torch.tensor([3, 9, 3, 9]))
+    check_near(
+        mixed[[1, 3]],
+        [0, 0],
+        "all of group 9 scored alike, so nothing is to be learned: 0, not nan (eps), not the "
+        "batch's mean",
+    )
+    check_near(
+        mixed[[0, 2]],
+        [0.707106, -0.707106],
+        "a group's rows need not stand together, and another group's scores are not its business",
+    )
+    alone = advantages(torch.tensor([0.5]), torch.tensor([0]))
+    check_near(alone, [0.5], "a group of one: mean 0, deviation 1")
+
+    pair, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    centred = advantages(pair, group, normalize_std=False)
+    check_near(centred, [0.5, -0.5], "normalize_std=False leaves the mean off alone")
+    weighted = advantages(pair, group, weights=torch.tensor([3, 1]))
+    written_out = advantages(torch.tensor([1.0, 1, 1, 0]), torch.zeros(4))
+    check_near(weighted, written_out[[0, 3]], "a weight of 3 counts a row three times")
+
+
+GATES = {  # {gate: (its values for the gaps and entropies below, what it is)}
+    "entropy": ([0.622459, 0.970688, 0.5], "sigmoid(beta h): it must not know the gap"),
+    "soft_or": ([0.939913, 0.960834, 0.5], "1 - (1 - h)(1 - gap) goes into the sigmoid"),
+    "none": ([1, 1, 1], "1 everywhere"),
+    "reverse_kl": ([0.5, -0.2, 0], "the gap itself, signed"),
+    "constant": (
+        [0.564361] * 3,
+        "the mean of the gap gate over the mask: what stands behind it must not count",
+    ),
+    "centred": ([0.359781, -0.29542, -0.064361], "the gap gate less its mean over the mask"),
+}
+
+
+def grade_gate():
+    gap = tensor(0.5, -0.2, 0.0, 9.0).requires_grad_()
+    entropy, mask = tensor(0.1, 0.7, 0.0, 9.0), tensor(1, 1, 1, 0)
+    g = sdar.gate("gap", gap, entropy, 5.0, mask)
+    assert not g.requires_grad, (
+        "the gate must be detached: else tokens with a clearly negative gap are pushed down, "
+        "without a bound"
+    )
+    check_near(
+        g[0, :3],
+        [0.924142, 0.268941, 0.5],
+        "sigmoid(beta gap): 1/2 without a gap, more where the teacher finds the token likelier",
+    )
+    beta_0 = sdar.gate("gap", gap, entropy, 0.0, mask)
+    check_near(beta_0, [[0.5] * 4], "beta 0 is a gate of 1/2 whatever the gap")
+
+    for kind, (expected, meaning) in GATES.items():
+        value = sdar.gate(kind, gap, entropy.clone().requires_grad_(), 5.0, mask)
+        assert value.shape == gap.shape, f"{kind}: a gate for every token, so of the gap's shape"
+        message = f"{kind}: no gate has a gradient, through the entropy neither"
+        assert not value.requires_grad, message
+        check_near(value[0, :3], expected, f"{kind}: {meaning}")
+
+    draw = torch.Generator().manual_seed(0)
+    shuffled = sdar.gate("shuffled", gap, entropy, 5.0, mask, draw)
+    check_near(
+        shuffled[mask > 0].sort().values,
+        g[mask > 0].sort().values,
+        "shuffled: the same values, on other tokens, within the mask",
+    )
+
+
+def grade_sdar_loss():
+    nan = float("nan")
+    student = tensor(-1, -0.5, -2, nan).requires_grad_()
+    teacher = tensor(-0.5, -0.7, -2, nan).requires_grad_()
+    loss, stats = sdar.sdar_loss(student, teacher, tensor(1, 1, 1, 0))
+    (slope,) = torch.autograd.grad(loss, student, retain_graph=True)
+    push = -slope[0]
+    nothing_leaks = push.isfinite().all() and not push[3]
+    assert nothing_leaks, (
+        "what stands under a mask of 0, nan included, may reach nothing: multiplying does not stop "
+        "nan"
+    )
+    assert (push[:3] > 0).all(), (
+        "every sampled token is pushed up; down means a turned sign or a gate that is not detached"
+    )
+    check_near(
+        push[:3] * 3,
+        [0.924142, 0.268941, 0.5],
+        "the push is g / tokens of the mask: a mean over tokens, not rows or columns",
+    )
+    (through_teacher,) = torch.autograd.grad(loss, teacher, allow_unused=True)
+    message = "the teacher must be detached, or it learns to please the student"
+    assert through_teacher is None, message
+    value = (0.924142 * 0.5 - 0.268941 * 0.2) / 3
+    check_near(loss.item(), value, "the value: mean of g (teacher - student)")
+    check_near(
+        [stats["gate_mean"], stats["gate_active"], stats["gap_mean"]],
+        [0.564361, 1 / 3, 0.1],
+        "gate_mean, gate_active (a gate of 1/2 is not), gap_mean: means over the mask",
+    )
+
+
+def grade_kl_k3():
+    p, q = tensor(0.5, 0.3, 0.2), tensor(0.2, 0.3, 0.5)
+    policy = p.log().requires_grad_()
+    k3 = sdar.kl_k3(policy, q.log())
+    assert k3.requires_grad, "it is a term of the loss: the policy must not be detached"
+    message = "k3 is 0 where the two agree and never negative; the plain difference is neither"
+    assert (k3 >= 0).all(), message
+    check_near(k3[0, 1], 0, message)
+    check_near(
+        (p * k3).sum(),
+        (p * (p / q).log()).sum(),
+        "its mean under the policy is KL(policy || reference): d = reference - policy",
+    )
+    (slope,) = torch.autograd.grad(k3.sum(), policy)
+    check_near(slope, 1 - q / p, "reference is a constant, the policy is not")
+
+    far = tensor(-900.0).requires_grad_()
+    value = sdar.kl_k3(far, tensor(0.0))
+    message = (
+        "the value is clamped to 10, and exp must not overflow before: its gradient would be nan"
+    )
+    check_near(value.sum(), 10, message)
+    (slope,) = torch.autograd.grad(value.sum(), far)
+    assert slope.isfinite().all(), message
+
+
+def grade_retrieve():
+    bank = [
+        envs.Skill("mug", "m", ("put", "heat"), ("mug",)),
+        envs.Skill("hat", "h", (), ("hat",)),
+        envs.Skill("all", "a"),
+        envs.Skill("cup", "c", ("cool",), ("cup",)),
+        envs.Skill("lamp", "l", ("look",)),
+    ]
+
+    def names(strategy, seed=0):
+        task = "put that mug in drawer 1"
+        return [skill.name for skill in envs.retrieve(bank, task, "put", strategy, seed)]
+
+    assert names("keyword") == ["mug", "all"], (
+        "task type and a whole word must fit ('hat' is in 'that'); no condition fits always"
+    )
+    assert names("none") == [], "none is empty"
+    assert names("full") == ["mug", "hat", "all", "cup", "lamp"], "full is the bank in its order"
+    assert len(names("random")) == 2, "random: as many as keyword finds"
+    assert set(names("wrong")) == {"cup", "lamp"}, (
+        "wrong: of other task types only, as many as keyword finds; a skill without types is never "
+        "wrong"
+    )
+    message = "one seed, one choice: the episodes of a group read the same skills"
+    assert names("random") == names("random"), message
+    choices = {str(names("random", seed)) for seed in range(9)}
+    assert len(choices) > 1, "another seed, another choice"

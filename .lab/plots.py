@@ -1,0 +1,132 @@
+"""Curves of runs, as text and as a picture: python sdar.py plot RUN ... [--picture FILE]
+
+Runs that differ in nothing but the seed are one curve, with a band of one standard deviation.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sdar
+
+OWN = (
+    ("runs", {"nargs": "*", "help": "folders of runs"}),
+    ("--picture", {"help": "file of the picture [plot.svg]"}),
+)
+TITLES = {  # {key of a line of metrics.jsonl: title of its panel}
+    "success": "success in training",
+    "eval_success": "held-out success without the skill",
+    "kl": "KL",
+    "eval_success_skill": "held-out success with the skill (the teacher)",
+    "gap_mean": "mean gap, nats",
+    "gate_active": "share of active gates",
+    "entropy": "entropy, nats",
+}
+
+
+def read_run(folder):
+    """(settings, lines of metrics) of a run's folder. UserError if there is no such run in it."""
+    try:
+        with open(Path(folder, "metrics.jsonl")) as log:
+            lines = [json.loads(line) for line in log]
+        settings = dict(json.loads(Path(folder, "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{folder} holds no run that can be read: {error}"
+        raise sdar.UserError(message) from error
+    return settings, lines
+
+
+def main(argv):
+    """Draw the curves of runs, given by their folders."""
+    typed = sdar.parse_flags("plot", __doc__, argv, OWN)
+    groups = alike(typed.pop("runs", []))
+    panels = {}
+    for name, title in TITLES.items():
+        for label, logs in groups.items():
+            curve = points_of(name, logs)
+            if curve is not None:
+                panels.setdefault(title, {})[label] = curve
+    example = "python sdar.py plot runs/toy-sdar-s0"
+    sdar.require(panels, f"plot takes folders of runs that have finished a step: {example}")
+    draw(panels, typed.get("picture", "plot.svg"))
+
+
+def alike(folders):
+    """{label: logs of the runs that differ in nothing but the seed}; a log is a list of lines."""
+    free = {*sdar.MAY_DIFFER, "seed"}
+    groups, labels = {}, {}
+    for folder in folders:
+        settings, lines = read_run(folder)
+        fixed = {name: value for name, value in settings.items() if name not in free}
+        label = re.sub(r"-s\d+$", "", folder)
+        key = (label, str(fixed))
+        if label in labels.values() and key not in labels:  # same name, other settings
+            label = folder
+        labels.setdefault(key, label)
+        groups.setdefault(labels[key], []).append(lines)
+    return groups
+
+
+def points_of(name, logs):
+    """(runs, points, 2) of steps and values, as long as the shortest run; None without points."""
+    curves = []
+    for lines in logs:
+        filled = [line for line in lines if line.get(name) is not None]
+        curves.append([(line["step"], line[name]) for line in filled])
+    points = min(map(len, curves))
+    if not points:
+        return None
+    return np.array([curve[:points] for curve in curves])
+
+
+def draw(panels, path):
+    """Means over runs of {title: {label: (runs, points, x and y)}}, as text and, with bands of one
+    standard deviation, as a picture."""
+    for title, curves in panels.items():
+        print("\n" + title)
+        print_curves(curves, "success" in title or "share" in title)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
+        return
+
+    wide = min(len(panels), 3)
+    high = -(-len(panels) // 3)
+    size = (max(7, 4 * wide), max(4.2, 3 * high))
+    figure = Figure(figsize=size, layout="constrained")
+    places = figure.subplots(high, wide, squeeze=False).flat
+    for axes, (title, curves) in zip(places, panels.items()):
+        for label, curve in curves.items():
+            x, mean = curve.mean(0).T
+            sd = curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
+            axes.plot(x, mean, label=label)
+            axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize="medium")
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+    print(f"\n{path}")
+
+
+def print_curves(curves, is_share):
+    """A line of text a curve: bars, then the mean at up to seven points."""
+    low, high = 0, 1
+    if not is_share:
+        means = [y for curve in curves.values() for y in curve.mean(0)[:, 1]]
+        low, high = min(means), max(means) + 1e-9
+    for label, curve in curves.items():
+        points = curve.shape[1]
+        chosen = np.linspace(0, points - 1, min(points, 7)).astype(int)
+        bars, numbers = "", ""
+        for x, y in curve.mean(0)[chosen]:
+            bars += "▁▂▃▄▅▆▇█"[min(7, int(8 * (y - low) / (high - low)))]
+            numbers += f"  {x:.4g}: {y:.3f}"
+        print(f"{bars}{numbers}  {label}")
+
+
+if __name__ == "__main__":
+    sys.exit(sdar.main(["plot", *sys.argv[1:]]))

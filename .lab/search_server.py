@@ -1,0 +1,118 @@
+"""A small search server for the environment "search": BM25 over a JSON-lines file, on this machine.
+
+    python envs.py serve CORPUS.jsonl             # port 8000
+    python envs.py serve CORPUS.jsonl --port 0    # any free port; the first line printed names it
+
+A row of the file has an id and contents. The answers are those of the two public servers that
+Search-R1's code talks to: POST /retrieve with query or queries, topk and return_scores gives
+{"result": [[row, ...]]}, or with scores {"result": [[{"document": row, "score": float}, ...]]}.
+The index is held in memory: fit for thousands of passages, not for Wikipedia.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+
+K1, B = 0.9, 0.4  # BM25: how soon a repeated word stops counting, how far length is corrected for
+LARGEST = 10**6  # bytes of a request
+WANTED = "wanted: query (str) or queries (list of str), topk 1 to 1000, return_scores"
+
+
+def words(text):
+    """The words of a text, as they are indexed."""
+    return re.findall(r"\w+", text.lower())
+
+
+class Index:
+    """BM25: {word: [(number of a row, weight of the word in it)]}."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.postings = {}
+        counts = [Counter(words(row["contents"])) for row in rows]
+        mean = sum(count.total() for count in counts) / max(1, len(rows))
+        for number, count in enumerate(counts):
+            for word, n in count.items():
+                length = 1 - B + B * count.total() / mean
+                weight = n / (n + K1 * length)
+                self.postings.setdefault(word, []).append((number, weight))
+
+    def find(self, query, topk):
+        """The best rows for a query: [(row, score)], best first."""
+        scores = Counter()
+        for word in words(query):
+            found = self.postings.get(word, [])
+            rarity = math.log(1 + (len(self.rows) - len(found) + 0.5) / (len(found) + 0.5))
+            for number, weight in found:
+                scores[number] += weight * rarity
+        return [(self.rows[number], score) for number, score in scores.most_common(topk)]
+
+
+def answer(index, body):
+    """What a request gets. body: bytes. Raises something if they are no request."""
+    request = json.loads(body)
+    queries = request.get("queries") or [request["query"]]
+    topk = request.get("topk") or 3
+    envs.require(type(queries) is list and topk in range(1, 1001), WANTED)
+
+    results = []
+    for query in queries:
+        found = index.find(query, topk)
+        if request.get("return_scores"):
+            results.append([{"document": row, "score": score} for row, score in found])
+        else:
+            results.append([row for row, _ in found])
+    return {"result": results}
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 30  # seconds in which a request must have come
+
+    def do_POST(self):
+        """Answer, or say what a request should hold (422)."""
+        try:
+            length = int(self.headers["Content-Length"])
+            body = self.rfile.read(max(0, min(length, LARGEST)))
+            code, value = 200, answer(self.server.index, body)
+        except Exception:  # whatever is wrong with a request, the next one is served
+            code, value = 422, {"detail": WANTED}
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *args):
+        """Say nothing of a request."""
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of connections that wait: a step's searches come all at once
+
+    def handle_error(self, request, client_address):
+        """A client went away: nothing to say."""
+
+
+def serve(file, port=8000):
+    """Serve a JSON-lines file of rows (id, contents) on loopback for ever. EnvUnavailable for
+    another file; OSError for a port that is taken."""
+    index = Index(envs.read_rows(file, id=(str, int), contents=str))
+    with Server(("127.0.0.1", port), Handler) as server:
+        server.index = index
+        print(f"search server: http://127.0.0.1:{server.server_port}/retrieve", flush=True)
+        server.serve_forever()
+
+
+def main(argv):
+    """`python envs.py serve` with these arguments. Returns its exit code."""
+    return envs.main(["serve", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

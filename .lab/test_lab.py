@@ -1,0 +1,680 @@
+"""Tests of the instruments, the course and the pages: python -m pytest -q .lab/test_lab.py
+
+Sections: how the tiny policy was made, the search server, bench and compare, the microscope, plots,
+the course, the pages. Fixtures and helpers are those of test_sdar.py.
+"""
+
+import copy
+import json
+import os
+import random
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+LAB = Path(__file__).resolve().parent
+sys.path[:0] = [str(LAB), str(LAB.parent)]
+import bench
+import compare
+import microscope
+import warmstart
+
+import envs
+import sdar
+from test_sdar import (
+    CORPUS,
+    ROOT,
+    deprecations,
+    grad_of,
+    lines,
+    nothing_is_deprecated,
+    play,
+    policy,
+    pytestmark,
+    small,
+    tested_versions,
+    tiny,
+    trained,
+)
+
+# --- How the tiny policy was made --------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "eval"])
+@pytest.mark.parametrize("skilled, low, high", [(True, 0.95, 1), (False, 0, 0.2)])
+def test_the_skill_matters_by_construction(split, skilled, low, high):
+    """Of the scripted player: with the skills 95 % or more of the episodes are won."""
+    world, rng = envs.make_env("toy"), random.Random(0)
+    known = {skill.name for skill in world.skills} if skilled else set()
+    tasks, wins = world.tasks(split), 0
+    for seed in range(300):
+        world.reset(tasks[seed % len(tasks)], seed)
+        while world._running:
+            wins += world.step(warmstart.scripted_action(world, known, rng))[1]
+    assert low <= wins / 300 <= high
+
+
+def test_the_tokenizer_knows_the_world_and_keeps_actions(tiny):
+    """Decoding an encoded action gives it back, and no observation or skill holds an unknown
+    word."""
+    chat, world, rng = tiny[1], envs.make_env("toy"), random.Random(0)
+    texts = [envs.skill_text(envs.HOME.skills())]
+    for i, task in enumerate(world.goals):
+        observation, info = world.reset(task, i)
+        for action in info["admissible"]:
+            assert chat.tokenizer.decode(chat.encode(action)) == action
+        texts.append(observation)
+        for _ in range(4):
+            texts.append(world.step(warmstart.scripted_action(world, set(), rng))[0])
+    unknown = chat.tokenizer.unk_token_id
+    assert not [text for text in texts if unknown in chat.encode(text)]
+    assert unknown in chat.encode("inside the fridgelet")
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    """(chat, 300 demonstrations)."""
+    chat, rng = sdar.Chat(warmstart.toy_tokenizer()), random.Random(0)
+    return chat, [warmstart.demonstration(chat, rng) for _ in range(300)]
+
+
+def test_demonstrations_are_of_many_households(demonstrations):
+    chat, rows = demonstrations
+    text = " ".join(chat.tokenizer.decode(ids) for ids, _ in rows)
+    for c in envs.CLASSES:
+        assert len(set(re.findall(rf"\b{c} is kept in (\w+ \d)", text))) > 6, c
+
+
+def test_demonstrations_teach_actions_and_not_the_prompt(demonstrations):
+    """Nor exploring for the teacher, nor random actions."""
+    chat, rows = demonstrations
+    for ids, weights in rows:
+        assert len(ids) == len(weights)
+        assert set(weights) <= {0.0, 1.0, 0.2}
+        assert not any(weights[: ids.index(chat.encode("Your task is to")[0])])
+    mixed = [1.0 in weights and 0.0 in weights[20:] for _, weights in rows]
+    assert 0.1 < np.mean(mixed) < 0.9
+
+
+def test_the_warm_start_is_deterministic(tmp_path):
+    chat = sdar.Chat(warmstart.toy_tokenizer())
+    for name in "ab":
+        warmstart.warmstart(tmp_path / name, chat, steps=3)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert one == two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_carried_policy_is_of_this_recipe_and_as_it_was_written():
+    sums = json.loads((sdar.TINY_FOLDER / "sums.json").read_text())
+    chat = sdar.Chat(warmstart.toy_tokenizer())
+    assert sums.pop("recipe") == warmstart.recipe(chat), "python sdar.py warmstart"
+    assert sums == sdar.hashes(sdar.TINY_FOLDER)
+    assert sum(path.stat().st_size for path in sdar.TINY_FOLDER.iterdir()) <= 1.5e6
+
+
+@pytest.mark.parametrize(
+    "target, name, value", [(warmstart, "WARMSTART", 0), (envs.ToyEnv, "_view", None)]
+)
+def test_another_recipe_or_world_is_seen(target, name, value, monkeypatch):
+    chat = sdar.Chat(warmstart.toy_tokenizer())
+    before = warmstart.recipe(chat)
+    view = envs.ToyEnv._view
+    new = value if value is not None else lambda self: view(self).replace("you see", "")
+    monkeypatch.setattr(target, name, new)
+    assert warmstart.recipe(chat) != before
+
+
+# --- The search server -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The url of a running server of three passages."""
+    corpus = tmp_path_factory.mktemp("server") / "corpus.jsonl"
+    rows = [{"id": i, "contents": text} for i, text in enumerate(CORPUS)]
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, LAB / "search_server.py", corpus, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().split()[-1]
+        process.kill()
+
+
+def post(url, body):
+    """(status, answer) of a body, bytes or what becomes JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(url, data, timeout=5) as answer:
+            return answer.status, json.load(answer)
+    except urllib.request.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_the_server_speaks_both_dialects(server):
+    one = post(server, {"query": "river Velden", "topk": 1})
+    assert one == (200, {"result": [[{"id": 2, "contents": CORPUS[2]}]]})
+    body = {"queries": ["river Velden", "zzz"], "return_scores": True}
+    hits, none = post(server, body)[1]["result"]
+    assert [hit["document"]["id"] for hit in hits] == [2, 1]
+    assert hits[0]["score"] > hits[1]["score"] > 0
+    assert none == []
+
+
+BODIES = [b"", b"{", b"[]", b"\xff", b"[" * 10**5, {}, {"query": 1}, {"queries": "ab"}]
+BODIES += [{"queries": [None]}] + [{"query": "a", "topk": topk} for topk in ("x", -1, 10**9)]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: str(body)[:20])
+def test_the_server_survives_a_bad_request(body, server):
+    assert post(server, body)[0] == 422
+    assert post(server, {"query": "arn"})[0] == 200
+
+
+# --- Bench, intervals --------------------------------------------------------------------
+
+
+def test_bench_names_its_parts_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 1e-3)
+    flags = ["--tasks-per-step", "2", "--group-size", "2", "--micro-tokens", "64"]
+    assert sdar.main(["bench", *flags, "--out", str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s"):
+        assert word in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n, quantile", [(2, 12.706), (3, 4.303), (5, 2.776), (30, 2.045)])
+def test_t_interval_agrees_with_the_tables(n, quantile):
+    gains = np.arange(n, dtype=float)
+    half = quantile * gains.std(ddof=1) / n**0.5
+    expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
+    assert compare.t_interval(gains) == pytest.approx(expected, abs=3e-4 * half)
+
+
+# --- Compare -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """compare without its training processes: a function from flags to (exit code, stdout, what was
+    launched)."""
+    launched = []
+
+    def launch(config):
+        """The files of a finished run, or a failure."""
+        folder = Path(config.out)
+        launched.append(folder.name)
+        if config.method == "opsd" and config.seed == 1:
+            return "exit code 1: out of luck"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(vars(config)))
+        won = {"grpo": 2, "sdar": 3, "opsd": 0}[config.method] + config.seed
+        won += config.gate_beta == 1
+        line = {"step": 1, "eval_success": won / 6, "eval_by_type": {"put": [6, won, 6]}}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return ""
+
+    def run(*flags):
+        launched.clear()
+        out = ["--out", str(tmp_path), "--steps", "1", "--seeds", "0,1"]
+        code = sdar.main(["compare", *out, *flags])
+        return code, capsys.readouterr().out, sorted(launched)
+
+    start = {"success": 0.0, "by_type": {"put": [6, 0, 6]}}
+    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(sdar, "evaluate", lambda *args: start)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    return run
+
+
+def rows_of(printed):
+    """{title: line} of a printed table."""
+    filled = [line for line in printed.splitlines() if line and line[0] not in " ▁▂▃▄▅▆▇█"]
+    return {line.split()[0]: line for line in filled}
+
+
+def test_compare_prints_means_gains_and_curves(compared, tmp_path):
+    code, printed, launched = compared("--methods", "grpo,sdar,sdar")
+    assert code == 0
+    assert launched == ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"]
+    rows = rows_of(printed)
+    assert "0.42±0.12" in rows["grpo"]  # 2/6 and 3/6
+    assert "minus" not in rows["grpo"]
+    assert "0.58±0.12" in rows["sdar"]
+    assert "minus grpo +0.167 [+0.17, +0.17]" in rows["sdar"]  # every seed 1/6 ahead
+    assert "0/6" in rows["vanilla"]
+    assert "6/6" in rows["skill_prompt*"]
+    assert "▁▅  0: 0.000  1: 0.583  sdar" in printed
+    assert "no picture was drawn: it takes matplotlib" in printed
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert report["start"]["success"] == 0
+    assert report["evaluations"]["sdar"]["1"][0]["eval_by_type"] == {"put": [6, 4, 6]}
+
+
+def test_compare_goes_on_where_it_stopped(compared, tmp_path):
+    printed = compared("--methods", "grpo,sdar")[1]
+    (tmp_path / "sdar-s1/metrics.jsonl").write_text('{"step": ')  # killed while it wrote
+    (tmp_path / "grpo-s0/metrics.jsonl").write_text("")
+    code, again, launched = compared("--methods", "grpo,sdar", "--seeds", "0,1,0")
+    assert code == 0
+    assert launched == ["grpo-s0", "sdar-s1"]
+    assert again.split("\n\n")[1:] == printed.split("\n\n")[1:]  # the same table and curves
+    assert compared("--methods", "grpo,sdar")[2] == []
+
+
+def test_compare_refuses_runs_of_other_settings_unless_told(compared, tmp_path):
+    compared("--methods", "sdar")
+    path = tmp_path / "sdar-s0/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lr": 1.0}))
+    assert compared("--methods", "sdar")[0] == 2
+    code, _, launched = compared("--methods", "sdar", "--overwrite")
+    assert (code, launched) == (0, ["sdar-s0"])
+
+
+def test_compare_reports_failures_and_the_rest(compared):
+    code, printed, _ = compared("--methods", "grpo,opsd")
+    rows = rows_of(printed)
+    assert code == 1
+    assert "seed 1 failed: exit code 1: out of luck" in rows["opsd"]
+    assert "0/6 [0.00, 0.39]" in rows["opsd"]  # its other seed
+    assert "0.42±0.12" in rows["grpo"]
+    assert compared("--methods", "opsd", "--seeds", "1")[0] == 1
+
+
+def test_compare_never_takes_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    config = small(tmp_path, "")
+    assert compare.finished(config) is None
+    assert "is not empty" in compare.launch(config)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_sweep_is_compared_with_grpo(compared, tmp_path):
+    compared("--methods", "sdar,grpo")
+    flags = ("--teacher", "live", "--micro-tokens", "9")
+    code, printed, launched = compared("--sweep", "gate_beta=1,5", *flags)
+    assert code == 0
+    assert launched == ["sdar-gate_beta=1.0-s0", "sdar-gate_beta=1.0-s1"]  # the rest was there
+    assert "minus grpo +0.333" in printed
+    assert "sdar gate_beta=1.0 " in printed
+    assert (tmp_path / "compare-gate_beta.json").exists()
+
+
+def test_a_sweep_takes_the_method_and_refuses_mixed_settings(compared):
+    compared("--methods", "sdar,grpo")
+    flags = ("--method", "opsd", "--seeds", "0")
+    assert compared("--sweep", "gate_beta=1", *flags)[::2] == (0, ["opsd-gate_beta=1.0-s0"])
+    assert compared("--sweep", "gate_beta=1", "--lr", "3e-3")[0] == 2
+
+
+def test_compare_trains_what_train_trains(tmp_path):
+    flags = ["--steps", "1", "--tasks-per-step", "2", "--group-size", "4"]
+    flags += ["--eval-episodes", "6", "--eval-every", "0", "--seeds", "3"]
+    out = str(tmp_path / "all")
+    assert sdar.main(["compare", "--methods", "grpo,sdar", "--out", out, *flags]) == 0
+    assert lines(tmp_path / "all/sdar-s3") == trained(tmp_path, seed=3, steps=1)[1]
+
+
+# --- The microscope ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "opsd"}, {"gate": "entropy"}, {"gate": "constant"}]
+)
+def test_the_push_is_the_losses_gradient(policy, changes):
+    config = small(Path(), group_size=8, sdar_coef=0.3, **changes)
+    group = play(policy, config)
+    group[1].reward = 1.0
+    values = microscope.dissect(policy[0], group, config)
+    student = values["student"].clone().requires_grad_()
+    mask = sdar.response_mask(group)
+    _, entropy = sdar.response_logprobs(policy[0], group, config, with_entropy=True)
+    policy_loss, _ = sdar.policy_loss(student, values["student"], values["advantage"], mask)
+    sdar_loss, _ = sdar.sdar_loss(student, values["teacher"], mask, config.gate, 5.0, entropy)
+    loss = sdar.METHODS[config.method].policy_weight * policy_loss + 0.3 * sdar_loss
+    push = -grad_of(loss, student) * mask.sum()
+    assert torch.allclose(push * mask, values["push"] * mask, atol=1e-5)
+
+
+@pytest.fixture
+def inspect(tiny, tmp_path, monkeypatch, capsys):
+    """Flags -> (exit code, stdout, stderr, the page)."""
+    monkeypatch.setattr(sdar, "load_policy", lambda config: tiny)
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags):
+        code = sdar.main(["inspect", *flags.split()])
+        page = tmp_path / "inspect.html"
+        return code, *capsys.readouterr(), page.read_text() if page.exists() else ""
+
+    return run
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_inspect_prints_a_line_a_token_that_fits(columns, inspect, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, printed, _, _ = inspect("--seed 6 --episode 2")
+    rows = [line for line in printed.splitlines() if re.search("[▲▼]", line)]
+    assert code == 0
+    assert len(rows) == 18
+    assert max(map(len, rows)) <= columns
+    assert "won +1.62" in printed
+    assert ("student   teacher" in printed) == (columns == 80)
+
+
+def test_inspect_colours_terminals_alone(inspect, monkeypatch):
+    assert "\033" not in inspect("--seed 6 --episode 2")[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033[32m" in inspect("--seed 6 --episode 2")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in inspect("--seed 6 --episode 2")[1]
+
+
+def test_inspects_page_is_whole_and_loads_nothing(inspect):
+    page = inspect("--seed 6 --episode 2")[3]
+    tags = [element.tag for element in ElementTree.fromstring(page).iter()]
+    assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (18, 25, 1)
+    assert len(page) < 20_000
+    assert re.search("--d:-[2-9]", page)
+    assert not re.search(r"<script|https?:|url\(|@import|\{[a-z]+\}|src=", page)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [("--method grpo", "--method grpo has none"), ("--episode 8", "--episode 8: there is none")],
+)
+def test_inspect_refuses_what_it_cannot_show(flags, message, inspect):
+    code, _, error, _ = inspect(f"{flags} --max-turns 1")
+    assert code == 2
+    assert message in error
+
+
+def test_inspect_shows_hostile_text_as_text(inspect, tiny, monkeypatch):
+    class Rude(type(tiny[1].tokenizer)):
+        def decode(self, *args, **options):
+            return "<script>\x1b[31m{task}\"'&"
+
+    rude = copy.copy(tiny[1].tokenizer)
+    rude.__class__ = Rude
+    monkeypatch.setattr(tiny[1], "tokenizer", rude)
+    code, printed, _, page = inspect("--max-turns 3")
+    read = ElementTree.fromstring(page.replace("\x1b", ""))
+    assert code == 0
+    assert "\x1b" not in printed
+    assert "<script" not in page
+    assert "".join(read.itertext()).count("<script>") > 9
+
+
+def test_inspect_refuses_a_prompt_that_the_model_cannot_read(inspect, monkeypatch):
+    reset = envs.ToyEnv.reset
+
+    def in_latin(self, *start):
+        return "lorem ipsum dolor sit amet", reset(self, *start)[1]
+
+    monkeypatch.setattr(envs.ToyEnv, "reset", in_latin)
+    code, _, error, _ = inspect("--max-turns 1")
+    said = "--model tiny cannot read --env toy: its tokenizer does not know most of the prompt"
+    assert (code, error) == (2, f"sdar.py: {said}\n")
+
+
+# --- Plots -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The current folder, with runs to draw: two seeds, another setting, one without a step."""
+
+    def write(name, success, steps=3, **changes):
+        (tmp_path / name).mkdir()
+        settings = vars(sdar.Config(out=name, **changes))
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        rows = []
+        for step in range(1, steps + 1):
+            row = {"step": step, "success": success, "kl": step / 7, "gap_mean": None}
+            rows.append(json.dumps(row))
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows))
+
+    monkeypatch.chdir(tmp_path)
+    write("a-s0", 0.25)
+    write("a-s1", 0.75, 2, seed=1)
+    write("b-s0", 1.0, lr=1.0)
+    write("empty", 0, 0)
+    Path("torn").mkdir()
+    Path("torn/metrics.jsonl").write_text("{")
+
+
+def test_plot_joins_seeds_and_leaves_out_what_is_not_there(runs, capsys):
+    assert sdar.main("plot a-s0 a-s1 b-s0 --picture p.png".split()) == 0
+    printed = capsys.readouterr().out
+    assert "▅▅  1: 0.500  2: 0.500  a\n███  1: 1.000  2: 1.000  3: 1.000  b\n" in printed
+    assert "mean gap" not in printed
+    assert "KL\n▁▄  1" in printed
+    assert Path("p.png").exists() == ("no picture" not in printed)
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [("", "takes folders"), ("empty", "finished a step"), ("torn", "torn holds no")],
+)
+def test_plot_refuses_what_is_no_run(folders, message, runs, capsys):
+    assert sdar.main(["plot", *folders.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+# --- The course: `python -m pytest -q .lab/test_lab.py -k exercise_gate` grades a function ---
+
+COURSE = ROOT / ".lab" / "course"
+exercise = SimpleNamespace(**runpy.run_path(str(COURSE / "exercise.py")))
+
+
+def grade(name):
+    """Run the grader of a function."""
+    runpy.run_path(str(COURSE / "graders.py"))[f"grade_{name}"]()
+
+
+@pytest.mark.parametrize("name", exercise.BLANKS, ids="exercise_{}".format)
+def test_fill_in(name):
+    grade(name)
+
+
+@pytest.mark.parametrize("kind", ["bug", "experiment"], ids="exercise_{}".format)
+def test_answer(kind):
+    puzzle, _, answer = os.environ.get("ANSWER", "").partition(" ")
+    of_other_kind = puzzle in exercise.puzzles() and puzzle.isdigit() != (kind == "bug")
+    if not puzzle or of_other_kind:
+        pytest.skip('no answer to judge: ANSWER="6 eos" or ANSWER="beta a"')
+    if puzzle not in exercise.puzzles():
+        known = ", ".join(exercise.puzzles())
+        pytest.fail(f"{puzzle!r} is none of {known}", pytrace=False)
+    right, hint = exercise.judge(puzzle, answer)
+    assert right, f"{puzzle} is not {answer!r}. {hint}"
+
+
+@pytest.mark.parametrize("name", exercise.BLANKS)
+def test_a_blanked_function_keeps_its_docstring_and_fails_its_grader(name, tmp_path, monkeypatch):
+    file = exercise.BLANKS[name]
+    (tmp_path / file).write_text((ROOT / file).read_text())
+    exercise.blank(name, tmp_path)
+    emptied = runpy.run_path(str(tmp_path / file))[name]
+    assert emptied.__doc__ == getattr(sdar, name).__doc__
+    for module in (sdar, envs):
+        monkeypatch.setattr(module, name, emptied, raising=False)
+    with pytest.raises(NotImplementedError, match=f"write {name} again"):
+        grade(name)
+
+
+def test_a_wrong_answer_fails_with_its_hint(monkeypatch):
+    monkeypatch.setenv("ANSWER", "beta a")
+    with pytest.raises(AssertionError, match="is not 'a'. .*gate_mean"):
+        test_answer("experiment")
+
+
+def test_every_puzzle_has_one_answer_that_cannot_be_read_by_accident():
+    bugs = "eos observations shift skill detach temperature groups micro".split()
+    for puzzle in exercise.puzzles():
+        answers = bugs if puzzle.isdigit() else "abc"
+        right = [answer for answer in answers if exercise.judge(puzzle, answer)[0]]
+        assert len(right) == 1, puzzle
+    packed = str(exercise.puzzles())
+    assert not [name for name in bugs if name in packed]
+
+
+def first_step(module, tiny, folder):
+    """Metrics of a tiny run's first step, but for times."""
+    module.load_policy = lambda config: (module.copy.deepcopy(tiny[0]), tiny[1])
+    small = {"group_size": 2, "tasks_per_step": 4, "max_turns": 5, "eval_episodes": 6}
+    exact = {"minibatches": 1, "micro_tokens": 300, "temperature": 2.0}
+    config = module.Config(out=str(folder), steps=1, overwrite=True, **small, **exact)
+    module.train(config)
+    (row,) = lines(folder)
+    return {name: value for name, value in row.items() if not name.startswith("eval")}
+
+
+@pytest.fixture(scope="module")
+def right_step(tiny, tmp_path_factory):
+    """first_step of sdar.py as it is."""
+    folder = tmp_path_factory.mktemp("right") / "run"
+    load = sdar.load_policy
+    metrics = first_step(sdar, tiny, folder)
+    sdar.load_policy = load
+    return metrics
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_planted_bug_shows_in_the_metrics_of_step_1(
+    number, right_step, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "sdar", sdar)  # put back afterwards
+    buggy = first_step(exercise.planted(str(number)), tiny, tmp_path / "run")
+    assert buggy != right_step, "sdar.py has changed under it"
+
+
+def test_exercise_without_a_known_word_shows_its_usage(capsys):
+    assert sdar.main(["exercise", "blank", "nothing"]) == 2
+    assert "exercise blank gate" in capsys.readouterr().err
+
+
+# --- The pages: their commands run, their claims hold ------------------------------------
+
+README = (ROOT / "README.md").read_text()
+NOT_RUN = {  # a part of a command: why it is not run here
+    "pytest": "it is this suite",
+    "git checkout": "undoes blank",
+    "exercise blank": "done on copies",
+    "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
+    "venv": "it is .ci/run",
+    "--help": "it has its own test",
+    "RUN": "a form",
+    "...": "a form",
+    "bench": "it has its own test",
+    "Qwen/": "no weights at hand: random small ones go through the same code",
+    "warmstart": "minutes: its own test",
+    "guess:Guess": "it has its own test",
+    "envs.py": "they have their own tests",
+    "echo": "questions and a corpus, as in the tests of search",
+}
+
+
+def readme_commands():
+    """All commands of the README, the first one first."""
+    blocks = "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL))
+    commands = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
+    commands |= set(re.findall(r"`(python [^`]*)`", README))
+    return sorted(commands, key=lambda text: (text != "python sdar.py", text))
+
+
+def test_the_readmes_commands_are_found():
+    assert readme_commands()[0] == "python sdar.py"
+    assert len(readme_commands()) > 40
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "sdar.py compare" in c])
+def test_the_readmes_comparisons_parse(command):
+    _, _, *words = shlex.split(command)
+    if "M" not in words:
+        assert sdar.parse_flags("compare", "", words[1:], compare.OWN) is not None
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sdar", sdar)  # put back after exercise
+    size = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max-turns 3"
+    ran = 0
+    for command in readme_commands():
+        if any(form in command for form in NOT_RUN):
+            continue
+        _, _, *words = shlex.split(command)
+        if words == [] or "--steps" in words:
+            words += [*size.split(), "--steps", "1"]
+        elif "evaluate" in words:
+            words += size.split()
+        elif "gradient" in words:
+            words.append("gate.svg")
+        assert sdar.main(words) == 0, command
+        ran += 1
+    assert ran > 8
+
+
+def test_the_readmes_library_example_computes_the_loss():
+    (code,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    table = torch.randn(9, 9, requires_grad=True)
+    ids, response = torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
+    names = {
+        "model": lambda ids: SimpleNamespace(logits=table[ids]),
+        "response": response,
+        "mask": torch.ones(2, 5),
+        "student_ids": torch.cat([ids[:, :3], response], 1),
+        "teacher_ids": torch.cat([ids, response], 1),
+        "grpo_loss": lambda logprobs, ids, mask: (logprobs * mask).sum(),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    logprobs = torch.log_softmax(table[names["student_ids"][:, 2:-1]], -1)
+    expected = logprobs.gather(-1, response[..., None])[..., 0]
+    assert torch.allclose(names["student"], expected)
+    assert table.grad.abs().sum() > 0
+    assert not names["teacher"].requires_grad
+
+
+def test_the_readme_names_every_setting_for_who_has_outgrown_it():
+    text = README.split("## Outgrown")[1].split("\n## ")[0]
+    missing = [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text]
+    assert missing == []
+
+
+def test_the_readmes_nearest_runs_parse():
+    text = README.split("## Outgrown")[1].split("\n## ")[0]
+    settings = []
+    for line in re.findall(r"^python sdar.py (--env .*)", text, re.M):
+        typed = sdar.parse_flags("train", "", line.split())
+        config = sdar.Config(**typed)
+        settings.append((config.env, config.tasks_per_step, config.max_turns))
+    assert settings == [("alfworld", 16, 50), ("webshop", 16, 15), ("search", 128, 4)]
+
+
+def test_the_names_in_sdars_first_page_exist():
+    source = (ROOT / "sdar.py").read_text()
+    names = re.findall(r"\b[a-z]+_[a-z0-9_]+|Episode\.\w+", sdar.__doc__.split("First reading")[1])
+    for name in set(names) - {"s_t", "y_t", "g_t"}:
+        short = name.split(".")[-1]
+        assert re.search(rf"\b{short}\b *(\(|:|=|\.)", source), name
+
+
+def test_the_sections_of_sdar_are_numbered():
+    numbers = re.findall(r"^# --- (\d+)\. ", (ROOT / "sdar.py").read_text(), re.M)
+    assert numbers == [str(n) for n in range(1, len(numbers) + 1)]
+    assert len(numbers) > 9
