@@ -662,6 +662,7 @@ class AlfworldEnv(TextEnv):
     }
 
     def __init__(self, data="", **options):
+        super().__init__(**options)
         message = "ALFWorld is missing: pip install alfworld (built with g++, make, `python`)"
         installed = find_spec("textworld") and find_spec("alfworld")
         require(installed, message, EnvUnavailable)

@@ -1158,7 +1158,7 @@ def compiled(name, dtype):
     if not cpp_extension.CUDA_HOME:  # it asks for a toolkit's folder, and needs nothing of it
         cpp_extension.CUDA_HOME = "/nowhere"
     source = KERNEL_SOURCE.read_text("utf-8")
-    return torch.cuda._compile_kernel(source, name, nvcc_options=options)
+    return torch.cuda._compile_kernel(source, name, nvcc_options=options)  # noqa: SLF001
 
 
 class KernelLogprobs(torch.autograd.Function):

@@ -185,6 +185,12 @@ def tensor(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def table(text):
+    """Rows of a text table: cells are Python values, with two blanks between them."""
+    rows = [re.split("  +", line.strip()) for line in text.strip().splitlines()]
+    return [tuple(map(ast.literal_eval, row)) for row in rows]
+
+
 def grad_of(loss, x):
     return torch.autograd.grad(loss, x)[0]
 
@@ -210,30 +216,30 @@ TEACHER = tensor([-0.5, -0.7, -2, NAN], [-0.4, -0.2, -0.9, NAN])
 MASK = tensor([1, 1, 1, 0], [1, 1, 1, 0])
 
 
-@pytest.mark.parametrize(
-    "beta, loss, mean, active",
-    [
-        (0, 0.0833333, 0.5, 0),
-        (1, 0.1357866, 0.538145, 1 / 3),
-        (5, 0.2183412, 0.555479, 1 / 3),
-        (10, 0.2370055, 0.500102, 1 / 3),
-    ],
-)
-def test_sdar_loss_has_its_hand_numbers(beta, loss, mean, active):
-    value, stats = sdar.sdar_loss(STUDENT, TEACHER, MASK, beta=beta)
-    assert value.item() == pytest.approx(loss, abs=1e-6)
-    expected = {"gate_mean": mean, "gate_active": active, "gap_mean": 1 / 6}
-    assert stats == pytest.approx(expected, abs=1e-6)
+VECTORS = json.loads((DATA / "vectors.json").read_text())
+CASES = [(name, case) for name, cases in VECTORS.items() for case in cases]
 
 
-@pytest.mark.parametrize("beta", [0, 1, 5])
-def test_sdar_gradient_is_minus_gate_through_the_student_only(beta):
-    student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
-    value, _ = sdar.sdar_loss(student, teacher, MASK, beta=beta)
-    slope, none = torch.autograd.grad(value, (student, teacher), allow_unused=True)
-    g = torch.sigmoid(beta * (TEACHER - STUDENT)).nan_to_num()
-    assert torch.allclose(slope, -g * MASK / 6)
-    assert none is None
+@pytest.mark.parametrize("name, case", CASES)
+def test_functions_have_their_hand_numbers(name, case):
+    """Values, stats and, where it is given, the gradient in the first argument."""
+    first, *rest = [torch.tensor(values).float() for values in case["arguments"]]
+    first.requires_grad_()
+    returned = getattr(sdar, name)(first, *rest, **case.get("options", {}))
+    value, stats = returned if isinstance(returned, tuple) else (returned, {})
+    assert value.tolist() == pytest.approx(np.array(case["returns"]), rel=2e-6, abs=2e-6)
+    for key, expected in case.get("stats", {}).items():
+        assert stats[key] == pytest.approx(expected, abs=1e-6)
+    if "gradient" in case:
+        slope = grad_of(value, first)
+        assert slope.tolist() == pytest.approx(np.array(case["gradient"]), abs=1e-6)
+
+
+def test_sdar_loss_has_no_gradient_through_the_teacher():
+    teacher = TEACHER.clone().requires_grad_()
+    loss, _ = sdar.sdar_loss(STUDENT.clone().requires_grad_(), teacher, MASK)
+    (slope,) = torch.autograd.grad(loss, teacher, allow_unused=True)
+    assert slope is None
 
 
 def test_non_detached_gate_flips_the_sign():
@@ -273,102 +279,12 @@ def test_gate_refuses_what_it_does_not_know():
 
 def test_shuffled_gate_is_a_permutation_within_the_mask():
     gap = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [6]])).float()
-    draws = []
-    for seed in (1, 1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        draws.append(sdar.gate("shuffled", gap, None, 5.0, mask, generator))
-    plain, inside = sdar.gate("gap", gap), mask > 0
-    assert sorted(draws[0][inside].tolist()) == sorted(plain[inside].tolist())
-    assert torch.equal(draws[0][~inside], plain[~inside])
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert not torch.equal(draws[0], plain)
-
-
-def test_skill_sd_loss_has_its_hand_numbers():
-    student = tensor([-1.0, NAN]).requires_grad_()
-    old, mask = tensor([-1.1, NAN]), tensor([1, 0])
-    loss, stats = sdar.skill_sd_loss(student, tensor([-0.5, 3]), old, mask)
-    assert loss.item() == pytest.approx(0.1643624, abs=1e-6)
-    assert stats["gap_mean"] == 0.5
-    assert grad_of(loss, student)[0].tolist() == pytest.approx([-0.5525855, 0], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "student, old, expected", [(-60, -60, math.exp(20) - 1 - 60), (1, -60, math.exp(9))]
-)
-def test_skill_sd_loss_is_finite_far_away(student, old, expected):
-    loss, _ = sdar.skill_sd_loss(tensor([student]), tensor([0]), tensor([old]), tensor([1]))
-    assert loss.item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "advantage, gap, options, expected",
-    [
-        (2, 0.3, {}, 2.2),  # exp(.3) is clipped at 1.2
-        (-2, 0.3, {}, -1.8),
-        (2, 0.1, {}, 1 + math.exp(0.1)),
-        (2, 0.3, {"mix": 0.0}, 2),
-        (2, -9, {"clip_eps": 0.4}, 1.6),
-        (0, 0.3, {}, 0),
-    ],
-)
-def test_rlsd_advantages_have_their_hand_numbers(advantage, gap, options, expected):
-    old, mask = tensor([0.0]), tensor([1])
-    got = sdar.rlsd_advantages(tensor([advantage]), tensor([gap]), old, mask, **options)
-    assert got.item() == pytest.approx(expected)
-
-
-def test_rlsd_advantages_spread_over_the_tokens():
-    spread = sdar.rlsd_advantages(tensor([2], [-2]), TEACHER, TEACHER, MASK)
-    assert spread.tolist() == [[2, 2, 2, 0], [-2, -2, -2, 0]]
-
-
-@pytest.mark.parametrize(  # the rest of the claims: the course's graders
-    "scores, groups, options, expected",
-    [
-        (
-            [10, 9.9, 10, 0, -0.1],
-            [0] * 5,
-            {},
-            [0.736337, 0.718110, 0.736337, -1.086279, -1.104505],
-        ),
-        ([0.0] * 7 + [-0.1], [0] * 8, {}, [0.353543] * 7 + [-2.474804]),
-        ([9, 0], [3, 3], {"weights": [3, 1]}, [0.5, -1.5]),
-        ([0.97] * 8, [0] * 8, {}, [0] * 8),  # whose mean in float32 is another number
-    ],
-)
-def test_group_advantages_have_their_hand_numbers(scores, groups, options, expected):
-    got = sdar.group_advantages(torch.tensor(scores), groups, **options)
-    assert got.tolist() == pytest.approx(expected, abs=2e-6)
-
-
-@pytest.mark.parametrize(
-    "advantage, ratio, dual, expected",
-    [
-        (-1, 5, 3.0, 3),
-        (-1, 5, None, 5),
-        (1, 1.5, 3.0, -1.2),
-        (-1, 0.5, 3.0, 0.8),
-        (1, 0.5, 3.0, -0.5),
-        (-1, 1.5, 3.0, 1.5),
-    ],
-)
-def test_policy_loss_has_its_hand_numbers(advantage, ratio, dual, expected):
-    logprobs, old = tensor([ratio]).log(), tensor([0.0])
-    loss, stats = sdar.policy_loss(logprobs, old, tensor([advantage]), tensor([1]), dual_clip=dual)
-    assert loss.item() == pytest.approx(expected)
-    assert stats["ratio_mean"] == pytest.approx(ratio)
-    clipped = -advantage * min(max(ratio, 0.8), 1.2)
-    assert stats["clip_fraction"] == float(clipped > -advantage * ratio)
-
-
-def test_policy_loss_on_policy_has_minus_the_advantage_as_gradient():
-    logprobs, advantages = STUDENT.clone().requires_grad_(), tensor([2], [-1])
-    for old in (STUDENT, logprobs):  # detached
-        loss, _ = sdar.policy_loss(logprobs, old, advantages, MASK)
-        assert torch.allclose(grad_of(loss, logprobs), -advantages * MASK / 6)
+    inside = torch.arange(9) < torch.tensor([[9], [4], [1], [6]])
+    plain = sdar.gate("gap", gap)
+    drawn = sdar.gate("shuffled", gap, mask=inside, generator=torch.Generator().manual_seed(1))
+    assert sorted(drawn[inside].tolist()) == sorted(plain[inside].tolist())
+    assert torch.equal(drawn[~inside], plain[~inside])
+    assert not torch.equal(drawn, plain)
 
 
 LOSSES = {  # of (student's log-probs, what stands under the mask elsewhere)
@@ -389,287 +305,6 @@ def test_masked_values_never_matter(name):
     a, b = LOSSES[name](noisy, NAN), LOSSES[name](clean, 3.0)
     assert a.item() == b.item()
     assert torch.equal(grad_of(a, noisy), grad_of(b, clean))
-
-
-def test_masked_mean_of_nothing_is_zero():
-    assert sdar.masked_mean(STUDENT, torch.zeros_like(MASK)).item() == 0
-
-
-class Enumerated:
-    """Every sequence of length 3 over 3 tokens, with a student softmax policy and a fixed teacher,
-    in float64. An estimator's expectations are sums over the 27 sequences (or all 729 pairs of
-    them): no sampling error."""
-
-    def __init__(self, scale=1.0):
-        draw = torch.Generator().manual_seed(0)
-        prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
-        shape = (2, len(prefixes), 3)
-        self.logits, nudge = torch.randn(shape, generator=draw, dtype=torch.float64)
-        self.teacher = torch.log_softmax(self.logits + scale * nudge, -1)
-        self.rewards = torch.randn(27, generator=draw, dtype=torch.float64)
-        sequences = list(itertools.product(range(3), repeat=3))
-        self.ids = torch.tensor(sequences)
-        self.rows = torch.tensor([[prefixes.index(s[:t]) for t in range(3)] for s in sequences])
-
-    def expected_gradient(self, loss, batch=1, sampled_by=None):
-        """Of the sampled-token estimator as train() uses it, grad loss(student, teacher (batch, 3),
-        indices of sequences): its mean, by the student's probabilities or by logits `sampled_by`,
-        and its variance, summed over the logits."""
-        logits = self.logits.clone().requires_grad_()
-        student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
-        teacher = self.teacher[self.rows, self.ids]
-        p = self.probability(sampled_by)
-        first, second = 0.0, 0.0
-        for chosen in map(list, itertools.product(range(27), repeat=batch)):
-            value = loss(student[chosen], teacher[chosen], chosen)
-            (slope,) = torch.autograd.grad(value, logits, retain_graph=True)
-            weight = p[chosen].prod()
-            first = first + weight * slope
-            second = second + weight * slope**2
-        return first, (second - first**2).sum().item()
-
-    def probability(self, logits=None):
-        """(27,) of the sequences."""
-        logits = self.logits if logits is None else logits
-        return torch.log_softmax(logits, -1)[self.rows, self.ids].sum(1).exp()
-
-    def gradient(self, value):
-        """Gradient of value(probability of each sequence (27,), the student's log-probs after each
-        prefix (13, 3))."""
-        logits = self.logits.clone().requires_grad_()
-        return grad_of(value(self.probability(logits), torch.log_softmax(logits, -1)), logits)
-
-    def prefix_gradient(self, value):
-        """Gradient of the sum over prefixes of p(prefix) value(student, teacher (13, 3)) / 3, with
-        p(prefix) held fixed."""
-
-        def mean(p, student):
-            return (p.detach() * value(student, self.teacher)[self.rows].mean(1)).sum()
-
-        return self.gradient(mean)
-
-
-def gated(kind, beta=5.0):
-    """The gated loss as a function of (student, teacher, indices)."""
-    return lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
-
-
-def reverse_kl(student, teacher):
-    """KL(student || teacher) at each prefix."""
-    return (student.exp() * (student - teacher)).sum(1)
-
-
-def same(a, b, tolerance=1e-12):
-    apart = (a - b).abs().max()
-    assert apart <= tolerance, f"the gradients are {apart:.2g} apart"
-
-
-def oracle_constant_gate(world):
-    """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils
-    nothing."""
-    for kind, beta in (("none", 5.0), ("gap", 0.0)):
-        same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
-    assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
-
-
-def oracle_constant_gate_off_policy(world):
-    """In the later mini-batches of a step the weights are no longer those that sampled: there a
-    constant gate of 1/2 is half the gradient of KL(sampling policy || policy), a pull back to the
-    start of the step. It is a trust region, no teacher."""
-    draw = torch.Generator().manual_seed(5)
-    old = world.logits + torch.randn(13, 3, generator=draw, dtype=torch.float64) / 2
-    q = world.probability(old)
-    exact = world.gradient(lambda p, _: (q * (q.log() - p.log())).sum())
-    same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], exact / 2 / 3)
-
-
-def oracle_entropy_gate(world):
-    """The student's entropy is the same whatever token was sampled: its gate, too, has expected
-    gradient zero."""
-    scores = torch.log_softmax(world.logits, -1)
-    entropy = -(scores.exp() * scores).sum(1)[world.rows]
-
-    def loss(s, t, i):
-        return sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
-
-    same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
-
-
-def oracle_gap_gate(world):
-    """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for
-    later tokens."""
-
-    def reward(s, t):
-        return -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
-
-    same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
-
-
-def oracle_small_gaps(_):
-    """For small gaps that is beta/4 of the reverse KL's gradient."""
-    world = Enumerated(scale=1e-4)
-    exact = world.prefix_gradient(reverse_kl)
-    size = exact.abs().max()
-    same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * size), exact / size, 1e-3)
-
-
-def oracle_reverse_kl(world):
-    """With the gap itself as the gate it is the reverse KL's gradient; so is Skill-SD's, on
-    policy."""
-    exact = world.prefix_gradient(reverse_kl)
-    same(world.expected_gradient(gated("reverse_kl"))[0], exact)
-
-    def skill_sd(s, t, _):
-        return sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0]
-
-    same(world.expected_gradient(skill_sd)[0], exact)
-
-
-def oracle_centred(world):
-    """Less any fixed number the gate keeps its expected gradient, at under half the variance. The
-    mean of the batch's own gates is not quite fixed: it costs 1/M of a batch of M sequences, as
-    GRPO's own mean does, so nothing in a real one."""
-    plain, variance = world.expected_gradient(gated("gap"))
-    gap = world.teacher - torch.log_softmax(world.logits, -1)
-    g = torch.sigmoid(5 * gap)[world.rows, world.ids]
-    mean = (world.probability() * g.mean(1)).sum()
-
-    def less_mean(s, t, _):
-        return sdar.sdar_loss(s, t, torch.ones(1, 3), sdar.gate("gap", t - s) - mean)[0]
-
-    fixed, less = world.expected_gradient(less_mean)
-    same(fixed, plain)
-    assert less < variance / 2, (less, variance)
-    one, _ = world.expected_gradient(gated("centred"), 1)
-    two, _ = world.expected_gradient(gated("centred"), 2)
-    same(two - plain, (one - plain) / 2)
-
-
-def oracle_policy_loss(world):
-    """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's
-    share of it)."""
-
-    def loss(s, t, i):
-        return sdar.policy_loss(s, s.detach(), world.rewards[i, None], torch.ones_like(s))[0]
-
-    exact = world.gradient(lambda p, _: (p * world.rewards).sum())
-    same(world.expected_gradient(loss)[0], -exact / 3)
-
-
-def oracle_grpo(world):
-    """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the
-    policy gradient, since the mean holds the episode itself. With it: the gradient of the chance to
-    beat another episode."""
-
-    def grpo(std):
-        def loss(s, t, i):
-            group = torch.zeros(2, dtype=torch.long)
-            advantages = sdar.group_advantages(world.rewards[i], group, None, std)
-            return sdar.policy_loss(s, s.detach(), advantages[:, None], torch.ones_like(s))[0]
-
-        return world.expected_gradient(loss, batch=2)[0]
-
-    exact = world.gradient(lambda p, _: (p * world.rewards).sum())
-    same(grpo(False), -exact / 2 / 3)
-    beats = (world.rewards[:, None] - world.rewards).sign()
-    ahead = (beats * world.probability()).sum(1)
-    exact = world.gradient(lambda p, _: (p * ahead).sum())
-    same(grpo(True), -exact / 2**0.5 / 3, 1e-4)  # eps 1e-6 in the denominator
-
-
-@pytest.mark.parametrize("oracle", [name for name in sorted(globals()) if "oracle_" in name])
-def test_oracle(oracle):
-    globals()[oracle](Enumerated())
-
-
-GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
-
-
-def no_constant_gate(kind, gap, *rest):
-    return GATE("gap", gap)
-
-
-def twice_the_gate(kind, gap, *rest):
-    return 2 * GATE(kind, gap, *rest)
-
-
-def gap_in_the_entropy(kind, gap, entropy, *rest):
-    return GATE(kind, gap, entropy + gap)
-
-
-def gate_not_detached(s, t, mask, kind, beta):
-    return sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {}
-
-
-def gap_turned(kind, gap, *rest):
-    return GATE(kind, -gap, *rest)
-
-
-def loss_turned(x, mask):
-    return -(x * mask).sum() / mask.sum()
-
-
-def beta_forgotten(kind, gap, *rest):
-    return GATE(kind, gap, None, 1.0)
-
-
-def gap_clamped(kind, gap, *rest):
-    return gap.detach().clamp(-0.5, 0.5)
-
-
-def gap_without_sign(kind, gap, *rest):
-    return gap.detach().abs()
-
-
-def skill_sd_ratio_detached(s, t, old, mask):
-    return sdar.masked_mean((t - s).exp() - 1 + s - t, mask), {}
-
-
-def centred_by_itself(kind, gap, *rest):
-    g = GATE("gap", gap)
-    return g * (1 - g) if kind == "centred" else g
-
-
-def sum_for_mean(x, mask):
-    return (x * mask).sum()
-
-
-def ratio_without_gradient(s, old, advantages, mask):
-    return (s * 0).sum(), {}
-
-
-def std_with_n(*args):
-    return ADVANTAGES(*args) * 2 ** (0.5 * args[3])
-
-
-def groups_shuffled(scores, groups, *rest):
-    return ADVANTAGES(scores, torch.arange(2), *rest)
-
-
-BUGS = [  # (the oracle that must see it, the function of sdar.py, what is put in its place)
-    (oracle_constant_gate, "gate", no_constant_gate),
-    (oracle_constant_gate_off_policy, "gate", twice_the_gate),
-    (oracle_entropy_gate, "gate", gap_in_the_entropy),
-    (oracle_gap_gate, "sdar_loss", gate_not_detached),
-    (oracle_gap_gate, "gate", gap_turned),
-    (oracle_gap_gate, "masked_mean", loss_turned),
-    (oracle_small_gaps, "gate", beta_forgotten),
-    (oracle_reverse_kl, "gate", gap_clamped),
-    (oracle_reverse_kl, "gate", gap_without_sign),
-    (oracle_reverse_kl, "skill_sd_loss", skill_sd_ratio_detached),
-    (oracle_centred, "gate", centred_by_itself),
-    (oracle_policy_loss, "masked_mean", sum_for_mean),
-    (oracle_policy_loss, "policy_loss", ratio_without_gradient),
-    (oracle_grpo, "group_advantages", std_with_n),
-    (oracle_grpo, "group_advantages", groups_shuffled),
-]
-
-
-@pytest.mark.parametrize("oracle, target, bug", BUGS, ids=[bug.__name__ for _, _, bug in BUGS])
-def test_oracle_finds_the_planted_bug(oracle, target, bug, monkeypatch):
-    monkeypatch.setattr(sdar, target, bug)
-    with pytest.raises(AssertionError):
-        oracle(Enumerated())
 
 
 # --- 2. Log-probs of tokens --------------------------------------------------------------
@@ -892,7 +527,7 @@ def test_a_group_shares_its_start_and_not_its_draws(policy):
     many = play(policy, sdar.Config(group_size=4))
     assert len({e.transcript[0] for e in many[:4]}) == 1
     assert many[0].transcript[0] != many[4].transcript[0]
-    assert len({tuple(e.ids) for e in many[:4]}) > 1
+    assert len({str(e.transcript[:12]) for e in many[:4]}) > 1  # turns that all of them have
 
 
 def test_episodes_depend_on_their_stream_and_not_on_their_batch(policy):
@@ -986,25 +621,6 @@ def test_gates_reach_the_loss(policy, gate):
     assert metrics["gate_mean"] == pytest.approx(stats["gate_mean"], rel=1e-4)
 
 
-def test_at_the_start_the_gated_gradient_is_as_long_as_grpos(tmp_path, monkeypatch):
-    """Why the toy's lambda is 1. The signed one's is not."""
-    seen = noted(monkeypatch, "update", lambda model, _, *read: copy.deepcopy((model, *read[:3])))
-    sdar.train(sdar.Config(out=str(tmp_path / "run"), steps=1, eval_episodes=6))
-    ((model, episodes, batch, config),) = seen
-    student, _ = sdar.response_logprobs(model, episodes, config)
-    grpo, _ = sdar.policy_loss(student, batch["old"], batch["advantages"], batch["mask"])
-    losses = {"grpo": grpo}
-    for kind in ("gap", "constant", "reverse_kl"):
-        losses[kind], _ = sdar.sdar_loss(student, batch["teacher"], batch["mask"], kind)
-    norms = {}
-    for name, loss in losses.items():
-        slopes = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        norms[name] = vector(slopes).norm().item()
-    assert 0.5 < norms["gap"] / norms["grpo"] < 2, norms
-    assert norms["constant"] / norms["gap"] > 0.5, norms
-    assert norms["reverse_kl"] / norms["gap"] > 5, norms
-
-
 def test_the_step_stops_where_the_mask_is_shifted(policy):
     episodes = play(policy, sdar.Config(group_size=4))
     episodes[0].mask = episodes[0].mask[1:] + [0]
@@ -1064,17 +680,16 @@ def test_scores_become_advantages(policy, by_turns):
     """Reward less penalties, compared within the group; one value for all tokens of an episode."""
     episodes = play(policy, sdar.Config(group_size=4))
     turns = [3] + [10] * 7
-    for i, episode in enumerate(episodes):
-        episode.reward = float(i in (0, 4, 5))
-        episode.invalid = {2: 5, 5: 2}.get(i, 0)
-        episode.turns = turns[i]
+    episodes[0].reward = 1.0
+    episodes[2].invalid = 5
+    for episode, n in zip(episodes, turns):
+        episode.turns = n
     config = sdar.Config(group_size=4, invalid_penalty=0.1, turn_weights=by_turns)
     batch = sdar.step_batch(policy[0], None, None, episodes, config)
-    scores = torch.tensor([1, 0, -0.5, 0, 1, 0.8, 0, 0])
-    weights = turns if by_turns else None
-    expected = sdar.group_advantages(scores, [0] * 4 + [1] * 4, weights)
-    spread = expected[:, None].expand_as(batch["mask"])
-    assert torch.allclose(batch["advantages"], spread, atol=1e-5)
+    scores = torch.tensor([1, 0, -0.5, 0, 0, 0, 0, 0])
+    groups, weights = [0] * 4 + [1] * 4, turns if by_turns else None
+    expected = sdar.group_advantages(scores, groups, weights)[:, None]
+    assert torch.allclose(batch["advantages"], expected.expand_as(batch["mask"]), atol=1e-5)
 
 
 def test_an_episode_without_a_response_token_breaks_no_step(policy):
@@ -1163,26 +778,20 @@ def test_a_runs_checkpoint_is_a_model_like_any_other(finished):
     assert len(chat.tokenizer) == model.config.vocab_size
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "opsd", "turn_weights": True, "kl_coef": 0.0},
-        {"gate": "shuffled", "retrieval": "random", "teacher": "frozen"},
-        {
-            "method": "rlsd",
-            "retrieval": "ucb",
-            "group_size": 12,
-            "teacher": "lagged",
-            "teacher_refresh": 2,
-        },
-    ],
-)
+RESUMED = """
+{"method": "opsd", "turn_weights": True, "kl_coef": 0.0}
+{"gate": "shuffled", "retrieval": "random", "teacher": "frozen"}
+{"method": "rlsd", "retrieval": "ucb", "group_size": 12, "teacher": "lagged", "teacher_refresh": 2}
+"""
+
+
+@pytest.mark.parametrize("changes", [row[0] for row in table(RESUMED)])
 def test_resume_continues_exactly(tmp_path, changes):
     _, whole = trained(tmp_path, "whole", steps=4, **changes)
     trained(tmp_path, "cut", steps=3, **changes)
     _, cut = trained(tmp_path, "cut", steps=4, resume=True, **changes)
+    assert [again | row for again, row in zip(cut, whole)] == cut  # 3 was evaluated, too
     assert len(cut) == 4
-    assert cut == [{**again, **row} for again, row in zip(cut, whole)]  # 3 was evaluated, too
     assert json.loads((tmp_path / "cut/config.json").read_text())["steps"] == 4
     arms = []
     for name in ("whole", "cut"):
@@ -1205,7 +814,6 @@ def test_bfloat16_samples_and_scores_in_it_on_float32_weights(tmp_path, monkeypa
 
     monkeypatch.setattr(sdar.cache_class(), "update", noting)
     final = sdar.train(small(tmp_path, dtype="bfloat16", steps=1))
-    assert math.isfinite(final["loss"])
     assert final["eval_success_skill"] > 0.5
     assert kept == {torch.bfloat16}
     weights = load_file(tmp_path / "run/checkpoint/model.safetensors").values()
@@ -1221,12 +829,10 @@ def test_without_a_skill_the_update_is_grpo_opsd(retrieval, tmp_path, monkeypatc
     monkeypatch.undo()
     others = trained(tmp_path, "other", method="grpo_opsd")[1]
     for row, other in zip(rows, others):
-        assert [row[name] for name in ("gap_mean", "gate_mean", "gate_active")] == [0, 0.5, 0]
-        assert row["sdar_loss"] == 0
-        assert row["grad_norm"] > 0
-        assert row["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-6)
-        assert other["gap_mean"] < 0
+        values = [row[name] for name in ("gap_mean", "gate_mean", "gate_active", "sdar_loss")]
+        assert values == [0, 0.5, 0, 0]
         assert other["gate_mean"] == 0.5
+        assert row["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-6)
 
 
 def test_a_frozen_teacher_without_a_skill_is_no_teacher(tmp_path):
@@ -1243,50 +849,34 @@ def test_a_run_retrieves_by_its_own_bandit(tmp_path, monkeypatch):
     assert len({id(bandit) for bandit in asked}) == 1
 
 
-def test_rlsds_mix_falls_to_zero(tmp_path, monkeypatch):
+def test_rlsds_mix_falls_to_zero_and_leaves_grpo(tmp_path, monkeypatch):
     mixes = noted(monkeypatch, "rlsd_advantages", lambda *args: args[-1])
-    final, _ = trained(tmp_path, method="rlsd", rlsd_decay=4, steps=5)
-    assert mixes == pytest.approx([0.375, 0.25, 0.125, 0, 0])
-    assert final["gap_mean"] < 0
-    assert final["sdar_loss"] is None
-
-
-def test_rlsd_without_its_teacher_is_grpo(tmp_path):
-    shared = {"tasks_per_step": 8, "lr": 1e-3}
-    losses = {}
+    shared, losses = {"tasks_per_step": 8, "lr": 1e-3}, []
     for name, method, decay in (("a", "rlsd", 4), ("b", "rlsd", 1), ("c", "grpo", 1)):
         rows = trained(tmp_path, name, method=method, rlsd_decay=decay, **shared)[1]
-        losses[name] = [row["policy_loss"] for row in rows]
-    assert losses["b"] == losses["c"]
-    assert losses["a"][0] != losses["c"][0]
+        losses.append([row["policy_loss"] for row in rows])
+    assert mixes == pytest.approx([0.375, 0.25, 0, 0])
+    assert losses[0] != losses[1] == losses[2]
 
 
-def test_skill_grpo_reads_the_skill_in_training_only(tiny, tmp_path, monkeypatch):
-    asked, rollout = [], sdar.rollout
-
-    def noting(*args, **more):
-        asked.append(rollout(*args, **more))
-        return asked[-1]
-
-    monkeypatch.setattr(sdar, "rollout", noting)
+def test_skill_grpo_reads_the_skill_in_training_only(tmp_path, monkeypatch):
+    skilled = noted(monkeypatch, "rollout", lambda *args: args[7])
     final, _ = trained(tmp_path, method="skill_grpo", steps=1)
-    decode = tiny[1].tokenizer.decode
-    skilled = ["Skill" in decode(episodes[0].ids) for episodes in asked]
     assert skilled == [False, True, True, False, True]  # before, with; the step; after, with
     assert final["success"] > 0.5 > final["eval_success"]
     assert final["gap_mean"] is None
-    assert final["sdar_loss"] is None
 
 
 def test_teachers_differ_after_the_first_update(tmp_path):
     """Live is the step's own weights; lagged and frozen are still the start's."""
-    gaps = {}
+    gaps = []
     for teacher in ("live", "lagged", "frozen"):
         changes = {"teacher": teacher, "teacher_refresh": 2, "steps": 3, "lr": 3e-3}
-        gaps[teacher] = [row["gap_mean"] for row in trained(tmp_path, teacher, **changes)[1]]
-    assert gaps["live"][0] == gaps["lagged"][0] == gaps["frozen"][0]
-    assert gaps["live"][1] != gaps["lagged"][1] == gaps["frozen"][1]
-    assert gaps["lagged"][2] != gaps["frozen"][2]
+        gaps.append([row["gap_mean"] for row in trained(tmp_path, teacher, **changes)[1]])
+    live, lagged, frozen = gaps
+    assert live[0] == lagged[0] == frozen[0]
+    assert live[1] != lagged[1] == frozen[1]
+    assert lagged[2] != frozen[2]
 
 
 def test_a_short_run_improves_the_policy(tmp_path):
@@ -1358,78 +948,42 @@ def test_killed_at_any_moment_a_run_resumes_exactly(tmp_path):
     processes.set_forkserver_preload(["sdar", "transformers"])
     flags = {"steps": 4, "save_every": 2, "eval_every": 3, "resume": True}
     flags |= {"teacher": "lagged", "teacher_refresh": 4, "retrieval": "ucb"}
-
-    def launch(name):
-        process = processes.Process(target=sdar.train, args=(small(tmp_path, name, **flags),))
+    whole = trained(tmp_path, "whole", **flags)[1]
+    weights = (tmp_path / "whole/checkpoint/model.safetensors").read_bytes()
+    kills = int(os.environ.get("SDAR_FAULTS", 2))
+    config = small(tmp_path, **flags)
+    while True:
+        process = processes.Process(target=sdar.train, args=(config,))
         process.start()
-        return process
-
-    warm = processes.Process(target=int)  # the server imports the libraries
-    warm.start()
-    warm.join()
-    begin = time.monotonic()
-    launch("whole").join()
-    seconds = time.monotonic() - begin
-    expected = tmp_path / "whole"
-
-    kills, number = 0, 0
-    while kills < int(os.environ.get("SDAR_FAULTS", 2)):
-        folder = tmp_path / str(number)
-        process = launch(folder.name)
-        process.join(rng.uniform(0, 2 * seconds))
-        kills += process.is_alive()
+        process.join(rng.uniform(0, 8) if kills > 0 else None)
+        kills -= process.is_alive()
         process.kill()
         process.join()
-        whole = [place for place in folder.glob("checkpoint*") if sdar.is_whole(place)]
-        assert whole or not (folder / "checkpoint").exists(), "one of them is always whole"
+        places = [place for place in sdar.PLACES if sdar.is_whole(tmp_path / "run" / place)]
+        assert places or not (tmp_path / "run/checkpoint").exists(), "one is always whole"
         if process.exitcode == 0:
-            check_same_run(folder, expected)
-            number += 1
-    launch(str(number)).join()
-    check_same_run(tmp_path / str(number), expected)
+            break
+    assert lines(tmp_path / "run") == whole
+    assert (tmp_path / "run/checkpoint/model.safetensors").read_bytes() == weights
 
 
-def check_same_run(folder, expected):
-    """The same metrics and the same bytes of weights."""
-    assert lines(folder) == lines(expected)
-    weights = "checkpoint/model.safetensors"
-    assert (folder / weights).read_bytes() == (expected / weights).read_bytes()
+DAMAGE = """
+"model.safetensors"  b"cut short"  "checkpoint.old, step 1"
+"config.json"        b"{}"         "checkpoint.old, step 1"
+"trainer.pt"         b""           "checkpoint.old, step 1"
+"sums.json"          b"{"          "checkpoint.old, step 1"
+"sums.json"          None          "checkpoint.new, step 2"
+"""
 
 
-def cut_weights(folder):
-    shutil.copy(folder.with_name("checkpoint.old") / "model.safetensors", folder)
-
-
-def other_config(folder):
-    (folder / "config.json").write_text("{}")
-
-
-def no_trainer(folder):
-    (folder / "trainer.pt").unlink()
-
-
-def torn_sums(folder):
-    (folder / "sums.json").write_text("{")
-
-
-def not_renamed(folder):
-    folder.rename(folder.with_name("checkpoint.new"))
-
-
-@pytest.mark.parametrize(
-    "damage, place",
-    [
-        (cut_weights, "checkpoint.old, step 1"),
-        (other_config, "checkpoint.old, step 1"),
-        (no_trainer, "checkpoint.old, step 1"),
-        (torn_sums, "checkpoint.old, step 1"),
-        (not_renamed, "checkpoint.new, step 2"),
-    ],
-)
-def test_a_damaged_checkpoint_is_never_trusted(damage, place, finished, tmp_path, capsys):
+@pytest.mark.parametrize("name, content, place", table(DAMAGE))
+def test_a_damaged_checkpoint_is_never_trusted(name, content, place, finished, tmp_path, capsys):
     _, folder, whole = finished
-    shutil.copytree(folder, tmp_path / "run")
-    damage(tmp_path / "run/checkpoint")
+    checkpoint = shutil.copytree(folder, tmp_path / "run") / "checkpoint"
+    if content is None:  # killed before it had its name
+        checkpoint.rename(tmp_path / "run/checkpoint.new")
+    else:
+        (checkpoint / name).write_bytes(content)
     again = trained(tmp_path, steps=3, resume=True)[1]
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
     assert place in capsys.readouterr().err
@@ -1445,12 +999,9 @@ def test_a_log_that_lacks_steps_is_refused_and_kept(cut, finished, tmp_path):
     assert log.read_text() == before
 
 
-@pytest.mark.parametrize(
-    "number, times, saved",
-    [(signal.SIGINT, 1, 2), (signal.SIGTERM, 1, 2), (signal.SIGINT, 2, 0)],
-    ids=["SIGINT", "SIGTERM", "twice"],
-)
+@pytest.mark.parametrize("number, times, saved", [(2, 1, 2), (15, 1, 2), (2, 2, 0)])
 def test_stopping_waits_for_the_step_once(number, times, saved, tmp_path, monkeypatch, capsys):
+    """SIGINT is 2, SIGTERM 15."""
     update, calls = sdar.update, itertools.count(1)
 
     def interrupted(*args):
@@ -1461,13 +1012,20 @@ def test_stopping_waits_for_the_step_once(number, times, saved, tmp_path, monkey
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(sdar, "update", interrupted)
-    flags = "--steps 4 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0"
-    assert sdar.main([*flags.split(), "--resume", "--out", str(tmp_path / "run")]) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
+    flags = "--steps 4 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0 --out"
+    assert sdar.main([*flags.split(), str(tmp_path / "run")]) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)
     assert state["step"] == saved
     assert len(lines(tmp_path / "run")) == max(saved, 1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.5}, {"method": "grpo"}, {"seed": 1}])
+def test_resume_refuses_other_settings(changes, finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    with pytest.raises(sdar.UserError, match=f"--{[*changes][0]} is not as in"):
+        trained(tmp_path, steps=3, save_every=1, resume=True, **changes)
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -1489,15 +1047,13 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path,
 
     def bad(*args):
         value, stats = loss(*args)
-        if next(calls) > 3:  # from the second step on
-            value = value * math.nan
-        return value, stats
+        factor = math.nan if next(calls) > 3 else 1.0  # from the second step on
+        return value * factor, stats
 
     monkeypatch.setattr(sdar, "policy_loss", bad)
     rows = trained(tmp_path)[1]
     assert [row["skipped_updates"] for row in rows] == [0, 4]
     assert rows[1]["loss"] is None
-    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
     assert rows[1]["eval_success_skill"] > 0.5  # the weights are still good
 
 
@@ -1505,15 +1061,10 @@ def test_an_overwritten_run_is_gone_before_the_new_one_saves(finished, tmp_path,
     """Else --resume would go on with the old one. Files of other names stay."""
     shutil.copytree(finished[1], tmp_path / "run")
     (tmp_path / "run/checkpoint-best").mkdir()
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sdar, "save_checkpoint", killed)
+    monkeypatch.setattr(sdar, "save_checkpoint", None)
+    with pytest.raises(TypeError):
         trained(tmp_path, steps=1, overwrite=True, seed=1)
     assert [path.name for path in tmp_path.glob("run/checkpoint*")] == ["checkpoint-best"]
-    assert len(trained(tmp_path, steps=1, overwrite=True)[1]) == 1
 
 
 def test_wilson_agrees_with_tables():
@@ -1572,21 +1123,11 @@ def test_the_readme_promises_the_same_versions(name, title):
     assert f" {title} {low} to {high}" in README
 
 
-PRIVATE = {  # what is not documented and used all the same, each guarded where it stands
-    "_compile_kernel": "PyTorch's compiler of CUDA source; without it --kernel says so",
-    "_exit": "os._exit is documented",
-}
 REPLACED = {
     "cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it",
     "env.cut": "an attribute of our environments",
     "module.load_policy": "sdar.py itself, in a test",
 }
-
-
-def private_names(tree):
-    """Names with an underscore in front that a syntax tree uses as attributes."""
-    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return {name for name in attributes if re.match("_[a-z]", name)}
 
 
 def replaced_names(tree):
@@ -1611,24 +1152,10 @@ def replaced_names(tree):
     return found
 
 
-def own_names(tree):
-    """Private names that a syntax tree itself defines."""
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if getattr(node.value, "id", "") == "self":
-                own.add(node.attr)
-    return own
-
-
-def test_nothing_reaches_into_a_library():
-    paths = [*ROOT.glob("*.py"), *ROOT.glob(".lab/**/*.py"), *ROOT.glob(".assets/**/*.py")]
-    trees = {path: ast.parse(path.read_text()) for path in paths}
-    assert len(trees) > 8
-    ours = set().union(*map(own_names, trees.values()))
-    for path, tree in trees.items():
-        assert private_names(tree) - ours <= {*PRIVATE}, path
-        assert replaced_names(tree) <= {*REPLACED}, path
+def test_no_method_of_a_library_is_replaced():
+    """Private names are ruff's rule SLF001."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob(".lab/**/*.py")):
+        assert replaced_names(ast.parse(path.read_text())) <= {*REPLACED}, path
 
 
 @pytest.mark.parametrize(
@@ -1636,14 +1163,12 @@ def test_nothing_reaches_into_a_library():
     [
         "import torch\ntorch.save = None",
         "from a import B as C\nC.size = 1",
-        "x._private()",
         "cache.update = lambda k, v: 0",
         "layer.forward = partial(checkpoint, layer.forward)",
     ],
 )
-def test_reaching_into_a_library_is_found(planted):
-    tree = ast.parse(planted)
-    assert private_names(tree) | replaced_names(tree)
+def test_a_replaced_method_is_found(planted):
+    assert replaced_names(ast.parse(planted))
 
 
 def test_config_takes_the_preset_then_the_methods_own_then_what_is_given():
@@ -1959,13 +1484,19 @@ def kernel(request, tmp_path_factory):
     def runner(name):
         return lambda *args: getattr(library, f"run_{name}")(*map(convert, args))
 
-    return request.param, {name: runner(name) for name in ("forward", "backward", "encode")}
+    return request.param, {name: runner(name) for name in ("forward", "backward")}
 
 
-@pytest.mark.parametrize(
-    "rows, width, temperature, offset",
-    [(3, 1003, 1.0, 0), (2, 5, 0.7, 0), (2, 1024, 1.3, 3), (2, 64, 0.5, 0), (1, 1, 1.0, 0)],
-)
+KERNEL_SHAPES = """
+3  1003  1.0  0
+2  5     0.7  0
+2  1024  1.3  3
+2  64    0.5  0
+1  1     1.0  0
+"""
+
+
+@pytest.mark.parametrize("rows, width, temperature, offset", table(KERNEL_SHAPES))
 def test_the_kernel_agrees_with_float64(kernel, rows, width, temperature, offset):
     """Any width, alignment and temperature; -inf logits; a row with one huge value."""
     dtype, run = kernel
@@ -2023,31 +1554,17 @@ def test_token_logprobs_use_the_kernel_that_they_are_given():
     assert logprobs.tolist() == [7, 7]
 
 
-def test_the_kernels_rounding_is_pytorchs(kernel):
-    dtype, run = kernel
-    draw = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (10**5,), generator=draw).int()
-    bits[:2] = torch.tensor([0x7FFFFFFF, 0x3F808000])  # a GPU's NaN, and a tie
-    x = bits.view(torch.float32)
-    y = torch.empty(len(x), dtype=dtype)
-    run["encode"](len(x), x, y)
-    assert y[0].isnan()
-    assert torch.equal(y.nan_to_num(0.5), x.to(dtype).nan_to_num(0.5))
-
-
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_the_kernel_keeps_nan_in_its_row(kernel, bad):
     """Nor has a row of -inf a log-prob."""
     dtype, run = kernel
     logits, ids = torch.ones(2, 200).to(dtype), torch.zeros(2, dtype=torch.long)
+    logits[0, :] = bad
     out, ones = torch.empty(2, 4), torch.ones(2)
-    logits[0, slice(17, 18) if math.isnan(bad) else slice(None)] = bad
     run["forward"](2, logits, ids, out, 200, 1.0)
     run["backward"](2, logits, ids, out, ones, ones, 200, 1.0)
-    assert out[0, :2].isnan().all()
-    assert logits[0].isnan().all()
-    assert out[1].isfinite().all()
-    assert logits[1].isfinite().all()
+    assert out[:, :2].isfinite().all(1).tolist() == [False, True]
+    assert logits.isfinite().all(1).tolist() == [False, True]
 
 
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
@@ -2105,21 +1622,20 @@ def test_the_bandit_tries_everything_and_then_prefers_what_helps():
         played.append(names)
     assert set().union(*played[:8]) == {skill.name for skill in bank}
     assert sum("mug" in names for names in played[100:]) > 80
-    assert all(-1 <= total / plays <= 1 for plays, total in bandit.arms.values())
 
 
-@pytest.mark.parametrize(
-    "advantages, gaps, learned",
-    [
-        ([0.0] * 4, [0.1, 0.2] * 2, {}),  # equal rewards say nothing
-        ([1.0, -1.0] * 2, [0.1] * 4, {}),  # nor do equal gaps
-        ([1.0, -1.0] * 2, [0.1, 0.2] * 2, {"apple not found": [1, -1.0]}),
-    ],
-)
+LEARNED = """
+[0.0, 0.0]   [0.1, 0.2]  {}
+[1.0, -1.0]  [0.1, 0.1]  {}
+[1.0, -1.0]  [0.1, 0.2]  {"apple not found": [1, -1.0]}
+"""
+
+
+@pytest.mark.parametrize("advantages, gaps, learned", table(LEARNED))
 def test_the_bandit_learns_from_a_group_that_varies(advantages, gaps, learned):
     bandit = envs.Bandit()
-    bandit.learn(group_of(HOME.skills()[:1]), advantages, gaps)
-    assert bandit.arms == {name: pytest.approx(arm) for name, arm in learned.items()}
+    bandit.learn(group_of(HOME.skills()[:1])[:2], advantages, gaps)
+    assert bandit.arms == learned
 
 
 def test_skill_banks_know_their_task_types(monkeypatch):
@@ -2142,16 +1658,13 @@ def test_an_environment_without_its_texts_says_where_they_are(monkeypatch):
 
 def test_the_toys_splits_are_disjoint_and_cover_all_task_types():
     world = make_env("toy")
-    splits = {split: world.tasks(split) for split in ("train", "dev", "eval")}
-    assert splits == {split: make_env("toy").tasks(split) for split in splits}
-    assert sum(len(set(tasks)) for tasks in splits.values()) == len(world.goals)
-    assert set().union(*splits.values()) == set(world.goals)
-    for tasks in splits.values():
+    splits = [world.tasks(split) for split in ("train", "dev", "eval")]
+    assert sum(len(set(tasks)) for tasks in splits) == len(world.goals)
+    assert set().union(*splits) == set(world.goals)
+    for tasks in splits:
         assert {world.goals[task][0] for task in tasks} == set(envs.TASK_TEXT)
-    kinds = [world.goals[task][0] for task in splits["train"]]
-    assert len({kinds.count(kind) for kind in kinds}) == 1  # every type equally often
-    with pytest.raises(envs.UserError, match="no split"):
-        world.tasks("test")
+    kinds = [world.goals[task][0] for task in splits[0]]
+    assert len({kinds.count(kind) for kind in kinds}) == 1  # in train every type equally often
 
 
 def test_the_toys_seed_decides_what_else_is_about():
@@ -2183,28 +1696,24 @@ def test_the_toy_by_hand(game):
     world = make_env("toy", household=household, max_turns=len(actions))
     world.reset(task)
     for i, action in enumerate(actions):
-        observation, reward, terminated, truncated, info = world.step(action.strip("!?"))
+        observation, *outcome, info = world.step(action.strip("!?"))
         assert (observation == "Nothing happens.") == (action[0] in "!?")
         assert info["valid"] is (action[0] != "?")
-        assert terminated == (i == len(actions) - 1)
-        assert reward == float(terminated)
-        assert not truncated
+        won = i == len(actions) - 1
+        assert outcome == [float(won), won, False]
 
 
-@pytest.mark.parametrize(
-    "response, parsed",
-    [
-        ("go to desk 1", ("go to desk 1", True)),
-        ("<action></action>", ("", False)),
-        ("", ("", False)),
-        (
-            "<think>a\nb</think>\n<action>open\ncabinet 1</action><action>look</action>",
-            ("open cabinet 1", True),
-        ),
-        ("<think>hm</think><action> look </action>", ("look", True)),
-        ("I will look\naround", ("I will look around", False)),
-    ],
-)
+RESPONSES = r"""
+"go to desk 1"                              ("go to desk 1", True)
+"<action></action>"                         ("", False)
+""                                          ("", False)
+"a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
+"<think>hm</think><action> look </action>"  ("look", True)
+"I will look\naround"                       ("I will look around", False)
+"""
+
+
+@pytest.mark.parametrize("response, parsed", table(RESPONSES))
 def test_parse_reads_the_first_tags_or_one_line(response, parsed):
     assert make_env("toy").parse(response) == parsed
 
@@ -2289,35 +1798,14 @@ def winner(name, request):
     if name == "webshop":
         actions = ["search[Lamp]", "click[b01]", "click[red, large]", "click[buy now]"]
         return {"data": str(DATA / "webshop")}, "0", actions
-    if name == "alfworld":
-        folder, plans = request.getfixturevalue("alfworld")
-        return {"data": folder}, *next(iter(plans.items()))
-    return real_winner(name.split()[1])
+    folder, plans = request.getfixturevalue("alfworld")
+    return {"data": folder}, *next(iter(plans.items()))
 
 
-def real_winner(name):
-    """The same of the user's own data."""
-    data = os.environ.get({"alfworld": "ALFWORLD_DATA", "webshop": "WEBSHOP_ROOT"}[name])
-    if not data or Path(data).name.startswith("games"):
-        pytest.skip(f"no real {name}: ALFWORLD_DATA or WEBSHOP_ROOT is not set")
-    world = make_env(name, data=data)
-    if name == "alfworld":
-        task = next(iter(world.goals))
-        plan = json.loads((Path(data) / task).read_text())["walkthrough"]
-        return {"data": data}, task, plan
-    goal = world.shop.server.goals[0]
-    clicks = [goal["asin"].lower(), *dict(goal["goal_options"]).values(), "buy now"]
-    clicks = [f"click[{text}]" for text in clicks]
-    return {"data": data}, "0", [f"search[{goal['name']}]", *clicks]
-
-
-WORLDS = [*envs.ENVS, "real alfworld", "real webshop"]
-
-
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", envs.ENVS)
 def test_an_episode_is_won_twice_alike_beside_another(name, request):
     options, task, actions = winner(name, request)
-    one, two = (make_env(name.split()[-1], **options) for _ in "ab")
+    one, two = (make_env(name, **options) for _ in "ab")
     logs = []
     for _ in "ab":  # beside an environment that does something else in the same task
         log = [one.reset(task, 5)]
@@ -2351,19 +1839,21 @@ def check_infos(env, log):
         assert observation.endswith(line) == (env.show_admissible and not info["won"])
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", envs.ENVS)
 def test_limits_of_turns_and_of_observations(name, request):
     options, task, _ = winner(name, request)
-    env = make_env(name.split()[-1], **options, max_turns=2, max_obs_chars=20)
+    env = make_env(name, **options, max_turns=2, max_obs_chars=20)
     assert env.reset(task)[0].split("\nAdmissible")[0][20:] == " ..."
     ends = [env.step("fly")[1:4] for _ in "ab"]
     assert ends == [(0.0, False, False), (0.0, False, True)]
+    with pytest.raises(RuntimeError, match="no episode is running"):
+        env.step("fly")
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", envs.ENVS)
 def test_no_step_without_a_running_episode(name, request):
     options, task, actions = winner(name, request)
-    env = make_env(name.split()[-1], **options)
+    env = make_env(name, **options)
     with pytest.raises(ValueError, match="unknown task"):
         env.reset("no such task")
     for _ in "ab":  # before the first one, and after the end
@@ -2380,10 +1870,9 @@ def test_two_steps_of_training_on_every_environment(name, request, tmp_path, cap
     flags = {"env": name, "env_data": options.get("data", ""), "max_turns": 3}
     flags |= {"search_url": options.get("url", ""), "max_obs_tokens": 40}
     _, metrics = trained(tmp_path, **flags, group_size=2, eval_episodes=2)
-    assert len(metrics) == 2
     for line in metrics:
         assert line["dropped"] == line["overflowed"] == 0
-        assert all(math.isfinite(line[key]) for key in ("reward", "loss", "gap_mean", "grad_norm"))
+        assert math.isfinite(line["loss"])
         assert 1 <= line["turns"] <= 3
     nothing_held_out = "Nothing is held out" in capsys.readouterr().out
     assert nothing_held_out == (name == "alfworld")  # its folder is every split
@@ -2413,8 +1902,7 @@ def failing(monkeypatch, fails):
     step, calls = ToyEnv.step, itertools.count()
 
     def maybe(self, action):
-        if fails(next(calls)):
-            raise EnvUnavailable("the engine is gone")
+        sdar.require(not fails(next(calls)), "the engine is gone", EnvUnavailable)
         return step(self, action)
 
     monkeypatch.setattr(ToyEnv, "step", maybe)
@@ -2454,8 +1942,8 @@ def test_a_run_whose_environment_dies_resumes_exactly(panel, tmp_path, monkeypat
 
     def dying(*args):
         calls.append(args[5][0])
-        if calls.count(3) == 2 and (calls[-1] == 1) is panel:
-            raise EnvUnavailable("the engine is gone")
+        stop = calls.count(3) == 2 and (calls[-1] == 1) is panel
+        sdar.require(not stop, "the engine is gone", EnvUnavailable)
         return rollout(*args)
 
     with monkeypatch.context() as patch, pytest.raises(EnvUnavailable):
@@ -2497,11 +1985,12 @@ def test_admissible_actions_are_not_cut(policy, tmp_path, monkeypatch):
     assert first == "You are in the middle of a room ...\nAdmissible actions: look"
 
 
-@pytest.mark.parametrize("context", [60, 85])
+@pytest.mark.parametrize("context", [120, 130])
 def test_an_episode_that_fills_the_context_ends_there(context, policy, tmp_path, monkeypatch):
+    """The teacher's sequence, whose skill is long here, must fit, too."""
     monkeypatch.setattr(sdar, "check_context", lambda *args: None)
     monkeypatch.setattr(policy[0].config, "max_position_embeddings", context)
-    episodes = play(policy, small(tmp_path))
+    episodes = play(policy, small(tmp_path, retrieval="full"))
     assert any(e.overflowed for e in episodes)
     for episode in episodes:
         assert len(episode.view(True)[0]) <= context
@@ -2515,7 +2004,6 @@ def test_alfworld_plays_in_parallel(alfworld):
     assert worlds[0].tasks("valid_seen") == worlds[0].tasks("train") == tasks
     first = together(worlds, "reset", tasks)
     assert {info["task_type"] for _, info in first} == set(GOALS)
-    assert "help" not in str(first)
     for turn in range(max(map(len, plans.values()))):
         live = [i for i, task in enumerate(tasks) if turn < len(plans[task])]
         actions = [plans[tasks[i]][turn].title() for i in live]
@@ -2534,20 +2022,6 @@ def test_alfworld_survives_a_dead_process(alfworld):
     for world, result in zip(worlds, results):
         assert isinstance(result, EnvUnavailable) == (world.number % envs.CORES == dead)
     assert together(worlds, "reset", tasks) == first  # in a new process
-
-
-def test_alfworld_names_what_it_cannot_read(alfworld, tmp_path):
-    with pytest.raises(EnvUnavailable, match="alfworld-download"):
-        make_env("alfworld", data=str(tmp_path))
-    for split, text in (("train", "not json"), ("valid_seen", "{}")):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "broken.tw-pddl").write_text(text)
-    world = make_env("alfworld", data=str(tmp_path / "."))
-    for split in ("train", "eval"):
-        with pytest.raises(EnvUnavailable, match="broken.tw-pddl"):
-            world.reset(*world.tasks(split))
-    with pytest.raises(EnvUnavailable, match="'dev'"):
-        world.tasks("dev")
 
 
 @pytest.fixture
@@ -2592,18 +2066,15 @@ def test_webshops_crash_ends_its_own_episode_alone(shops):
     assert two.step("click[buy now]")[1:3] == (1.0, True)
 
 
-@pytest.mark.parametrize(
-    "response, parsed",
-    [
-        (
-            "<think>x</think><search> a\nb </search><answer>c</answer>",
-            ("<search>a b</search>", True),
-        ),
-        ("a", ("", False)),
-        ("<ANSWER>c</ANSWER><search>a</search>", ("<answer>c</answer>", True)),
-        ("<search> </search>", ("", False)),
-    ],
-)
+SEARCHES = r"""
+"<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", True)
+"a"                                    ("", False)
+"<ANSWER>c</ANSWER><search>a</search>"  ("<answer>c</answer>", True)
+"<search> </search>"                   ("", False)
+"""
+
+
+@pytest.mark.parametrize("response, parsed", table(SEARCHES))
 def test_search_parses_its_first_tag(response, parsed):
     assert envs.SearchEnv.parse(envs.SearchEnv, response) == parsed
 
@@ -2649,27 +2120,14 @@ def test_search_cuts_inside_its_frame(search):
     assert world.step("<search>Kolben</search>")[0].endswith(" ...</information>")
 
 
-ROW = '{"contents": "a", "score": 1}'
-PADDING = '{"document": {"contents": "b"}, "score": -3.4e38}'
-SERVERS = {  # {fault: (status, body, requests until ask gives up)}
-    "refused": (0, "", 0),
-    "slow": (0, "", 1),
-    "drip": (0, " ", None),
-    "500": (500, "oops", 2),
-    "422": (422, "queries missing", 1),
-    "half": (200, '{"result": [[{"docu', 2),
-    "enormous": (200, "x" * 2**24, None),
-    "list": (200, "[]", None),
-    "number": (200, '{"result": [[{"document": {"contents": 1}}]]}', None),
-    "padded": (200, f'{{"result": [[{ROW}, {PADDING}]]}}', None),
-}
+SERVERS = json.loads((DATA / "faulty_servers.json").read_text())
 
 
 @pytest.fixture
 def faulty_server(request):
     """(url, requests that came) of a server with a fault."""
     kind, calls = request.param, []
-    code, text, _ = SERVERS[kind]
+    code, text = SERVERS[kind]["status"], SERVERS[kind]["body"] * SERVERS[kind].get("times", 1)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -2701,16 +2159,14 @@ def faulty_server(request):
 @pytest.mark.parametrize("faulty_server", [*SERVERS][:-1], indirect=True)
 def test_a_misbehaving_server_is_never_an_observation(faulty_server):
     kind, url, calls = faulty_server
-    seconds = 4 if kind == "enormous" else 0.6
+    seconds = SERVERS[kind].get("seconds", 0.6)
     begin = time.monotonic()
     with pytest.raises(EnvUnavailable, match=f"{url}.*envs.py serve") as error:
         envs.ask(url, "q", seconds=seconds)
     assert time.monotonic() - begin < 2 * seconds + 1.3
-    assert len(str(error.value).splitlines()) == 1
+    assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
-    sent = {"query": "q", "queries": ["q"], "topk": 3, "return_scores": True}
-    assert all(call == sent for call in calls)
-    assert SERVERS[kind][2] in (None, len(calls))
+    assert len(calls) == SERVERS[kind].get("requests", len(calls))
 
 
 @pytest.mark.parametrize("faulty_server", ["padded"], indirect=True)
@@ -2767,6 +2223,15 @@ def test_the_example_of_an_own_environment_is_trained_on(guess):
     flags = "--env guess:Guess --steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 4"
     assert sdar.main([*flags.split(), "--out", "run"]) == 0
     assert lines(guess / "run")[0]["turns"] == 3
+
+
+def test_a_half_good_end_is_no_win(guess, monkeypatch):
+    world = make_env("guess:Guess")
+    world.reset("kiwi")
+    end = {"admissible": None, "valid": True, "won": False, "score": 0.5, "over": True}
+    monkeypatch.setattr(world, "_step", lambda action: ("Half.", end))
+    _, reward, terminated, _, info = world.step("lime")
+    assert (reward, terminated, info["score"]) == (0.0, True, 0.5)
 
 
 def test_a_module_that_fails_is_one_line(guess):

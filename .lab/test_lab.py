@@ -27,6 +27,7 @@ sys.path[:0] = [str(LAB), str(LAB.parent)]
 import bench
 import compare
 import microscope
+import oracles
 import warmstart
 
 import envs
@@ -179,6 +180,19 @@ BODIES += [{"queries": [None]}] + [{"query": "a", "topk": topk} for topk in ("x"
 def test_the_server_survives_a_bad_request(body, server):
     assert post(server, body)[0] == 422
     assert post(server, {"query": "arn"})[0] == 200
+
+
+# --- Oracles -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("oracle", oracles.ORACLES, ids=lambda oracle: oracle.__name__)
+def test_oracle(oracle):
+    oracle(oracles.Enumerated())
+
+
+@pytest.mark.parametrize("oracle, target, bug", oracles.BUGS, ids=lambda bug: str(bug)[:40])
+def test_oracle_finds_the_planted_bug(oracle, target, bug):
+    assert oracles.is_seen(oracle, target, bug)
 
 
 # --- Bench, intervals --------------------------------------------------------------------

@@ -1,0 +1,317 @@
+"""What the gradients are in expectation, exactly: a world so small that it can be enumerated.
+
+    python .lab/oracles.py        # checks every claim, and that every planted bug is seen
+
+Three tokens, sequences of three: 27 of them. Every expectation is a sum over all, in float64, so
+there is no sampling error, and two gradients that should be equal agree to the twelfth digit. Each
+`oracle_...` is a sentence about the method and its proof by enumeration. BUGS are mistakes that an
+implementation could make; each names the oracle that must notice it.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sdar
+
+
+def grad_of(loss, x):
+    """The gradient of a loss in one tensor."""
+    return torch.autograd.grad(loss, x)[0]
+
+
+class Enumerated:
+    """Every sequence of length 3 over 3 tokens, with a student softmax policy and a fixed teacher,
+    in float64. An estimator's expectations are sums over the 27 sequences (or all 729 pairs of
+    them): no sampling error."""
+
+    def __init__(self, scale=1.0):
+        draw = torch.Generator().manual_seed(0)
+        prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
+        shape = (2, len(prefixes), 3)
+        self.logits, nudge = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.teacher = torch.log_softmax(self.logits + scale * nudge, -1)
+        self.rewards = torch.randn(27, generator=draw, dtype=torch.float64)
+        sequences = list(itertools.product(range(3), repeat=3))
+        self.ids = torch.tensor(sequences)
+        self.rows = torch.tensor([[prefixes.index(s[:t]) for t in range(3)] for s in sequences])
+
+    def expected_gradient(self, loss, batch=1, sampled_by=None):
+        """Of the sampled-token estimator as train() uses it, grad loss(student, teacher (batch, 3),
+        indices of sequences): its mean, by the student's probabilities or by logits `sampled_by`,
+        and its variance, summed over the logits."""
+        logits = self.logits.clone().requires_grad_()
+        student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
+        teacher = self.teacher[self.rows, self.ids]
+        p = self.probability(sampled_by)
+        first, second = 0.0, 0.0
+        for chosen in map(list, itertools.product(range(27), repeat=batch)):
+            value = loss(student[chosen], teacher[chosen], chosen)
+            (slope,) = torch.autograd.grad(value, logits, retain_graph=True)
+            weight = p[chosen].prod()
+            first = first + weight * slope
+            second = second + weight * slope**2
+        return first, (second - first**2).sum().item()
+
+    def probability(self, logits=None):
+        """(27,) of the sequences."""
+        logits = self.logits if logits is None else logits
+        return torch.log_softmax(logits, -1)[self.rows, self.ids].sum(1).exp()
+
+    def gradient(self, value):
+        """Gradient of value(probability of each sequence (27,), the student's log-probs after each
+        prefix (13, 3))."""
+        logits = self.logits.clone().requires_grad_()
+        return grad_of(value(self.probability(logits), torch.log_softmax(logits, -1)), logits)
+
+    def prefix_gradient(self, value):
+        """Gradient of the sum over prefixes of p(prefix) value(student, teacher (13, 3)) / 3, with
+        p(prefix) held fixed."""
+
+        def mean(p, student):
+            return (p.detach() * value(student, self.teacher)[self.rows].mean(1)).sum()
+
+        return self.gradient(mean)
+
+
+def gated(kind, beta=5.0):
+    """The gated loss as a function of (student, teacher, indices)."""
+    return lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
+
+
+def reverse_kl(student, teacher):
+    """KL(student || teacher) at each prefix."""
+    return (student.exp() * (student - teacher)).sum(1)
+
+
+def same(a, b, tolerance=1e-12):
+    apart = (a - b).abs().max()
+    assert apart <= tolerance, f"the gradients are {apart:.2g} apart"
+
+
+def oracle_constant_gate(world):
+    """A gate that is the same on all tokens has expected gradient zero: GRPO+OPSD distils
+    nothing."""
+    for kind, beta in (("none", 5.0), ("gap", 0.0)):
+        same(world.expected_gradient(gated(kind, beta))[0], torch.zeros(13, 3))
+    assert world.expected_gradient(gated("gap"))[0].abs().max() > 1e-3
+
+
+def oracle_constant_gate_off_policy(world):
+    """In the later mini-batches of a step the weights are no longer those that sampled: there a
+    constant gate of 1/2 is half the gradient of KL(sampling policy || policy), a pull back to the
+    start of the step. It is a trust region, no teacher."""
+    draw = torch.Generator().manual_seed(5)
+    old = world.logits + torch.randn(13, 3, generator=draw, dtype=torch.float64) / 2
+    q = world.probability(old)
+    exact = world.gradient(lambda p, _: (q * (q.log() - p.log())).sum())
+    same(world.expected_gradient(gated("gap", 0.0), sampled_by=old)[0], exact / 2 / 3)
+
+
+def oracle_entropy_gate(world):
+    """The student's entropy is the same whatever token was sampled: its gate, too, has expected
+    gradient zero."""
+    scores = torch.log_softmax(world.logits, -1)
+    entropy = -(scores.exp() * scores).sum(1)[world.rows]
+
+    def loss(s, t, i):
+        return sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
+
+    same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
+
+
+def oracle_gap_gate(world):
+    """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, and no credit for
+    later tokens."""
+
+    def reward(s, t):
+        return -(s.exp() * torch.sigmoid(5 * (t - s)).detach()).sum(1)
+
+    same(world.expected_gradient(gated("gap"))[0], world.prefix_gradient(reward))
+
+
+def oracle_small_gaps(_):
+    """For small gaps that is beta/4 of the reverse KL's gradient."""
+    world = Enumerated(scale=1e-4)
+    exact = world.prefix_gradient(reverse_kl)
+    size = exact.abs().max()
+    same(world.expected_gradient(gated("gap"))[0] / (5 / 4 * size), exact / size, 1e-3)
+
+
+def oracle_reverse_kl(world):
+    """With the gap itself as the gate it is the reverse KL's gradient; so is Skill-SD's, on
+    policy."""
+    exact = world.prefix_gradient(reverse_kl)
+    same(world.expected_gradient(gated("reverse_kl"))[0], exact)
+
+    def skill_sd(s, t, _):
+        return sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0]
+
+    same(world.expected_gradient(skill_sd)[0], exact)
+
+
+def oracle_centred(world):
+    """Less any fixed number the gate keeps its expected gradient, at under half the variance. The
+    mean of the batch's own gates is not quite fixed: it costs 1/M of a batch of M sequences, as
+    GRPO's own mean does, so nothing in a real one."""
+    plain, variance = world.expected_gradient(gated("gap"))
+    gap = world.teacher - torch.log_softmax(world.logits, -1)
+    g = torch.sigmoid(5 * gap)[world.rows, world.ids]
+    mean = (world.probability() * g.mean(1)).sum()
+
+    def less_mean(s, t, _):
+        return sdar.sdar_loss(s, t, torch.ones(1, 3), sdar.gate("gap", t - s) - mean)[0]
+
+    fixed, less = world.expected_gradient(less_mean)
+    same(fixed, plain)
+    assert less < variance / 2, (less, variance)
+    one, _ = world.expected_gradient(gated("centred"), 1)
+    two, _ = world.expected_gradient(gated("centred"), 2)
+    same(two - plain, (one - plain) / 2)
+
+
+def oracle_policy_loss(world):
+    """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's
+    share of it)."""
+
+    def loss(s, t, i):
+        return sdar.policy_loss(s, s.detach(), world.rewards[i, None], torch.ones_like(s))[0]
+
+    exact = world.gradient(lambda p, _: (p * world.rewards).sum())
+    same(world.expected_gradient(loss)[0], -exact / 3)
+
+
+def oracle_grpo(world):
+    """GRPO's own estimator in groups of G = 2. Without the standard deviation: (G - 1)/G of the
+    policy gradient, since the mean holds the episode itself. With it: the gradient of the chance to
+    beat another episode."""
+
+    def grpo(std):
+        def loss(s, t, i):
+            group = torch.zeros(2, dtype=torch.long)
+            advantages = sdar.group_advantages(world.rewards[i], group, None, std)
+            return sdar.policy_loss(s, s.detach(), advantages[:, None], torch.ones_like(s))[0]
+
+        return world.expected_gradient(loss, batch=2)[0]
+
+    exact = world.gradient(lambda p, _: (p * world.rewards).sum())
+    same(grpo(False), -exact / 2 / 3)
+    beats = (world.rewards[:, None] - world.rewards).sign()
+    ahead = (beats * world.probability()).sum(1)
+    exact = world.gradient(lambda p, _: (p * ahead).sum())
+    same(grpo(True), -exact / 2**0.5 / 3, 1e-4)  # eps 1e-6 in the denominator
+
+
+GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
+
+
+def no_constant_gate(kind, gap, *rest):
+    return GATE("gap", gap)
+
+
+def twice_the_gate(kind, gap, *rest):
+    return 2 * GATE(kind, gap, *rest)
+
+
+def gap_in_the_entropy(kind, gap, entropy, *rest):
+    return GATE(kind, gap, entropy + gap)
+
+
+def gate_not_detached(s, t, mask, kind, beta):
+    return sdar.masked_mean(torch.sigmoid(beta * (t - s)) * (t - s), mask), {}
+
+
+def gap_turned(kind, gap, *rest):
+    return GATE(kind, -gap, *rest)
+
+
+def loss_turned(x, mask):
+    return -(x * mask).sum() / mask.sum()
+
+
+def beta_forgotten(kind, gap, *rest):
+    return GATE(kind, gap, None, 1.0)
+
+
+def gap_clamped(kind, gap, *rest):
+    return gap.detach().clamp(-0.5, 0.5)
+
+
+def gap_without_sign(kind, gap, *rest):
+    return gap.detach().abs()
+
+
+def skill_sd_ratio_detached(s, t, old, mask):
+    return sdar.masked_mean((t - s).exp() - 1 + s - t, mask), {}
+
+
+def centred_by_itself(kind, gap, *rest):
+    g = GATE("gap", gap)
+    return g * (1 - g) if kind == "centred" else g
+
+
+def sum_for_mean(x, mask):
+    return (x * mask).sum()
+
+
+def ratio_without_gradient(s, old, advantages, mask):
+    return (s * 0).sum(), {}
+
+
+def std_with_n(*args):
+    return ADVANTAGES(*args) * 2 ** (0.5 * args[3])
+
+
+def groups_shuffled(scores, groups, *rest):
+    return ADVANTAGES(scores, torch.arange(2), *rest)
+
+
+BUGS = [  # (the oracle that must see it, the function of sdar.py, what is put in its place)
+    (oracle_constant_gate, "gate", no_constant_gate),
+    (oracle_constant_gate_off_policy, "gate", twice_the_gate),
+    (oracle_entropy_gate, "gate", gap_in_the_entropy),
+    (oracle_gap_gate, "sdar_loss", gate_not_detached),
+    (oracle_gap_gate, "gate", gap_turned),
+    (oracle_gap_gate, "masked_mean", loss_turned),
+    (oracle_small_gaps, "gate", beta_forgotten),
+    (oracle_reverse_kl, "gate", gap_clamped),
+    (oracle_reverse_kl, "gate", gap_without_sign),
+    (oracle_reverse_kl, "skill_sd_loss", skill_sd_ratio_detached),
+    (oracle_centred, "gate", centred_by_itself),
+    (oracle_policy_loss, "masked_mean", sum_for_mean),
+    (oracle_policy_loss, "policy_loss", ratio_without_gradient),
+    (oracle_grpo, "group_advantages", std_with_n),
+    (oracle_grpo, "group_advantages", groups_shuffled),
+]
+
+ORACLES = [value for name, value in sorted(globals().items()) if name.startswith("oracle_")]
+
+
+def is_seen(oracle, target, bug):
+    """True if the oracle fails once `bug` stands in the place of sdar.py's function `target`."""
+    right = getattr(sdar, target)
+    setattr(sdar, target, bug)
+    try:
+        oracle(Enumerated())
+    except AssertionError:
+        return True
+    finally:
+        setattr(sdar, target, right)
+    return False
+
+
+def main():
+    """Print each claim, checked, and each bug, seen."""
+    for oracle in ORACLES:
+        oracle(Enumerated())
+        print(f"holds: {' '.join(oracle.__doc__.split())}")
+    for oracle, target, bug in BUGS:
+        seen = "seen" if is_seen(oracle, target, bug) else "NOT SEEN"
+        print(f"{seen}: {bug.__name__}, by {oracle.__name__}")
+
+
+if __name__ == "__main__":
+    main()
