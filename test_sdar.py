@@ -9,7 +9,6 @@ world, 10 the real environments. Silent bugs are also planted, to see that a tes
 
 import ast
 import copy
-import ctypes
 import http.server
 import itertools
 import json
@@ -18,6 +17,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -27,7 +27,6 @@ import time
 import unicodedata
 import warnings
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,10 +34,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytest import approx, fixture, mark, raises
 
 import envs
 import sdar
 from envs import HOME, EnvUnavailable, Household, ToyEnv, make_env
+from sdar import Config, main
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".assets" / "test"
@@ -47,7 +48,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 
 # Tomorrow's break, seen today: what a library is about to take away is an error here. Exceptions
 # follow, if there have to be any, as "ignore:<message>" with the reason beside them.
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = mark.filterwarnings(
     "error::FutureWarning",
     "error::DeprecationWarning",
     "error::PendingDeprecationWarning",
@@ -66,7 +67,7 @@ class Deprecations(logging.Handler):
             self.said.append(record.getMessage())
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def deprecations():
     from transformers.utils import logging as log
 
@@ -77,7 +78,7 @@ def deprecations():
     return handler
 
 
-@pytest.fixture(autouse=True)
+@fixture(autouse=True)
 def nothing_is_deprecated(deprecations):
     yield
     said, deprecations.said = deprecations.said, []
@@ -91,34 +92,34 @@ def test_deprecations_are_seen_in_the_log(deprecations):
     assert deprecations.said.pop().startswith("`past_key_values`")
 
 
-@pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning, PendingDeprecationWarning])
+@mark.parametrize("kind", [FutureWarning, DeprecationWarning, PendingDeprecationWarning])
 def test_deprecations_are_errors_when_warned(kind):
-    with pytest.raises(kind):
+    with raises(kind):
         warnings.warn("going", kind, stacklevel=1)
 
 
 UNTESTED = sdar.untested_versions
 
 
-@pytest.fixture(autouse=True)
+@fixture(autouse=True)
 def tested_versions(monkeypatch):
     """The line about untested versions has its own test; tests of other lines do not expect it."""
     monkeypatch.setattr(sdar, "untested_versions", lambda: "")
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def tiny():
     """The carried policy: (model, chat)."""
-    return sdar.load_policy(sdar.Config())
+    return sdar.load_policy(Config())
 
 
-@pytest.fixture
+@fixture
 def policy(tiny):
     """A copy of it that a test may train."""
     return copy.deepcopy(tiny[0]), tiny[1]
 
 
-@pytest.fixture(scope="session", params=["qwen2", "qwen3"])
+@fixture(scope="session", params=["qwen2", "qwen3"])
 def checkpoint(request, tmp_path_factory):
     """A folder as the hub would have it: byte-level BPE, Qwen's control tokens and chat template,
     a random small model. qwen2's padding is its end of turn; qwen3's <think> is an added token not
@@ -132,16 +133,16 @@ def checkpoint(request, tmp_path_factory):
     return shutil.copytree(DATA / request.param, folder, dirs_exist_ok=True)
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def hub(checkpoint):
     """The same, loaded: (model, chat)."""
-    return sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))
+    return sdar.load_policy(Config(model=str(checkpoint), device="cpu"))
 
 
 def small(tmp_path, name="run", **changes):
     """A config for a run of seconds, in tmp_path/name."""
     size = {"steps": 2, "tasks_per_step": 2, "group_size": 4, "eval_episodes": 6, "eval_every": 0}
-    return sdar.Config(**{"out": str(tmp_path / name), **size, **changes})
+    return Config(**{"out": str(tmp_path / name), **size, **changes})
 
 
 def lines(folder):
@@ -220,19 +221,19 @@ VECTORS = json.loads((DATA / "vectors.json").read_text())
 CASES = [(name, case) for name, cases in VECTORS.items() for case in cases]
 
 
-@pytest.mark.parametrize("name, case", CASES)
+@mark.parametrize("name, case", CASES)
 def test_functions_have_their_hand_numbers(name, case):
     """Values, stats and, where it is given, the gradient in the first argument."""
     first, *rest = [torch.tensor(values).float() for values in case["arguments"]]
     first.requires_grad_()
     returned = getattr(sdar, name)(first, *rest, **case.get("options", {}))
     value, stats = returned if isinstance(returned, tuple) else (returned, {})
-    assert value.tolist() == pytest.approx(np.array(case["returns"]), rel=2e-6, abs=2e-6)
+    assert value.tolist() == approx(np.array(case["returns"]), rel=2e-6, abs=2e-6)
     for key, expected in case.get("stats", {}).items():
-        assert stats[key] == pytest.approx(expected, abs=1e-6)
+        assert stats[key] == approx(expected, abs=1e-6)
     if "gradient" in case:
         slope = grad_of(value, first)
-        assert slope.tolist() == pytest.approx(np.array(case["gradient"]), abs=1e-6)
+        assert slope.tolist() == approx(np.array(case["gradient"]), abs=1e-6)
 
 
 def test_sdar_loss_has_no_gradient_through_the_teacher():
@@ -247,12 +248,12 @@ def test_non_detached_gate_flips_the_sign():
     student = tensor([0.0]).requires_grad_()
     gap = -1.0 - student
     planted = (torch.sigmoid(5 * gap) * gap).sum()
-    assert -grad_of(planted, student).item() == pytest.approx(-0.0265474, abs=1e-6)
+    assert -grad_of(planted, student).item() == approx(-0.0265474, abs=1e-6)
     ours, _ = sdar.sdar_loss(student, tensor([-1.0]), torch.ones(1, 1))
-    assert -grad_of(ours, student).item() == pytest.approx(0.0066929, abs=1e-6)
+    assert -grad_of(ours, student).item() == approx(0.0066929, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", sdar.GATES)
+@mark.parametrize("kind", sdar.GATES)
 def test_gates_let_nothing_through_the_mask(kind):
     """Their hand numbers: grade_gate, in the course's tests."""
     student = STUDENT[:1].clone().requires_grad_()
@@ -271,9 +272,9 @@ def test_soft_or_turns_against_the_teacher_above_one_nat():
 
 
 def test_gate_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="unknown gate"):
+    with raises(ValueError, match="unknown gate"):
         sdar.gate("sharp", tensor([0.5]))
-    with pytest.raises(TypeError):  # it needs the entropy, and does not make one up
+    with raises(TypeError):  # it needs the entropy, and does not make one up
         sdar.gate("entropy", tensor([0.5]))
 
 
@@ -297,7 +298,7 @@ LOSSES = {  # of (student's log-probs, what stands under the mask elsewhere)
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@mark.parametrize("name", LOSSES)
 def test_masked_values_never_matter(name):
     """NaN under the mask reaches neither a value nor a gradient."""
     noisy = STUDENT.clone().requires_grad_()
@@ -310,22 +311,12 @@ def test_masked_values_never_matter(name):
 # --- 2. Log-probs of tokens --------------------------------------------------------------
 
 
-def reference(logits, ids, temperature, g, h):
-    """In float64: log-probs of ids (N,) over entropies (N,); the gradient of their sums, weighted
-    by g and h, in the logits."""
-    logits = logits.detach().double().requires_grad_()
-    exact = torch.distributions.Categorical(logits=logits / temperature)
-    both = torch.stack([exact.log_prob(ids), exact.entropy()])
-    return both.detach(), grad_of((g * both[0] + h * both[1]).sum(), logits)
-
-
-@pytest.mark.parametrize("at_once", [10**6, 100])  # the second goes in chunks of two rows
+@mark.parametrize("at_once", [10**6, 100])  # the second goes in chunks of two rows
 def test_token_logprobs_agree_with_float64(at_once):
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 6, generator=draw, requires_grad=True)
     head = torch.randn(50, 6, generator=draw, requires_grad=True)
-    ids = torch.randint(50, (7,), generator=draw)
-    kept = []
+    ids, kept = torch.randint(50, (7,), generator=draw), []
 
     def keep(x):
         kept.append(x.numel())
@@ -335,11 +326,13 @@ def test_token_logprobs_agree_with_float64(at_once):
         ours = sdar.token_logprobs(hidden, head, ids, 0.7, True, logits_at_once=at_once)
     holds_logits = bool({7 * 50, 2 * 50} & {*kept})
     assert holds_logits == (at_once > 100)  # in chunks no logits wait for the backward pass
-    exact, slope = reference(hidden.double() @ head.double().T, ids, 0.7, 1, 1)
-    assert torch.allclose(torch.stack(ours).double(), exact, atol=1e-5)
-    of_hidden, of_head = torch.autograd.grad(sum(ours).sum(), (hidden, head))
-    assert torch.allclose(of_hidden.double(), slope @ head.double(), atol=1e-4)
-    assert torch.allclose(of_head.double(), slope.T @ hidden.double(), atol=1e-4)
+    exact = torch.distributions.Categorical(logits=hidden.double() @ head.double().T / 0.7)
+    exact = (exact.log_prob(ids), exact.entropy())
+    assert torch.allclose(torch.stack(ours).double(), torch.stack(exact), atol=1e-5)
+    for x in (hidden, head):
+        slope = torch.autograd.grad(sum(ours).sum(), x, retain_graph=True)[0]
+        expected = torch.autograd.grad(sum(exact).sum(), x, retain_graph=True)[0]
+        assert torch.allclose(slope, expected, atol=1e-4)
 
 
 def test_token_logprobs_give_no_entropy_that_was_not_asked_for():
@@ -350,16 +343,17 @@ def test_token_logprobs_give_no_entropy_that_was_not_asked_for():
 def test_sampler_and_update_agree_with_a_plain_forward_pass(policy):
     """The sampler's cached, padded, ragged log-probs = those of one unpadded pass = those the
     update uses."""
-    model, config = policy[0], sdar.Config(group_size=4, temperature=0.8)
+    model, config = policy[0], Config(group_size=4, temperature=0.8)
     episodes = play(policy, config)
     assert len({len(e.ids) for e in episodes}) > 1, "the batch must be ragged"
-    scored, mask = sdar.score(model, episodes, config), sdar.response_mask(episodes)
-    for row, episode in enumerate(episodes):
+    scored = sdar.score(model, episodes, config)
+    for row, episode in zip(scored, episodes):
         ids = torch.tensor(episode.ids)
         at = torch.tensor(episode.mask).nonzero()[:, 0]
-        (plain, _), _ = reference(model(ids[None]).logits[0, at - 1], ids[at], 0.8, 1, 0)
-        assert torch.allclose(plain, torch.tensor(episode.logprobs).double(), atol=1e-4)
-        assert torch.allclose(plain, scored[row][mask[row] > 0].double(), atol=1e-4)
+        logprobs = torch.log_softmax(model(ids[None]).logits[0, at - 1] / 0.8, -1)
+        plain = logprobs.gather(1, ids[at, None])[:, 0]
+        assert torch.allclose(plain, torch.tensor(episode.logprobs), atol=1e-4)
+        assert torch.allclose(plain, row[: len(at)], atol=1e-4)
 
 
 # --- 3. Conversation ---------------------------------------------------------------------
@@ -367,57 +361,50 @@ def test_sampler_and_update_agree_with_a_plain_forward_pass(policy):
 
 def test_chats_frames_are_the_template(hub):
     """The ids glued together turn by turn are those of the whole rendered conversation."""
-    chat = hub[1]
-    decode = chat.tokenizer.decode
-    system = {"role": "system", "content": "Rules."}
-    messages = [system, {"role": "user", "content": "You see a mug."}]
+    chat, decode = hub[1], hub[1].tokenizer.decode
+    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A mug."}]
     prompt = chat.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    first, at = chat.first("Rules.", "You see a mug.")
+    first, at = chat.first("Rules.", "A mug.")
     assert decode(first) == prompt
-    assert decode(first[:at]) == prompt.split("You see")[0]
-    assert decode(chat.end_id) == "<|im_end|>"
-    assert sorted(map(decode, chat.stop_ids)) == ["<|endoftext|>", "<|im_end|>"]
-
-    answer = chat.encode("take mug 1")
-    two = first + answer + [chat.end_id] + chat.next("Nothing happens.", ended=True)
-    frame = "<|im_end|>\n<|im_start|>user\nNothing happens."
-    assert decode(two) == prompt + "take mug 1" + frame + prompt.split("You see a mug.")[1]
-    cut = first + answer + chat.next("Nothing happens.", ended=False)  # at max_new_tokens
-    assert cut == two
+    assert decode(first[:at]) == prompt.split("A mug")[0]
+    assert [decode(i) for i in chat.stop_ids[-2:]] == ["<|endoftext|>", "<|im_end|>"]
+    answer = first + chat.encode("take")
+    two = answer + [chat.end_id] + chat.next("Nothing.", ended=True)
+    frame = f"<|im_end|>\n<|im_start|>user\nNothing.{prompt.split('A mug.')[1]}"
+    assert decode(two) == f"{prompt}take{frame}"
+    assert answer + chat.next("Nothing.", ended=False) == two  # cut at max_new_tokens
 
 
-@pytest.mark.parametrize("retrieval", ["keyword", "wrong"])
+@mark.parametrize("retrieval", ["keyword", "wrong"])
 def test_teacher_sees_the_skill_and_student_does_not(policy, retrieval):
     decode = policy[1].tokenizer.decode
-    for episode in play(policy, sdar.Config(group_size=4, retrieval=retrieval)):
+    for episode in play(policy, Config(group_size=4, retrieval=retrieval)):
         (ids, mask), (more, more_mask) = episode.view(False), episode.view(True)
         skill = decode(episode.skill_ids)
         assert decode(more).startswith(f"<|user|> {skill}")
-        assert skill.startswith("Skill")
         assert "kept in" not in decode(ids)
         assert sampled(ids, mask) == sampled(more, more_mask)
-        assert len(more) == len(ids) + len(episode.skill_ids)
         right = [one for one in HOME.skills() if one.matches(episode.task, episode.task_type)]
         assert len(episode.skills) == len(right)
         assert (episode.skills == right) == (retrieval == "keyword")
 
 
 def test_with_skill_the_student_reads_it_and_nobody_is_taught(policy):
-    shown = play(policy, sdar.Config(group_size=4), with_skill=True)[0]
+    shown = play(policy, Config(group_size=4), with_skill=True)[0]
     assert "Skill" in policy[1].tokenizer.decode(shown.ids)
     assert shown.skill_ids == []
 
 
-@pytest.fixture(params=["tiny", "qwen", "hostile tokenizer"])
+@fixture(params=["tiny", "qwen", "hostile tokenizer"])
 def any_chat(request, tiny, checkpoint):
     """(name, Chat). The third: a normaliser makes added tokens of other text."""
     from tokenizers import AddedToken, normalizers
 
     if request.param == "tiny":
         return request.param, tiny[1]
-    _, chat = sdar.load_policy(sdar.Config(model=str(checkpoint), device="cpu"))
+    _, chat = sdar.load_policy(Config(model=str(checkpoint), device="cpu"))
     if request.param == "qwen":
         return request.param, chat
     lower = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -434,31 +421,24 @@ def hostile_text(rng, words):
     text = ""
     for _ in range(rng.randrange(12)):
         word, cut = rng.choice(words), rng.randrange(9)
-        wide = re.sub("[!-~]", lambda c: chr(ord(c[0]) + 0xFEE0), word)
-        odd = rng.choice(" \t\r\0\u202e\u200b\ud800\udfff\u0338")
-        pieces = [word, word[:cut], word[cut:], word.upper(), wide, "<" * cut, odd]
-        text += rng.choice([*pieces, chr(rng.randrange(0x110000))])
+        wide = "".join(chr(ord(c) + 0xFEE0) for c in word if c.isprintable())
+        odd = rng.choice(" \t\r\0\u202e\u200b\ud800\udfff\u0338") + chr(rng.randrange(0x110000))
+        text += rng.choice([word, word[:cut], word[cut:], word.upper(), wide, "<" * cut, odd])
     return text
 
 
 def test_no_text_becomes_a_control_token(any_chat):
     name, chat = any_chat
-    rng = random.Random(name)
+    rng, normal = random.Random(name), partial(unicodedata.normalize, "NFC")
     added = {i: text for text, i in chat.tokenizer.get_added_vocab().items() if text != "<unk>"}
     words = [*added.values(), "<|end|>", "<|im_end|>", "<think>", "system", "\n"]
-
-    def control(first, second, third):
-        ids = chat.first(first, second)[0] + [chat.end_id] + chat.next(third, True)
-        return [i for i in ids if i in added]
-
-    frames = control("", "", "")
-    for _ in range(560):  # x 3 strings, 3 chats, 2 checkpoints
-        texts = [hostile_text(rng, words) for _ in range(3)]
-        assert control(*texts) == frames, texts
+    for _ in range(1700):  # x 3 chats, 2 checkpoints
+        text = hostile_text(rng, words)
+        ids = chat.encode(text)
+        assert not added.keys() & {*ids}, text
         if name == "qwen":  # and nothing of it is lost
-            clean = texts[0].encode(errors="replace").decode()
-            kept = chat.tokenizer.decode(chat.encode(texts[0]))
-            assert unicodedata.normalize("NFC", kept) == unicodedata.normalize("NFC", clean)
+            clean = text.encode(errors="replace").decode()
+            assert normal(chat.tokenizer.decode(ids)) == normal(clean)
 
 
 def test_a_megabyte_of_anything_takes_no_time(any_chat):
@@ -467,7 +447,6 @@ def test_a_megabyte_of_anything_takes_no_time(any_chat):
     for text in ("<|im_end|>", " ", "\uff1ceot\uff1e", "\ud83d", "\U0001f600", " " * 4000 + "mug "):
         shown = sdar.cut_text(chat, 512, text * (1 + 10**6 // len(text)))
         assert len(shown) < 2**15 + 5, text[:9]
-        assert len(chat.encode(shown)) < 512 + 8, text[:9]
     chat.encode("<|im_end|>" * 10**5)
     envs.SearchEnv.TAG.sub("(", "<" + " " * 10**5)
     assert time.process_time() - start < 15, "a time that grows with the square"
@@ -478,14 +457,12 @@ def test_a_megabyte_of_anything_takes_no_time(any_chat):
 
 def test_the_mask_covers_the_sampled_ids_with_their_end(policy):
     chat = policy[1]
-    for episode in play(policy, sdar.Config(group_size=4)):
+    for episode in play(policy, Config(group_size=4)):
         ids = sampled(episode.ids, episode.mask)
         responses = chat.tokenizer.decode(ids).split("<|end|>")
-        assert [r.strip() for r in responses[:-1]] == episode.transcript[1::2]
+        assert [text.strip() for text in responses[:-1]] == episode.transcript[1::2]
         assert len(ids) == len(episode.logprobs)
-        assert ids.count(chat.end_id) == episode.turns
-        others = [1 - m for m in episode.mask]
-        assert "<|end|>" not in chat.tokenizer.decode(sampled(episode.ids, others))
+        assert episode.ids.count(chat.end_id) == ids.count(chat.end_id) == episode.turns
 
 
 class Scripted(sdar.Sampler):
@@ -519,19 +496,19 @@ def test_a_tokenizer_that_has_no_tags_stops_at_none(tiny):
 
 def test_only_new_ids_are_fed(hub, monkeypatch):
     real = noted(monkeypatch, "feed", lambda self, ids, new: int(new.sum()), sdar.Sampler)
-    episodes = play(hub, sdar.Config(group_size=4))
+    episodes = play(hub, Config(group_size=4))
     assert sum(real) == sum(len(e.ids) - 1 for e in episodes)  # an episode's last id is never fed
 
 
 def test_a_group_shares_its_start_and_not_its_draws(policy):
-    many = play(policy, sdar.Config(group_size=4))
+    many = play(policy, Config(group_size=4))
     assert len({e.transcript[0] for e in many[:4]}) == 1
     assert many[0].transcript[0] != many[4].transcript[0]
     assert len({str(e.transcript[:12]) for e in many[:4]}) > 1  # turns that all of them have
 
 
 def test_episodes_depend_on_their_stream_and_not_on_their_batch(policy):
-    config = sdar.Config(group_size=4)
+    config = Config(group_size=4)
 
     def ids(episodes, stream):
         return [e.ids for e in play(policy, config, episodes, stream=(stream,))]
@@ -543,12 +520,12 @@ def test_episodes_depend_on_their_stream_and_not_on_their_batch(policy):
 
 
 def test_temperature_zero_is_greedy(policy):
-    one, other = play(policy, sdar.Config(group_size=4), episodes=2, temperature=0.0)
+    one, other = play(policy, Config(group_size=4), episodes=2, temperature=0.0)
     assert one.transcript[:18] == other.transcript[:18]
 
 
 def test_a_response_that_is_cut_gets_its_end_from_the_frame(policy):
-    config = sdar.Config(group_size=4, max_new_tokens=1)  # no response can end by itself
+    config = Config(group_size=4, max_new_tokens=1)  # no response can end by itself
     for i, episode in enumerate(play(policy, config, temperature=0.0)):
         assert episode.turns == sum(episode.mask) == 10 - i % 3
         assert episode.invalid == episode.turns  # "go to" is no action
@@ -558,7 +535,7 @@ def test_a_response_that_is_cut_gets_its_end_from_the_frame(policy):
 def one_update(policy, episodes=None, **changes):
     """An update by SGD, in one mini-batch: (change of the weights, that is -gradient; metrics;
     episodes; batch)."""
-    config = sdar.Config(**{"group_size": 4, "minibatches": 1, **changes})
+    config = Config(**{"group_size": 4, "minibatches": 1, **changes})
     model, start = copy.deepcopy(policy[0]), copy.deepcopy(policy[0])
     draw = torch.Generator().manual_seed(0)
     for p in start.parameters():
@@ -573,13 +550,13 @@ def one_update(policy, episodes=None, **changes):
     return change, metrics, episodes, batch
 
 
-@pytest.mark.parametrize("gate", ["gap", *sdar.BATCH_GATES])
+@mark.parametrize("gate", ["gap", *sdar.BATCH_GATES])
 def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, gate):
     one, metrics, *_ = one_update(policy, gate=gate)
     many, metrics_many, *_ = one_update(policy, gate=gate, micro_tokens=150)
     assert torch.allclose(one, many, atol=1e-6)
     assert one.abs().max() > 1e-4
-    assert metrics == pytest.approx(metrics_many, rel=1e-4, abs=1e-6)
+    assert metrics == approx(metrics_many, rel=1e-4, abs=1e-6)
 
 
 def test_other_shares_of_a_micro_batch_would_be_seen(policy, monkeypatch):
@@ -593,13 +570,13 @@ def test_other_shares_of_a_micro_batch_would_be_seen(policy, monkeypatch):
     assert not torch.allclose(one, many, atol=1e-6)
 
 
-@pytest.mark.parametrize("gate", sdar.BATCH_GATES)
+@mark.parametrize("gate", sdar.BATCH_GATES)
 def test_controls_change_the_gradient_and_keep_or_take_off_the_mean(policy, gate):
     gap, plain, *_ = one_update(policy)
     control, metrics, *_ = one_update(policy, gate=gate)
     assert not torch.allclose(control, gap, atol=1e-5)
     mean = 0 if gate == "centred" else plain["gate_mean"]
-    assert metrics["gate_mean"] == pytest.approx(mean, abs=1e-6)
+    assert metrics["gate_mean"] == approx(mean, abs=1e-6)
     empty = one_update(policy, gate=gate, retrieval="none", minibatches=2)[1]
     assert empty["gate_mean"] == (0 if gate == "centred" else 0.5)
 
@@ -611,99 +588,88 @@ def test_controls_take_the_steps_first_gaps_once(policy, monkeypatch):
     assert torch.equal(kinds[0][1], batch["mask"] * (batch["teacher"] - batch["old"]))
 
 
-@pytest.mark.parametrize("gate", ["gap", "entropy", "soft_or", "none", "reverse_kl"])
+@mark.parametrize("gate", ["gap", "entropy", "soft_or", "none", "reverse_kl"])
 def test_gates_reach_the_loss(policy, gate):
     _, metrics, episodes, batch = one_update(policy, gate=gate)
-    student, entropy = sdar.response_logprobs(policy[0], episodes, sdar.Config(), with_entropy=True)
-    mask = sdar.response_mask(episodes)
-    loss, stats = sdar.sdar_loss(student, batch["teacher"], mask, gate, 5.0, entropy)
-    assert metrics["sdar_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["gate_mean"] == pytest.approx(stats["gate_mean"], rel=1e-4)
+    student, entropy = sdar.response_logprobs(policy[0], episodes, Config(), with_entropy=True)
+    loss, stats = sdar.sdar_loss(student, batch["teacher"], batch["mask"], gate, 5.0, entropy)
+    values = (metrics["sdar_loss"], metrics["gate_mean"])
+    assert values == approx((loss.item(), stats["gate_mean"]), rel=1e-4)
 
 
 def test_the_step_stops_where_the_mask_is_shifted(policy):
-    episodes = play(policy, sdar.Config(group_size=4))
+    episodes = play(policy, Config(group_size=4))
     episodes[0].mask = episodes[0].mask[1:] + [0]
-    with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
-        sdar.step_batch(policy[0], None, None, episodes, sdar.Config())
+    with raises(AssertionError, match="ids sampled are not ids scored"):
+        sdar.step_batch(policy[0], None, None, episodes, Config())
 
 
 def test_the_step_stops_where_the_teacher_does_not_read_the_skill(policy, monkeypatch):
-    episodes = play(policy, sdar.Config(group_size=4))
+    episodes = play(policy, Config(group_size=4))
     view = sdar.Episode.view
     monkeypatch.setattr(sdar.Episode, "view", lambda self, with_skill: view(self, False))
-    with pytest.raises(AssertionError, match="the teacher must read the skill"):
-        sdar.step_batch(policy[0], None, None, episodes, sdar.Config())
+    with raises(AssertionError, match="the teacher must read the skill"):
+        sdar.step_batch(policy[0], None, None, episodes, Config())
 
 
 def test_the_step_stops_where_sampling_had_another_temperature(policy):
-    episodes = play(policy, sdar.Config(group_size=4))
-    with pytest.raises(AssertionError, match="ids sampled are not ids scored"):
-        sdar.step_batch(policy[0], None, None, episodes, sdar.Config(temperature=0.9))
+    episodes = play(policy, Config(group_size=4))
+    with raises(AssertionError, match="ids sampled are not ids scored"):
+        sdar.step_batch(policy[0], None, None, episodes, Config(temperature=0.9))
 
 
 def test_the_step_stops_where_the_first_ratio_is_not_one(policy, monkeypatch):
     score = sdar.score
     monkeypatch.setattr(sdar, "check_scored", lambda *args: None)
     monkeypatch.setattr(sdar, "score", lambda *args, **more: score(*args, **more) + 0.1)
-    with pytest.raises(AssertionError, match="the ratio must be 1"):
+    with raises(AssertionError, match="the ratio must be 1"):
         one_update(policy)
 
 
-@pytest.mark.parametrize("method", ["sdar", "grpo", "opsd", "skill_sd"])
+@mark.parametrize("method", ["sdar", "grpo", "opsd", "skill_sd"])
 def test_the_loss_is_the_sum_of_its_terms(policy, method):
     coefs = {"kl_coef": 0.3, "entropy_coef": 0.2, "sdar_coef": 0.5}
     _, m, _, batch = one_update(policy, method=method, **coefs)
     total = 0.3 * m["kl"] - 0.2 * m["entropy"]
-    if method != "opsd":
-        total += m["policy_loss"]
-    if method != "grpo":
-        total += 0.5 * m["sdar_loss"]
-    assert m["loss"] == pytest.approx(total, rel=1e-4)
-    assert m["kl"] > 0
-    assert m["entropy"] > 0.1
+    total += m["policy_loss"] * (method != "opsd") + 0.5 * (m["sdar_loss"] or 0)
+    assert m["loss"] == approx(total, rel=1e-4)
+    assert min(m["kl"], m["entropy"]) > 0
     if method == "skill_sd":
         old = batch["old"]
         expected, _ = sdar.skill_sd_loss(old, batch["teacher"], old, batch["mask"])
-        assert m["sdar_loss"] == pytest.approx(expected.item(), rel=1e-4)
-        assert m["gate_mean"] is None
+        assert m["sdar_loss"] == approx(expected.item(), rel=1e-4)
 
 
 def test_the_gradient_is_clipped(policy):
     change, metrics, *_ = one_update(policy, grad_clip=1e-3)
     assert metrics["grad_norm"] > 1e-2
-    assert change.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert change.norm().item() == approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("by_turns", [False, True])
+@mark.parametrize("by_turns", [False, True])
 def test_scores_become_advantages(policy, by_turns):
     """Reward less penalties, compared within the group; one value for all tokens of an episode."""
-    episodes = play(policy, sdar.Config(group_size=4))
-    turns = [3] + [10] * 7
-    episodes[0].reward = 1.0
-    episodes[2].invalid = 5
-    for episode, n in zip(episodes, turns):
-        episode.turns = n
-    config = sdar.Config(group_size=4, invalid_penalty=0.1, turn_weights=by_turns)
+    episodes = play(policy, Config(group_size=4))
+    episodes[0].reward, episodes[2].invalid = 1.0, 5
+    episodes[0].turns = 3
+    config = Config(group_size=4, invalid_penalty=0.1, turn_weights=by_turns)
     batch = sdar.step_batch(policy[0], None, None, episodes, config)
-    scores = torch.tensor([1, 0, -0.5, 0, 0, 0, 0, 0])
-    groups, weights = [0] * 4 + [1] * 4, turns if by_turns else None
+    weights = [episode.turns for episode in episodes] if by_turns else None
+    scores, groups = torch.tensor([1, 0, -0.5, 0, 0, 0, 0, 0]), [0] * 4 + [1] * 4
     expected = sdar.group_advantages(scores, groups, weights)[:, None]
     assert torch.allclose(batch["advantages"], expected.expand_as(batch["mask"]), atol=1e-5)
 
 
 def test_an_episode_without_a_response_token_breaks_no_step(policy):
-    episodes = play(policy, sdar.Config(group_size=4))
+    episodes = play(policy, Config(group_size=4))
     silent, prompt = episodes[0], episodes[0].mask.index(1)
-    silent.ids, silent.mask = silent.ids[:prompt], [0] * prompt
-    silent.logprobs = []
+    silent.ids, silent.mask, silent.logprobs = silent.ids[:prompt], [0] * prompt, []
     _, metrics, _, batch = one_update(policy, episodes)
     assert batch["mask"][0].sum() == 0
     assert math.isfinite(metrics["loss"])
-    assert metrics["skipped_updates"] == 0
 
 
-@pytest.fixture
+@fixture
 def starts(tmp_path, monkeypatch):
     """(starts, stream) of every rollout of two short runs, seeds 0 and 1: (of steps, of the
     panel)."""
@@ -733,7 +699,7 @@ def test_every_step_and_seed_draws_anew_and_the_panel_never(starts):
 # --- 7. Runs -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def finished(tmp_path_factory):
     """A run of two steps, saved after each, to read or copy: (what train() returned, its folder,
     lines of the same run with three steps)."""
@@ -769,11 +735,11 @@ def test_a_run_writes_its_folder_and_nothing_else(finished):
     names = {"checkpoint", "checkpoint.old", "config.json", "metrics.jsonl"}
     assert {path.name for path in folder.iterdir()} == names
     settings = json.loads((folder / "config.json").read_text())
-    assert sdar.Config(**settings) == small(folder.parent, save_every=1)
+    assert Config(**settings) == small(folder.parent, save_every=1)
 
 
 def test_a_runs_checkpoint_is_a_model_like_any_other(finished):
-    config = sdar.Config(model=str(finished[1] / "checkpoint"), device="cpu")
+    config = Config(model=str(finished[1] / "checkpoint"), device="cpu")
     model, chat = sdar.load_policy(config)
     assert len(chat.tokenizer) == model.config.vocab_size
 
@@ -785,20 +751,18 @@ RESUMED = """
 """
 
 
-@pytest.mark.parametrize("changes", [row[0] for row in table(RESUMED)])
+@mark.parametrize("changes", [row[0] for row in table(RESUMED)])
 def test_resume_continues_exactly(tmp_path, changes):
     _, whole = trained(tmp_path, "whole", steps=4, **changes)
     trained(tmp_path, "cut", steps=3, **changes)
     _, cut = trained(tmp_path, "cut", steps=4, resume=True, **changes)
     assert [again | row for again, row in zip(cut, whole)] == cut  # 3 was evaluated, too
     assert len(cut) == 4
-    assert json.loads((tmp_path / "cut/config.json").read_text())["steps"] == 4
-    arms = []
+    states = []
     for name in ("whole", "cut"):
         state = torch.load(tmp_path / name / "checkpoint/trainer.pt", weights_only=True)
-        arms.append(state["arms"])
-    assert arms[0] == arms[1]
-    assert bool(arms[0]) == (changes.get("retrieval") == "ucb")
+        states.append((state["step"], state["arms"], state["config"]["steps"]))
+    assert states[0] == states[1]
 
 
 def test_bfloat16_samples_and_scores_in_it_on_float32_weights(tmp_path, monkeypatch):
@@ -820,7 +784,7 @@ def test_bfloat16_samples_and_scores_in_it_on_float32_weights(tmp_path, monkeypa
     assert {w.dtype for w in weights} == {torch.float32}
 
 
-@pytest.mark.parametrize("retrieval", ["none", "keyword"])
+@mark.parametrize("retrieval", ["none", "keyword"])
 def test_without_a_skill_the_update_is_grpo_opsd(retrieval, tmp_path, monkeypatch):
     """The gap is 0 and the gate 1/2, exactly and in every mini-batch."""
     if retrieval == "keyword":  # nothing is found
@@ -832,7 +796,7 @@ def test_without_a_skill_the_update_is_grpo_opsd(retrieval, tmp_path, monkeypatc
         values = [row[name] for name in ("gap_mean", "gate_mean", "gate_active", "sdar_loss")]
         assert values == [0, 0.5, 0, 0]
         assert other["gate_mean"] == 0.5
-        assert row["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-6)
+        assert row["policy_loss"] == approx(other["policy_loss"], abs=1e-6)
 
 
 def test_a_frozen_teacher_without_a_skill_is_no_teacher(tmp_path):
@@ -855,7 +819,7 @@ def test_rlsds_mix_falls_to_zero_and_leaves_grpo(tmp_path, monkeypatch):
     for name, method, decay in (("a", "rlsd", 4), ("b", "rlsd", 1), ("c", "grpo", 1)):
         rows = trained(tmp_path, name, method=method, rlsd_decay=decay, **shared)[1]
         losses.append([row["policy_loss"] for row in rows])
-    assert mixes == pytest.approx([0.375, 0.25, 0, 0])
+    assert mixes == approx([0.375, 0.25, 0, 0])
     assert losses[0] != losses[1] == losses[2]
 
 
@@ -906,39 +870,35 @@ def test_memory_flags_never_change_a_run(tmp_path):
         for key in ("success", "turns", "response_tokens", "invalid_rate"):
             assert a[key] == b[key]
         for key in ("loss", "grad_norm", "gap_mean", "kl", "entropy"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
+            assert a[key] == approx(b[key], rel=1e-3, abs=1e-5)
 
 
 def kept_activations(checkpoint, monkeypatch, checkpointing):
-    """(numbers kept for the backward pass of an update; was the model in training mode in that
-    pass, in sampling, afterwards)."""
-    size = {"group_size": 2, "max_new_tokens": 8, "kl_coef": 0.0, "method": "grpo"}
-    config = sdar.Config(
-        model=str(checkpoint), device="cpu", gradient_checkpointing=checkpointing, **size
-    )
+    """(numbers kept for the backward pass of an update; was the model in training mode in it)."""
+    more = {"gradient_checkpointing": checkpointing, "group_size": 2, "method": "grpo"}
+    config = Config(model=str(checkpoint), device="cpu", max_new_tokens=8, **more)
     model, chat = sdar.load_policy(config)
-    sampling = noted(monkeypatch, "feed", lambda sampler, *_: sampler.model.training, sdar.Sampler)
     episodes = play((model, chat), config, 2)
     batch = sdar.step_batch(model, None, None, episodes, config)
-    passes = noted(monkeypatch, "response_logprobs", lambda model, *rest: model.training)
-    sizes = []
+    modes = noted(monkeypatch, "response_logprobs", lambda model, *rest: model.training)
+    sizes, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.0)
 
     def keep(x):
         sizes.append(x.numel())
         return x
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         sdar.update(model, optimizer, episodes, batch, config, np.random.default_rng(0))
     monkeypatch.undo()
-    return sum(sizes), ({*passes}, {*sampling}, model.training)
+    return sum(sizes), [*modes, model.training]
 
 
 def test_checkpointing_keeps_fewer_activations_in_the_training_pass_alone(checkpoint, monkeypatch):
     plain, modes = kept_activations(checkpoint, monkeypatch, False)
-    assert modes == ({False}, {False}, False)
-    lean, modes = kept_activations(checkpoint, monkeypatch, True)
-    assert modes == ({True}, {False}, False)
+    assert not any(modes)
+    lean, (*modes, afterwards) = kept_activations(checkpoint, monkeypatch, True)
+    assert all(modes)
+    assert not afterwards
     assert lean < plain / 2
 
 
@@ -976,7 +936,7 @@ DAMAGE = """
 """
 
 
-@pytest.mark.parametrize("name, content, place", table(DAMAGE))
+@mark.parametrize("name, content, place", table(DAMAGE))
 def test_a_damaged_checkpoint_is_never_trusted(name, content, place, finished, tmp_path, capsys):
     _, folder, whole = finished
     checkpoint = shutil.copytree(folder, tmp_path / "run") / "checkpoint"
@@ -989,17 +949,17 @@ def test_a_damaged_checkpoint_is_never_trusted(name, content, place, finished, t
     assert place in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cut", [-9, 100])
+@mark.parametrize("cut", [-9, 100])
 def test_a_log_that_lacks_steps_is_refused_and_kept(cut, finished, tmp_path):
     log = Path(shutil.copytree(finished[1], tmp_path / "run")) / "metrics.jsonl"
     log.write_text(log.read_text()[:cut])
     before = log.read_text()
-    with pytest.raises(sdar.UserError, match="lacks steps of the checkpoint's 2"):
+    with raises(sdar.UserError, match="lacks steps of the checkpoint's 2"):
         trained(tmp_path, steps=3, resume=True)
     assert log.read_text() == before
 
 
-@pytest.mark.parametrize("number, times, saved", [(2, 1, 2), (15, 1, 2), (2, 2, 0)])
+@mark.parametrize("number, times, saved", [(2, 1, 2), (15, 1, 2), (2, 2, 0)])
 def test_stopping_waits_for_the_step_once(number, times, saved, tmp_path, monkeypatch, capsys):
     """SIGINT is 2, SIGTERM 15."""
     update, calls = sdar.update, itertools.count(1)
@@ -1013,7 +973,7 @@ def test_stopping_waits_for_the_step_once(number, times, saved, tmp_path, monkey
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(sdar, "update", interrupted)
     flags = "--steps 4 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --eval-every 0 --out"
-    assert sdar.main([*flags.split(), str(tmp_path / "run")]) == 130
+    assert main([*flags.split(), str(tmp_path / "run")]) == 130
     assert "the same command with --resume goes on" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/checkpoint/trainer.pt", weights_only=True)
     assert state["step"] == saved
@@ -1021,10 +981,10 @@ def test_stopping_waits_for_the_step_once(number, times, saved, tmp_path, monkey
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.5}, {"method": "grpo"}, {"seed": 1}])
+@mark.parametrize("changes", [{"lr": 0.5}, {"method": "grpo"}, {"seed": 1}])
 def test_resume_refuses_other_settings(changes, finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
-    with pytest.raises(sdar.UserError, match=f"--{[*changes][0]} is not as in"):
+    with raises(sdar.UserError, match=f"--{[*changes][0]} is not as in"):
         trained(tmp_path, steps=3, save_every=1, resume=True, **changes)
 
 
@@ -1037,7 +997,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with raises(OSError, match="No space"):
         trained(tmp_path, save_every=1)
     assert sdar.is_whole(tmp_path / "run/checkpoint")
 
@@ -1062,19 +1022,19 @@ def test_an_overwritten_run_is_gone_before_the_new_one_saves(finished, tmp_path,
     shutil.copytree(finished[1], tmp_path / "run")
     (tmp_path / "run/checkpoint-best").mkdir()
     monkeypatch.setattr(sdar, "save_checkpoint", None)
-    with pytest.raises(TypeError):
+    with raises(TypeError):
         trained(tmp_path, steps=1, overwrite=True, seed=1)
     assert [path.name for path in tmp_path.glob("run/checkpoint*")] == ["checkpoint-best"]
 
 
 def test_wilson_agrees_with_tables():
-    assert sdar.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert sdar.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert sdar.wilson(8, 10) == approx((0.4902, 0.9433), abs=1e-4)
+    assert sdar.wilson(0, 10) == approx((0, 0.2775), abs=1e-4)
     assert f"{sdar.wilson(0, 60)[0]:.2f}" == "0.00"
 
 
 def test_evaluate_prints_both_readers(capsys):
-    assert sdar.main(["evaluate", "--eval-episodes", "12"]) == 0
+    assert main(["evaluate", "--eval-episodes", "12"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"tiny, alone: won 0\.\d+ of 12 \[0\.\d+, 0\.\d+\]", first)
     assert re.fullmatch(r"tiny, with the skill: won 1\.000 of 12 \[0\.\d+, 1\.00\]", second)
@@ -1083,32 +1043,32 @@ def test_evaluate_prints_both_readers(capsys):
 # --- 8. The command line, loading, libraries ---------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "requirements, said",
-    [
-        ("torch>=2.0,<=99\nnumpy>=1.0,<=99\n", ""),
-        ("torch>=2.0,<=2.1\nnumpy>=1.0,<=99\n", f"torch {version('torch')}"),
-        ("numpy>=98,<=99\n", f"numpy {version('numpy')}"),
-        ("nobodyhasthis>=1,<=2\n# mine\n\n-e .\n", ""),
-        (None, ""),
-    ],
-)
-def test_an_untested_version_is_named_and_the_command_goes_on(
-    requirements, said, tmp_path, monkeypatch, capsys
-):
-    if requirements is not None:  # else the file was not copied along
+PROMISES = """
+"torch>=2.0,<=99\\nnumpy>=1.0,<=99"          []
+"torch>=2.0,<=2.1\\nnumpy>=1.0,<=99"         ["torch"]
+"torch>=2.0,<=2.1\\nnumpy>=98,<=99"          ["torch", "numpy"]
+"nobodyhasthis>=1,<=2\\n# mine\\n\\n-e ."  []
+None                                       []
+"""
+
+
+@mark.parametrize("requirements, names", table(PROMISES))
+def test_untested_versions_are_named(requirements, names, tmp_path, monkeypatch):
+    if requirements:  # else the file was not copied along
         (tmp_path / "requirements.txt").write_text(requirements)
-    ran = []
     monkeypatch.setattr(sdar, "HERE", tmp_path)
-    monkeypatch.setattr(sdar, "untested_versions", UNTESTED)
+    said = UNTESTED()
+    assert re.findall(r"(\w+) [^ ]+ \(tested", said) == names
+
+
+def test_an_untested_version_is_one_line_and_the_command_goes_on(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(sdar, "untested_versions", lambda: "torch 99")
     monkeypatch.setattr(sdar, "train", ran.append)
-    assert sdar.main([]) == 0
+    assert main([]) == 0
     assert len(ran) == 1
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == bool(said)
-    if said:
-        start = "sdar.py: untested versions, which may do otherwise: "
-        assert error[0].startswith(f"{start}{said} (tested: ")
+    said = "sdar.py: untested versions, which may do otherwise: torch 99\n"
+    assert capsys.readouterr().err == said
 
 
 def test_every_promised_range_has_two_ends():
@@ -1116,75 +1076,27 @@ def test_every_promised_range_has_two_ends():
         assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
 
 
-@pytest.mark.parametrize("name, title", [("torch", "PyTorch"), ("transformers", "transformers")])
+@mark.parametrize("name, title", [("torch", "PyTorch"), ("transformers", "transformers")])
 def test_the_readme_promises_the_same_versions(name, title):
     promised = (ROOT / "requirements.txt").read_text()
     low, high = re.search(rf"^{name}>=(.*),<=(.*)$", promised, re.MULTILINE).groups()
     assert f" {title} {low} to {high}" in README
 
 
-REPLACED = {
-    "cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it",
-    "env.cut": "an attribute of our environments",
-    "module.load_policy": "sdar.py itself, in a test",
-}
-
-
-def replaced_names(tree):
-    """Attributes that a syntax tree sets of imported modules, or to functions elsewhere than on
-    self."""
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    found = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        is_function = isinstance(node.value, ast.Lambda)
-        is_function |= ast.unparse(node.value).startswith("partial(")
-        for target in node.targets:
-            name = ast.unparse(target)
-            root = name.split(".")[0]
-            elsewhere = isinstance(target, ast.Attribute) and root != "self"
-            if elsewhere and (is_function or root in imported - {"sdar", "envs"}):
-                found.add(name)
-    return found
-
-
-def test_no_method_of_a_library_is_replaced():
-    """Private names are ruff's rule SLF001."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob(".lab/**/*.py")):
-        assert replaced_names(ast.parse(path.read_text())) <= {*REPLACED}, path
-
-
-@pytest.mark.parametrize(
-    "planted",
-    [
-        "import torch\ntorch.save = None",
-        "from a import B as C\nC.size = 1",
-        "cache.update = lambda k, v: 0",
-        "layer.forward = partial(checkpoint, layer.forward)",
-    ],
-)
-def test_a_replaced_method_is_found(planted):
-    assert replaced_names(ast.parse(planted))
-
-
 def test_config_takes_the_preset_then_the_methods_own_then_what_is_given():
-    assert (sdar.Config().lr, sdar.Config().sdar_coef) == (6e-4, 1.0)
-    assert sdar.Config(method="opsd").lr == 3e-4
-    assert sdar.Config(method="opsd", lr=0.5).lr == 0.5
-    assert sdar.Config(method="skill_sd", preset="paper").sdar_coef == 0.001
-    assert sdar.Config(method="grpo_opsd").gate_beta == 0
-    paper = sdar.Config(preset="paper", lr=0.5)
+    assert (Config().lr, Config().sdar_coef) == (6e-4, 1.0)
+    assert Config(method="opsd").lr == 3e-4
+    assert Config(method="opsd", lr=0.5).lr == 0.5
+    assert Config(method="skill_sd", preset="paper").sdar_coef == 0.001
+    assert Config(method="grpo_opsd").gate_beta == 0
+    paper = Config(preset="paper", lr=0.5)
     values = (paper.lr, paper.sdar_coef, paper.gate_beta, paper.steps, paper.group_size)
     assert values == (0.5, 0.01, 5.0, 150, 8)
 
 
 def test_config_refuses_a_field_that_is_none():
-    with pytest.raises(TypeError, match="no field sdar_coeff"):
-        sdar.Config(sdar_coeff=1.0)
+    with raises(TypeError, match="no field sdar_coeff"):
+        Config(sdar_coeff=1.0)
 
 
 def config_comments():
@@ -1201,7 +1113,7 @@ def test_configs_comments_name_the_papers_values():
     assert said == {name: str(value) for name, value in sdar.PRESETS["paper"].items()}
 
 
-@pytest.mark.parametrize("name", sorted(set(sdar.CHOICES) - {"preset"}))
+@mark.parametrize("name", sorted(set(sdar.CHOICES) - {"preset"}))
 def test_configs_comments_name_the_choices(name):
     comment = config_comments()[name]
     assert [choice for choice in sdar.CHOICES[name] if choice not in comment] == []
@@ -1217,17 +1129,17 @@ def test_flags_know_the_papers_symbols():
 BAD_INPUT = (DATA / "bad_input.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("flags, message", [line.split(" => ") for line in BAD_INPUT])
+@mark.parametrize("flags, message", [line.split(" => ") for line in BAD_INPUT])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     shutil.copytree(DATA / "folders", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "TORN/config.json").write_text(json.dumps(vars(sdar.Config(out="TORN"))))
+    (tmp_path / "TORN/config.json").write_text(json.dumps(vars(Config(out="TORN"))))
     monkeypatch.chdir(tmp_path)
     if "--env " in flags:  # said before a model is loaded
         monkeypatch.setattr(sdar, "load_policy", None)
+    if "cuda" in flags:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = sorted(tmp_path.rglob("*"))
-    assert sdar.main(flags.split()) == 2
+    assert main(flags.split()) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -1236,14 +1148,14 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 
 def test_without_the_repository_an_instrument_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "HERE", tmp_path)
-    assert sdar.main(["compare"]) == 2
+    assert main(["compare"]) == 2
     said = "sdar.py: compare comes with the repository, in its folder .lab\n"
     assert capsys.readouterr().err == said
 
 
 def test_without_the_tiny_policy_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "TINY_FOLDER", tmp_path / "tiny-policy")
-    assert sdar.main(["--out", str(tmp_path / "run")]) == 2
+    assert main(["--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "git checkout .assets/tiny-policy" in error
     assert "sdar.py warmstart" in error
@@ -1305,20 +1217,20 @@ def refusal(folder, tmp_path, capsys):
     """The one line with which a model's folder is refused."""
     capsys.readouterr()  # saving may have shown a progress bar
     flags = ["--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]
-    assert sdar.main(flags) == 2
+    assert main(flags) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
     return error
 
 
-@pytest.fixture
+@fixture
 def folder(checkpoint, tmp_path):
     """A model's folder that a test may change."""
     return shutil.copytree(checkpoint, tmp_path / "model")
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "settings, message",
     [
         ({"model_type": "vit"}, "Unrecognized"),
@@ -1337,7 +1249,7 @@ def test_a_model_of_unusable_settings_is_refused(settings, message, folder, tmp_
     assert message in refusal(folder, tmp_path, capsys)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "template, message",
     [
         ("", "it has no chat template"),
@@ -1352,7 +1264,7 @@ def test_a_model_without_turns_is_refused(template, message, folder, tmp_path, c
     assert message in refusal(folder, tmp_path, capsys)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "change, message",
     [
         (without_embedding, "its files lack the tensor"),
@@ -1370,7 +1282,7 @@ def test_a_model_that_is_not_whole_is_refused(change, message, folder, tmp_path,
     assert message in refusal(folder, tmp_path, capsys)
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "make, message",
     [
         (with_a_bias, "its logits are not its last states times one matrix"),
@@ -1395,7 +1307,7 @@ def test_a_model_with_dropout_is_refused(policy):
     model, _ = policy
     sdar.check_computation(model)
     model.model.layers[0].self_attn.attention_dropout = 0.5
-    with pytest.raises(envs.UserError, match="otherwise in training mode"):
+    with raises(envs.UserError, match="otherwise in training mode"):
         sdar.check_computation(model)
 
 
@@ -1413,7 +1325,7 @@ class Recurrent(torch.nn.Module):
 def test_a_model_whose_cache_does_not_bear_padding_is_refused(policy):
     model, _ = policy
     model.model.layers[0].mlp = Recurrent(model.model.layers[0].mlp)
-    with pytest.raises(envs.UserError, match="with a KV cache and padding"):
+    with raises(envs.UserError, match="with a KV cache and padding"):
         sdar.check_computation(model)
 
 
@@ -1448,101 +1360,7 @@ def test_help_lists_commands_and_defaults():
     assert "--lambda" in text
 
 
-# --- 9. The CUDA kernel ------------------------------------------------------------------
-
-
-def source(kind):
-    """The kernel's source for one type of logits."""
-    bits = "unsigned short" if kind else "unsigned int"
-    return f"#define TYPE {kind}\n#define Bits {bits}\n" + sdar.KERNEL_SOURCE.read_text()
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs a CUDA compiler on the PATH")
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_the_kernel_compiles(kind, tmp_path):
-    (tmp_path / "k.cu").write_text(source(kind))
-    command = "nvcc -arch=sm_80 -ftz=true -Werror all-warnings -cubin -o k k.cu"
-    subprocess.run(command.split(), cwd=tmp_path, check=True)
-
-
-@pytest.fixture(scope="session", params=[torch.float32, torch.bfloat16], ids=str)
-def kernel(request, tmp_path_factory):
-    """The kernels' own source, run by the threads of a CPU: (dtype, functions by name)."""
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cu").write_text(source(int(request.param == torch.bfloat16)))
-    compiler = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -I. -o k.so"
-    subprocess.run([*compiler.split(), DATA / "cuda_on_cpu.cpp"], cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "k.so"))
-
-    def convert(x):
-        if isinstance(x, torch.Tensor):
-            return ctypes.c_void_p(x.data_ptr())
-        return ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int(x)
-
-    def runner(name):
-        return lambda *args: getattr(library, f"run_{name}")(*map(convert, args))
-
-    return request.param, {name: runner(name) for name in ("forward", "backward")}
-
-
-KERNEL_SHAPES = """
-3  1003  1.0  0
-2  5     0.7  0
-2  1024  1.3  3
-2  64    0.5  0
-1  1     1.0  0
-"""
-
-
-@pytest.mark.parametrize("rows, width, temperature, offset", table(KERNEL_SHAPES))
-def test_the_kernel_agrees_with_float64(kernel, rows, width, temperature, offset):
-    """Any width, alignment and temperature; -inf logits; a row with one huge value."""
-    dtype, run = kernel
-    draw = torch.Generator().manual_seed(0)
-    logits = torch.zeros(rows * width + offset, dtype=dtype)[offset:].view(rows, width)
-    logits.copy_(4 * torch.randn(rows, width, generator=draw))
-    if width > 64:
-        logits[0, ::7] = logits[0, 200:400] = -math.inf
-        logits[1, 5] = 1e30
-    ids = torch.full((rows,), min(width - 1, width // 2 + 1 - width % 2))
-    g, h = torch.randn(2, rows, generator=draw)
-    out = torch.empty(rows, 4)
-    exact, slope = reference(logits, ids, temperature, g, h)
-    run["forward"](rows, logits, ids, out, width, 1 / temperature)
-    assert torch.allclose(out[:, :2].double(), exact.T, rtol=1e-5, atol=1e-6)
-    g, h = g.contiguous(), h.contiguous()
-    run["backward"](rows, logits, ids, out, g, h, width, 1 / temperature)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert (logits.double() - slope).norm() <= tolerance * slope.norm() + 1e-7
-
-
-def check_autograd_function(logits, ids, tolerance):
-    """Arguments in the launcher's order, the gradient in the logits' place, no second backward pass
-    over what is gone."""
-    exact, expected = reference(logits[-3:], ids[-3:], 0.7, 1, -0.3)
-    ours = sdar.KernelLogprobs.apply(logits.requires_grad_(), ids, 0.7, True)
-    values = torch.stack(ours)[:, -3:].double()
-    assert torch.allclose(values, exact, rtol=1e-5, atol=1e-5)
-    value = (ours[0] - 0.3 * ours[1]).sum()
-    (slope,) = torch.autograd.grad(value, logits, retain_graph=True)
-    assert slope.data_ptr() == logits.data_ptr(), "in place"
-    assert (slope[-3:].double() - expected).norm() < tolerance * expected.norm()
-    with pytest.raises(RuntimeError, match="inplace"):
-        torch.autograd.grad(ours[0].sum(), logits)
-
-
-def test_the_autograd_function_around_the_kernels(kernel, monkeypatch):
-    dtype, run = kernel
-
-    def compiled(name, dtype):
-        return lambda grid, block, arguments: run[name](grid[0], *arguments)
-
-    monkeypatch.setattr(sdar, "compiled", compiled)
-    logits = 3 * torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    check_autograd_function(logits.to(dtype), torch.tensor([0, 7, 299]), tolerance)
+# --- 9. The CUDA kernel: what it computes is tested in .lab/test_lab.py -------------------
 
 
 def test_token_logprobs_use_the_kernel_that_they_are_given():
@@ -1554,19 +1372,6 @@ def test_token_logprobs_use_the_kernel_that_they_are_given():
     assert logprobs.tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_the_kernel_keeps_nan_in_its_row(kernel, bad):
-    """Nor has a row of -inf a log-prob."""
-    dtype, run = kernel
-    logits, ids = torch.ones(2, 200).to(dtype), torch.zeros(2, dtype=torch.long)
-    logits[0, :] = bad
-    out, ones = torch.empty(2, 4), torch.ones(2)
-    run["forward"](2, logits, ids, out, 200, 1.0)
-    run["backward"](2, logits, ids, out, ones, ones, 200, 1.0)
-    assert out[:, :2].isfinite().all(1).tolist() == [False, True]
-    assert logits.isfinite().all(1).tolist() == [False, True]
-
-
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(
         torch.cuda, "_compile_kernel", None, raising=False
@@ -1575,17 +1380,6 @@ def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     sdar.compiled.cache_clear()
     assert sdar.load_kernel("float32") is None
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("rows, width", [(7, 151936), (3, 1003), (40000, 64000)])
-def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
-    if rows * width * 24 > torch.cuda.mem_get_info()[0]:
-        pytest.skip("too little memory")
-    logits = torch.randn(rows, width, device="cuda", dtype=dtype)
-    ids = torch.randint(width, (rows,), device="cuda")
-    check_autograd_function(logits, ids, tolerance)
 
 
 # --- 5. Skills and the toy world ---------------------------------------------------------
@@ -1631,7 +1425,7 @@ LEARNED = """
 """
 
 
-@pytest.mark.parametrize("advantages, gaps, learned", table(LEARNED))
+@mark.parametrize("advantages, gaps, learned", table(LEARNED))
 def test_the_bandit_learns_from_a_group_that_varies(advantages, gaps, learned):
     bandit = envs.Bandit()
     bandit.learn(group_of(HOME.skills()[:1])[:2], advantages, gaps)
@@ -1652,7 +1446,7 @@ def test_skill_banks_know_their_task_types(monkeypatch):
 
 def test_an_environment_without_its_texts_says_where_they_are(monkeypatch):
     monkeypatch.delitem(envs.SKILLS, "search")
-    with pytest.raises(EnvUnavailable, match="environments.json"):
+    with raises(EnvUnavailable, match="environments.json"):
         make_env("search")
 
 
@@ -1686,7 +1480,7 @@ def test_the_panel_is_fixed_and_has_every_type_equally_often():
 GAMES = (DATA / "toy_games.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("game", GAMES, ids=lambda game: game.split(":")[0])
+@mark.parametrize("game", GAMES, ids=lambda game: game.split(":")[0])
 def test_the_toy_by_hand(game):
     """task: actions. Nothing happens where one is marked ! (not here, closed or broken) or ?
     (malformed)."""
@@ -1713,13 +1507,13 @@ RESPONSES = r"""
 """
 
 
-@pytest.mark.parametrize("response, parsed", table(RESPONSES))
+@mark.parametrize("response, parsed", table(RESPONSES))
 def test_parse_reads_the_first_tags_or_one_line(response, parsed):
     assert make_env("toy").parse(response) == parsed
 
 
 def test_the_carried_policy_reads_the_skill_and_is_poor_without(tiny):
-    config = sdar.Config(eval_episodes=120)
+    config = Config(eval_episodes=120)
     result = sdar.evaluate(*tiny, sdar.make_envs(config), config)
     assert result["success_skill"] >= 0.95
     assert result["success"] < 0.2
@@ -1742,34 +1536,17 @@ def together(worlds, method, arguments):
     return envs.call_all(calls, worlds[0].slow)
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def alfworld(tmp_path_factory):
     """A folder of hand-written games, one of each type, and {path: walkthrough}."""
-    package = find_spec("textworld") and find_spec("alfworld")
-    if not package:
+    if not find_spec("alfworld"):
         pytest.skip("pip install alfworld: without it ALFWorld's games cannot be played")
-    folder, plans = tmp_path_factory.mktemp("games"), {}
-    os.environ["ALFWORLD_DATA"] = str(folder)  # else importing the package makes one at home
-    import textworld
-    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-
-    data = Path(package.origin).parent / "data"
-    grammar = (data / "alfred.twl2").read_text()
-    problem = (DATA / "kitchen.pddl").read_text().split("\n", 1)[1]
-    for kind, (text, goal) in GOALS.items():
-        path = folder / f"{kind}-Kitchen" / "game.tw-pddl"
-        path.parent.mkdir()
-        game = {"pddl_domain": (data / "alfred.pddl").read_text()}
-        game["pddl_problem"] = problem.replace("GOAL", goal)
-        game["grammar"] = grammar.replace("UNKNOWN GOAL", text)
-        path.write_text(json.dumps(game))
-        infos = textworld.EnvInfos(extras=["walkthrough"])
-        state = textworld.start(str(path), infos, [AlfredDemangler]).reset()
-        plans[str(path.relative_to(folder))] = state["extra.walkthrough"]
-    return str(folder), plans
+    folder = tmp_path_factory.mktemp("games")
+    games = runpy.run_path(str(ROOT / ".lab" / "alfworld_games.py"))
+    return str(folder), games["write_games"](folder)
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def search(tmp_path_factory):
     """Options of a search environment with the bundled server, over real HTTP."""
     folder = tmp_path_factory.mktemp("search")
@@ -1802,7 +1579,7 @@ def winner(name, request):
     return {"data": folder}, *next(iter(plans.items()))
 
 
-@pytest.mark.parametrize("name", envs.ENVS)
+@mark.parametrize("name", envs.ENVS)
 def test_an_episode_is_won_twice_alike_beside_another(name, request):
     options, task, actions = winner(name, request)
     one, two = (make_env(name, **options) for _ in "ab")
@@ -1828,9 +1605,8 @@ def check_infos(env, log):
     first = log[0][1]
     assert first["task"] in log[0][0]
     for observation, *_, info in log:
-        types = {"task": str, "task_type": str, "won": bool, "score": float, "valid": bool}
-        assert set(info) == {*types, "admissible"}
-        assert all(type(info[key]) is kind for key, kind in types.items())
+        kinds = [type(value) for key, value in info.items() if key != "admissible"]
+        assert kinds == [str, str, bool, float, bool]
         actions = info["admissible"] or ()
         if info is not first:
             actions = [action for action in actions if action not in first["admissible"]]
@@ -1839,32 +1615,32 @@ def check_infos(env, log):
         assert observation.endswith(line) == (env.show_admissible and not info["won"])
 
 
-@pytest.mark.parametrize("name", envs.ENVS)
+@mark.parametrize("name", envs.ENVS)
 def test_limits_of_turns_and_of_observations(name, request):
     options, task, _ = winner(name, request)
     env = make_env(name, **options, max_turns=2, max_obs_chars=20)
     assert env.reset(task)[0].split("\nAdmissible")[0][20:] == " ..."
     ends = [env.step("fly")[1:4] for _ in "ab"]
     assert ends == [(0.0, False, False), (0.0, False, True)]
-    with pytest.raises(RuntimeError, match="no episode is running"):
+    with raises(RuntimeError, match="no episode is running"):
         env.step("fly")
 
 
-@pytest.mark.parametrize("name", envs.ENVS)
+@mark.parametrize("name", envs.ENVS)
 def test_no_step_without_a_running_episode(name, request):
     options, task, actions = winner(name, request)
     env = make_env(name, **options)
-    with pytest.raises(ValueError, match="unknown task"):
+    with raises(ValueError, match="unknown task"):
         env.reset("no such task")
     for _ in "ab":  # before the first one, and after the end
-        with pytest.raises(RuntimeError, match="no episode is running, call reset"):
+        with raises(RuntimeError, match="no episode is running, call reset"):
             env.step(actions[0])
         env.reset(task)
         env.close()
         env.close()
 
 
-@pytest.mark.parametrize("name", envs.ENVS)
+@mark.parametrize("name", envs.ENVS)
 def test_two_steps_of_training_on_every_environment(name, request, tmp_path, capsys):
     options, _, _ = winner(name, request)
     flags = {"env": name, "env_data": options.get("data", ""), "max_turns": 3}
@@ -1920,7 +1696,7 @@ def test_failed_episodes_are_dropped_and_their_neighbours_play_the_same(
 
 def test_half_of_the_episodes_failing_is_an_error(policy, tmp_path, monkeypatch):
     failing(monkeypatch, lambda call: call < 4)
-    with pytest.raises(EnvUnavailable, match="4 of 8"):
+    with raises(EnvUnavailable, match="4 of 8"):
         play(policy, small(tmp_path))
 
 
@@ -1933,7 +1709,7 @@ def test_the_panel_counts_what_was_played_by_both_readers(policy, tmp_path, monk
     assert result["success_skill"] > 0.9
 
 
-@pytest.mark.parametrize("panel", [False, True])
+@mark.parametrize("panel", [False, True])
 def test_a_run_whose_environment_dies_resumes_exactly(panel, tmp_path, monkeypatch):
     """... in the rollouts of step 2, or in the evaluation after it."""
     flags = {"steps": 3, "eval_every": 2, "save_every": 9}
@@ -1946,7 +1722,7 @@ def test_a_run_whose_environment_dies_resumes_exactly(panel, tmp_path, monkeypat
         sdar.require(not stop, "the engine is gone", EnvUnavailable)
         return rollout(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(EnvUnavailable):
+    with monkeypatch.context() as patch, raises(EnvUnavailable):
         patch.setattr(sdar, "rollout", dying)
         trained(tmp_path, "torn", **flags)
     assert trained(tmp_path, "torn", **flags, resume=True)[1] == whole
@@ -1964,7 +1740,7 @@ def test_an_environment_that_says_anything_harms_nothing(tmp_path, monkeypatch):
     assert sdar.train(small(tmp_path, steps=1, max_turns=4))["turns"] > 0
 
 
-@pytest.mark.parametrize(
+@mark.parametrize(
     "limit, times, shown",
     [
         (1, 9, "mug 1 ..."),
@@ -1985,7 +1761,7 @@ def test_admissible_actions_are_not_cut(policy, tmp_path, monkeypatch):
     assert first == "You are in the middle of a room ...\nAdmissible actions: look"
 
 
-@pytest.mark.parametrize("context", [120, 130])
+@mark.parametrize("context", [120, 130])
 def test_an_episode_that_fills_the_context_ends_there(context, policy, tmp_path, monkeypatch):
     """The teacher's sequence, whose skill is long here, must fit, too."""
     monkeypatch.setattr(sdar, "check_context", lambda *args: None)
@@ -1999,16 +1775,16 @@ def test_an_episode_that_fills_the_context_ends_there(context, policy, tmp_path,
 
 def test_alfworld_plays_in_parallel(alfworld):
     folder, plans = alfworld
-    tasks = sorted(plans)
-    worlds = [make_env("alfworld", data=folder) for _ in tasks]
+    tasks, worlds = sorted(plans), [make_env("alfworld", data=folder) for _ in plans]
     assert worlds[0].tasks("valid_seen") == worlds[0].tasks("train") == tasks
     first = together(worlds, "reset", tasks)
     assert {info["task_type"] for _, info in first} == set(GOALS)
     for turn in range(max(map(len, plans.values()))):
-        live = [i for i, task in enumerate(tasks) if turn < len(plans[task])]
-        actions = [plans[tasks[i]][turn].title() for i in live]
-        for i, step in zip(live, together([worlds[i] for i in live], "step", actions)):
-            assert step[1] == float(turn + 1 == len(plans[tasks[i]]))
+        playing = [world for world in worlds if world._running]
+        plan = [plans[os.path.relpath(world.path, folder)] for world in playing]
+        steps = together(playing, "step", [actions[turn].title() for actions in plan])
+        rewards = [step[1] for step in steps]
+        assert rewards == [float(turn + 1 == len(actions)) for actions in plan]
     assert together(worlds, "reset", tasks[1:] + tasks[:1]) == first[1:] + first[:1]
 
 
@@ -2024,7 +1800,7 @@ def test_alfworld_survives_a_dead_process(alfworld):
     assert together(worlds, "reset", tasks) == first  # in a new process
 
 
-@pytest.fixture
+@fixture
 def shops():
     """Two shops in the same goal."""
     pair = [make_env("webshop", data=str(DATA / "webshop")) for _ in "ab"]
@@ -2042,9 +1818,7 @@ def test_webshop_shares_its_server_and_leaves_random_alone():
     assert [len(one.tasks(split)) for split in ("eval", "dev", "train")] == [10, 10, 30]
 
 
-@pytest.mark.parametrize(
-    "action", ["click[search]", "search[<r>]", "search[ ]", "fly", "click[b01]"]
-)
+@mark.parametrize("action", ["click[search]", "search[<r>]", "search[ ]", "fly", "click[b01]"])
 def test_webshop_does_nothing_that_its_page_does_not_offer(action, shops):
     observation, *_, info = shops[0].step(action)
     assert observation.startswith("Nothing happens.")
@@ -2059,7 +1833,7 @@ def test_webshops_crash_ends_its_own_episode_alone(shops):
     assert "search[crash]" in str(crash)
     listed = "click[back to search], click[b01], those listed first"
     assert other[0] == f"results\nAdmissible actions: {listed}"
-    with pytest.raises(RuntimeError, match="no episode"):
+    with raises(RuntimeError, match="no episode"):
         one.step("search[lamp]")
     two.step("click[b01]")
     one.reset("1")  # the same goal, and another session
@@ -2074,7 +1848,7 @@ SEARCHES = r"""
 """
 
 
-@pytest.mark.parametrize("response, parsed", table(SEARCHES))
+@mark.parametrize("response, parsed", table(SEARCHES))
 def test_search_parses_its_first_tag(response, parsed):
     assert envs.SearchEnv.parse(envs.SearchEnv, response) == parsed
 
@@ -2107,7 +1881,7 @@ def test_search_at_the_last_turn_is_not_executed(search):
     assert world.step("<search>Velden</search>")[1:4] == (0.0, False, True)
 
 
-@pytest.mark.parametrize("answer", ["the", "!", "forged", "Kolben"])
+@mark.parametrize("answer", ["the", "!", "forged", "Kolben"])
 def test_search_refuses_a_wrong_answer(answer, search):
     world = make_env("search", **search)  # an empty golden answer equals nothing
     world.reset("1")
@@ -2123,7 +1897,7 @@ def test_search_cuts_inside_its_frame(search):
 SERVERS = json.loads((DATA / "faulty_servers.json").read_text())
 
 
-@pytest.fixture
+@fixture
 def faulty_server(request):
     """(url, requests that came) of a server with a fault."""
     kind, calls = request.param, []
@@ -2156,12 +1930,12 @@ def faulty_server(request):
         server.shutdown()
 
 
-@pytest.mark.parametrize("faulty_server", [*SERVERS][:-1], indirect=True)
+@mark.parametrize("faulty_server", [*SERVERS][:-1], indirect=True)
 def test_a_misbehaving_server_is_never_an_observation(faulty_server):
     kind, url, calls = faulty_server
     seconds = SERVERS[kind].get("seconds", 0.6)
     begin = time.monotonic()
-    with pytest.raises(EnvUnavailable, match=f"{url}.*envs.py serve") as error:
+    with raises(EnvUnavailable, match=f"{url}.*envs.py serve") as error:
         envs.ask(url, "q", seconds=seconds)
     assert time.monotonic() - begin < 2 * seconds + 1.3
     assert "\n" not in str(error.value)
@@ -2169,7 +1943,7 @@ def test_a_misbehaving_server_is_never_an_observation(faulty_server):
     assert len(calls) == SERVERS[kind].get("requests", len(calls))
 
 
-@pytest.mark.parametrize("faulty_server", ["padded"], indirect=True)
+@mark.parametrize("faulty_server", ["padded"], indirect=True)
 def test_an_indexs_padding_is_no_passage(faulty_server):
     assert envs.ask(faulty_server[1], "q") == ["a"]
 
@@ -2177,7 +1951,7 @@ def test_an_indexs_padding_is_no_passage(faulty_server):
 COMMANDS = (DATA / "envs_commands.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("argv, code, said", [line.split(" => ") for line in COMMANDS])
+@mark.parametrize("argv, code, said", [line.split(" => ") for line in COMMANDS])
 def test_envs_command_line(argv, code, said):
     command = [sys.executable, "envs.py", *argv.split()]
     keys = "go to sofa 1\n"
@@ -2196,7 +1970,7 @@ def test_a_person_wins_in_the_terminal(request):
     assert run.stdout.count("(an invalid action)") == 1
 
 
-@pytest.fixture
+@fixture
 def guess(tmp_path, monkeypatch):
     """The current folder, with the example of envs.py's first page in it."""
     example = envs.__doc__.split("    # guess.py\n")[1].split("\nThen `python")[0]
@@ -2221,7 +1995,7 @@ def test_the_example_of_an_own_environment_is_played(guess):
 
 def test_the_example_of_an_own_environment_is_trained_on(guess):
     flags = "--env guess:Guess --steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 4"
-    assert sdar.main([*flags.split(), "--out", "run"]) == 0
+    assert main([*flags.split(), "--out", "run"]) == 0
     assert lines(guess / "run")[0]["turns"] == 3
 
 
@@ -2235,5 +2009,5 @@ def test_a_half_good_end_is_no_win(guess, monkeypatch):
 
 
 def test_a_module_that_fails_is_one_line(guess):
-    with pytest.raises(envs.UserError, match="cannot be imported: ZeroDivisionError"):
+    with raises(envs.UserError, match="cannot be imported: ZeroDivisionError"):
         make_env("broken:Bare")
