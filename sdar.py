@@ -489,6 +489,8 @@ def rollout(model, chat, envs, starts, config, stream, temperature, with_skill=F
     EnvUnavailable if that was half of them or more."""
     for env in envs:
         env.cut = partial(cut_text, chat, config.max_obs_tokens)
+
+    # Start. Where an engine fails, its episode is left out, and the others play as if nothing was.
     resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, starts)]
     players, failures = [], []
     for i, begun in enumerate(call_all(resets, envs[0].slow)):
@@ -499,6 +501,7 @@ def rollout(model, chat, envs, starts, config, stream, temperature, with_skill=F
         players.append(Player(envs[i], episode, np.random.default_rng([*stream, i])))
     check_context(model, envs[0], [player.episode for player in players], config)
 
+    # Play, as many at once as the memory allows. Who has ended leaves the batch, and its cache.
     for first in range(0, len(players), config.rollout_batch):
         playing = players[first : first + config.rollout_batch]
         sampler = Sampler(model, temperature)
@@ -532,6 +535,7 @@ def start_episode(chat, env, start, begun, config, with_skill, bandit):
 
 def take_turn(sampler, chat, players, config):
     """One turn of each episode: the policy answers, the environment replies, both are recorded."""
+    # The policy: what is new since its last turn is fed, then a response is sampled.
     size = config.max_new_tokens
     uniforms = np.stack([player.random.random(size, dtype=np.float32) for player in players])
     uniforms = torch.tensor(uniforms, device=sampler.model.device)  # (B, max_new_tokens)
@@ -540,6 +544,7 @@ def take_turn(sampler, chat, players, config):
         sampler.feed_rows([player.episode.ids[player.fed :] for player in players])
         responses = sampler.respond(uniforms, chat.stop_ids, stop_text)
 
+    # The environments: each reads an action out of its response, and all take their step.
     texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in responses]
     actions = [player.env.parse(text) for player, text in zip(players, texts)]
     steps = [partial(player.env.step, action) for player, (action, _) in zip(players, actions)]
@@ -570,6 +575,7 @@ def record_turn(player, chat, response, text, valid, result, room):
     episode.reward += reward
     episode.won = info["won"]
 
+    # Only what is added here, and the responses, the policy ever reads; nothing of it is sampled.
     between = chat.next(observation, ended=ids[-1] == chat.end_id)
     fits = len(episode.ids) + len(between) + len(episode.skill_ids) <= room
     player.running = fits and not (terminated or truncated)
@@ -1659,7 +1665,7 @@ def parse_flags(command, description, argv, own=()):
     own: (flag, keywords of add_argument) pairs. UserError for an unknown flag names its
     neighbour; argparse.ArgumentError for a value of another type."""
     parser = argparse.ArgumentParser(
-        prog=f"python sdar.py {command}",
+        usage=f"python sdar.py {command} [flags]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -1674,7 +1680,7 @@ def parse_flags(command, description, argv, own=()):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         names = [flag(f.name), *SYMBOLS.get(f.name, [])]
-        kind = {"type": f.type}
+        kind = {"type": f.type, "metavar": "VALUE"}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f"{help[f.name]} [{f.default}]"
@@ -1730,12 +1736,12 @@ def run_command(argv):
         print_success(config.model, evaluate(*load_policy(config), envs, config))
 
 
-def main(argv=None):
+def main(argv):
     """Run a command. Returns the exit code: 0; 1 a run of compare failed; 2 bad input (one line on
     stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
     and shows its traceback."""
     try:
-        return run_command(sys.argv[1:] if argv is None else argv) or 0
+        return run_command(argv) or 0
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt:
@@ -1745,4 +1751,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

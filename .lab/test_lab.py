@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -39,7 +38,7 @@ import envs
 import sdar
 from sdar import Config, main
 from test_sdar import (
-    CORPUS,
+    DATA,
     ROOT,
     deprecations,
     grad_of,
@@ -48,6 +47,7 @@ from test_sdar import (
     play,
     policy,
     pytestmark,
+    search,
     small,
     table,
     tested_versions,
@@ -62,9 +62,9 @@ from test_sdar import (
 @mark.parametrize("skilled, low, high", [(True, 0.95, 1), (False, 0, 0.2)])
 def test_the_skill_matters_by_construction(split, skilled, low, high):
     """Of the scripted player: with the skills 95 % or more of the episodes are won."""
-    world, rng = envs.make_env("toy"), random.Random(0)
+    world, rng, wins = envs.make_env("toy"), random.Random(0), 0
     known = {skill.name for skill in world.skills} if skilled else set()
-    tasks, wins = world.tasks(split), 0
+    tasks = world.tasks(split)
     for seed in range(300):
         world.reset(tasks[seed % len(tasks)], seed)
         while world._running:
@@ -81,9 +81,8 @@ def test_the_tokenizer_knows_the_world_and_keeps_actions(tiny):
         observation, info = world.reset(task, i)
         for action in info["admissible"]:
             assert chat.tokenizer.decode(chat.encode(action)) == action
-        texts.append(observation)
-        for _ in range(4):
-            texts.append(world.step(warmstart.scripted_action(world, set(), rng))[0])
+        step = world.step(warmstart.scripted_action(world, set(), rng))
+        texts += [observation, step[0]]
     unknown = chat.tokenizer.unk_token_id
     assert not [text for text in texts if unknown in chat.encode(text)]
     assert unknown in chat.encode("inside the fridgelet")
@@ -131,31 +130,14 @@ def test_the_carried_policy_is_of_this_recipe_and_as_it_was_written():
     assert sum(path.stat().st_size for path in sdar.TINY_FOLDER.iterdir()) <= 1.5e6
 
 
-@mark.parametrize(
-    "target, name, value", [(warmstart, "WARMSTART", 0), (envs.ToyEnv, "_view", None)]
-)
-def test_another_recipe_or_world_is_seen(target, name, value, monkeypatch):
-    chat = sdar.Chat(warmstart.toy_tokenizer())
+def test_another_world_is_another_recipe(monkeypatch):
+    chat, view = sdar.Chat(warmstart.toy_tokenizer()), envs.ToyEnv._view
     before = warmstart.recipe(chat)
-    view = envs.ToyEnv._view
-    new = value if value is not None else lambda self: view(self).replace("you see", "")
-    monkeypatch.setattr(target, name, new)
+    monkeypatch.setattr(envs.ToyEnv, "_view", lambda self: view(self).replace("you see", ""))
     assert warmstart.recipe(chat) != before
 
 
 # --- The search server -------------------------------------------------------------------
-
-
-@fixture(scope="module")
-def server(tmp_path_factory):
-    """The url of a running server of three passages."""
-    corpus = tmp_path_factory.mktemp("server") / "corpus.jsonl"
-    rows = [{"id": i, "contents": text} for i, text in enumerate(CORPUS)]
-    corpus.write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, LAB / "search_server.py", corpus, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process.stdout.readline().split()[-1]
-        process.kill()
 
 
 def post(url, body):
@@ -169,11 +151,11 @@ def post(url, body):
             return error.code, json.load(error)
 
 
-def test_the_server_speaks_both_dialects(server):
-    one = post(server, {"query": "river Velden", "topk": 1})
-    assert one == (200, {"result": [[{"id": 2, "contents": CORPUS[2]}]]})
+def test_the_server_speaks_both_dialects(search):
+    plain = post(search["url"], {"query": "river Velden", "topk": 1})
+    assert plain == (200, {"result": [[{"id": 2, "contents": "Velden lies on the river Arn."}]]})
     body = {"queries": ["river Velden", "zzz"], "return_scores": True}
-    hits, none = post(server, body)[1]["result"]
+    hits, none = post(search["url"], body)[1]["result"]
     assert [hit["document"]["id"] for hit in hits] == [2, 1]
     assert hits[0]["score"] > hits[1]["score"] > 0
     assert none == []
@@ -184,9 +166,9 @@ BODIES += [{"queries": [None]}] + [{"query": "a", "topk": topk} for topk in ("x"
 
 
 @mark.parametrize("body", BODIES, ids=lambda body: str(body)[:20])
-def test_the_server_survives_a_bad_request(body, server):
-    assert post(server, body)[0] == 422
-    assert post(server, {"query": "arn"})[0] == 200
+def test_the_server_survives_a_bad_request(body, search):
+    assert post(search["url"], body)[0] == 422
+    assert post(search["url"], {"query": "arn"})[0] == 200
 
 
 # --- Oracles -----------------------------------------------------------------------------
@@ -272,15 +254,13 @@ def test_the_kernel_keeps_nan_in_its_row(kernel, bad):
 
 
 @mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @mark.parametrize("rows, width", [(7, 151936), (3, 1003)])
 def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
     logits = torch.randn(rows, width, device="cuda", dtype=dtype)
-    ids = torch.randint(width, (rows,), device="cuda")
-    ones = torch.ones(rows, device="cuda")
-    values, slope = kernel_on_cpu.largest_errors(logits, ids, 0.7, ones, -0.3 * ones)
-    assert values < 1e-4
-    assert slope < tolerance
+    ids, ones = torch.arange(rows, device="cuda"), torch.ones(rows, device="cuda")
+    errors = kernel_on_cpu.largest_errors(logits, ids, 0.7, ones, -0.3 * ones)
+    assert max(errors) < tolerance
 
 
 # --- Bench, intervals --------------------------------------------------------------------
@@ -288,20 +268,29 @@ def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
 
 def test_bench_names_its_parts_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SECONDS", 1e-3)
-    flags = ["--tasks-per-step", "2", "--group-size", "2", "--micro-tokens", "64"]
-    assert main(["bench", *flags, "--out", str(tmp_path / "b")]) == 0
+    flags = "bench --tasks-per-step 2 --group-size 2 --micro-tokens 64 --out"
+    assert main([*flags.split(), str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
-    for word in ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s"):
-        assert word in printed
+    words = ("rollout", "teacher", "update", "sampled tokens", "plain", "chunked", "GB/s")
+    assert [word for word in words if word not in printed] == []
     assert not list(tmp_path.iterdir())
 
 
-@mark.parametrize("n, quantile", [(2, 12.706), (3, 4.303), (5, 2.776), (30, 2.045)])
+QUANTILES = """
+2   12.706
+3   4.303
+5   2.776
+30  2.045
+"""
+
+
+@mark.parametrize("n, quantile", table(QUANTILES))
 def test_t_interval_agrees_with_the_tables(n, quantile):
     gains = np.arange(n, dtype=float)
+    mean, low, high = compare.t_interval(gains)
     half = quantile * gains.std(ddof=1) / n**0.5
-    expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
-    assert compare.t_interval(gains) == approx(expected, abs=3e-4 * half)
+    assert mean == gains.mean()
+    assert (mean - low, high - mean) == approx((half, half), rel=3e-4)
 
 
 # --- Compare -----------------------------------------------------------------------------
@@ -348,16 +337,13 @@ def rows_of(printed):
 
 def test_compare_prints_means_gains_and_curves(compared, tmp_path):
     code, printed, launched = compared("--methods", "grpo,sdar,sdar")
-    assert code == 0
-    assert launched == ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"]
+    assert (code, launched) == (0, ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"])
     rows = rows_of(printed)
     assert "0.42±0.12" in rows["grpo"]  # 2/6 and 3/6
-    assert "minus" not in rows["grpo"]
     assert "minus grpo +0.167 [+0.17, +0.17]" in rows["sdar"]  # every seed 1/6 ahead
     assert "0/6" in rows["vanilla"]
     assert "6/6" in rows["skill_prompt*"]
     assert "▁▅  0: 0.000  1: 0.583  sdar" in printed
-    assert "no picture was drawn: it takes matplotlib" in printed
     report = json.loads((tmp_path / "compare.json").read_text())
     assert report["evaluations"]["sdar"]["1"][0]["eval_by_type"] == {"put": [6, 4, 6]}
 
@@ -431,11 +417,11 @@ def test_compare_trains_what_train_trains(tmp_path):
 
 @mark.parametrize("changes", [{}, {"method": "opsd"}, {"gate": "entropy"}, {"gate": "constant"}])
 def test_the_push_is_the_losses_gradient(policy, changes):
-    config = small(Path(), group_size=8, sdar_coef=0.3, **changes)
+    config = small(Path(), group_size=8, sdar_coef=0.3, kl_coef=0.0, **changes)
     group = play(policy, config)
     group[1].reward = 1.0
     values = microscope.dissect(policy[0], group, config)
-    batch = sdar.step_batch(policy[0], None, values["teacher"], group, replace(config, kl_coef=0.0))
+    batch = sdar.step_batch(policy[0], None, values["teacher"], group, config)
     student = values["student"].clone().requires_grad_()
     _, entropy = sdar.response_logprobs(policy[0], group, config, with_entropy=True)
     loss, _ = sdar.objective(student, entropy, batch, config)
@@ -460,22 +446,19 @@ def inspect(tiny, tmp_path, monkeypatch, capsys):
 @mark.parametrize("columns", [40, 80])
 def test_inspect_prints_a_line_a_token_that_fits(columns, inspect, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    code, printed, _, _ = inspect("--seed 6 --episode 2")
+    _, printed, _, _ = inspect("--seed 6 --episode 2")
     rows = [line for line in printed.splitlines() if re.search("[▲▼]", line)]
-    assert code == 0
     assert len(rows) == 18
     assert max(map(len, rows)) <= columns
-    assert "won +1.62" in printed
     assert ("student   teacher" in printed) == (columns == 80)
 
 
 def test_inspect_colours_terminals_alone(inspect, monkeypatch):
-    assert "\033" not in inspect("--seed 6 --episode 2")[1]
+    assert "\033" not in inspect("--max-turns 2")[1]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033[32m" in inspect("--seed 6 --episode 2")[1]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in inspect("--seed 6 --episode 2")[1]
+    for value, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", value)
+        assert ("\033[" in inspect("--max-turns 2")[1]) is coloured
 
 
 def test_inspects_page_is_whole_and_loads_nothing(inspect):
@@ -514,12 +497,8 @@ def test_inspect_shows_hostile_text_as_text(inspect, tiny, monkeypatch):
 
 
 def test_inspect_refuses_a_prompt_that_the_model_cannot_read(inspect, monkeypatch):
-    reset = envs.ToyEnv.reset
-
-    def in_latin(self, *start):
-        return "lorem ipsum dolor sit amet", reset(self, *start)[1]
-
-    monkeypatch.setattr(envs.ToyEnv, "reset", in_latin)
+    first = sdar.Chat.first
+    monkeypatch.setattr(sdar.Chat, "first", lambda self, *_: first(self, "", "lorem ipsum dolor"))
     code, _, error, _ = inspect("--max-turns 1")
     said = "--model tiny cannot read --env toy: its tokenizer does not know most of the prompt"
     assert (code, error) == (2, f"sdar.py: {said}\n")
@@ -528,25 +507,24 @@ def test_inspect_refuses_a_prompt_that_the_model_cannot_read(inspect, monkeypatc
 # --- Plots -------------------------------------------------------------------------------
 
 
+RUNS = """
+"a-s0"   0.25  3  0.1
+"a-s1"   0.75  2  0.1
+"b-s0"   1.0   3  1.0
+"none0"  0.0   0  0.1
+"""
+
+
 @fixture
 def runs(tmp_path, monkeypatch):
     """The current folder, with runs to draw: two seeds, another setting, one without a step."""
-
-    def write(name, success, steps=3, **changes):
-        (tmp_path / name).mkdir()
-        settings = vars(Config(out=name, **changes))
-        (tmp_path / name / "config.json").write_text(json.dumps(settings))
-        rows = []
-        for step in range(1, steps + 1):
-            row = {"step": step, "success": success, "kl": step / 7, "gap_mean": None}
-            rows.append(json.dumps(row))
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows))
-
     monkeypatch.chdir(tmp_path)
-    write("a-s0", 0.25)
-    write("a-s1", 0.75, 2, seed=1)
-    write("b-s0", 1.0, lr=1.0)
-    write("empty", 0, 0)
+    for name, success, steps, lr in table(RUNS):
+        Path(name).mkdir()
+        config = Config(out=name, lr=lr, seed=int(name[-1]))
+        Path(name, "config.json").write_text(json.dumps(vars(config)))
+        rows = [{"step": n, "success": success, "kl": n / 7} for n in range(1, steps + 1)]
+        Path(name, "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     Path("torn").mkdir()
     Path("torn/metrics.jsonl").write_text("{")
 
@@ -562,7 +540,7 @@ def test_plot_joins_seeds_and_leaves_out_what_is_not_there(runs, capsys):
 
 @mark.parametrize(
     "folders, message",
-    [("", "takes folders"), ("empty", "finished a step"), ("torn", "torn holds no")],
+    [("", "takes folders"), ("none0", "finished a step"), ("torn", "torn holds no")],
 )
 def test_plot_refuses_what_is_no_run(folders, message, runs, capsys):
     assert main(["plot", *folders.split()]) == 2
@@ -590,12 +568,11 @@ def test_fill_in(name):
 @mark.parametrize("kind", ["bug", "experiment"], ids="exercise_{}".format)
 def test_answer(kind):
     puzzle, _, answer = os.environ.get("ANSWER", "").partition(" ")
-    of_other_kind = puzzle in exercise.puzzles() and puzzle.isdigit() != (kind == "bug")
-    if not puzzle or of_other_kind:
+    known = exercise.puzzles()
+    if not puzzle or (puzzle in known and puzzle.isdigit() != (kind == "bug")):
         pytest.skip('no answer to judge: ANSWER="6 eos" or ANSWER="beta a"')
-    if puzzle not in exercise.puzzles():
-        known = ", ".join(exercise.puzzles())
-        pytest.fail(f"{puzzle!r} is none of {known}", pytrace=False)
+    if puzzle not in known:
+        pytest.fail(f"{puzzle!r} is none of {', '.join(known)}", pytrace=False)
     right, hint = exercise.judge(puzzle, answer)
     assert right, f"{puzzle} is not {answer!r}. {hint}"
 
@@ -629,122 +606,28 @@ def test_every_puzzle_has_one_answer_that_cannot_be_read_by_accident():
     assert not [name for name in bugs if name in packed]
 
 
-def first_step(module, tiny, folder):
+def first_step(module, folder):
     """Metrics of a tiny run's first step, but for times."""
-    module.load_policy = lambda config: (module.copy.deepcopy(tiny[0]), tiny[1])
     small = {"group_size": 2, "tasks_per_step": 4, "max_turns": 5, "eval_episodes": 6}
     exact = {"minibatches": 1, "micro_tokens": 300, "temperature": 2.0}
-    config = module.Config(out=str(folder), steps=1, overwrite=True, **small, **exact)
-    module.train(config)
+    module.train(module.Config(out=str(folder), steps=1, **small, **exact))
     (row,) = lines(folder)
     return {name: value for name, value in row.items() if not name.startswith("eval")}
 
 
 @fixture(scope="module")
-def right_step(tiny, tmp_path_factory):
+def right_step(tmp_path_factory):
     """first_step of sdar.py as it is."""
-    folder = tmp_path_factory.mktemp("right") / "run"
-    load = sdar.load_policy
-    metrics = first_step(sdar, tiny, folder)
-    sdar.load_policy = load
-    return metrics
+    return first_step(sdar, tmp_path_factory.mktemp("right") / "run")
 
 
 @mark.parametrize("number", range(1, 9))
-def test_a_planted_bug_shows_in_the_metrics_of_step_1(
-    number, right_step, tiny, tmp_path, monkeypatch
-):
+def test_a_planted_bug_shows_in_the_metrics_of_step_1(number, right_step, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sdar", sdar)  # put back afterwards
-    buggy = first_step(exercise.planted(str(number)), tiny, tmp_path / "run")
+    buggy = first_step(exercise.planted(str(number)), tmp_path / "run")
     assert buggy != right_step, "sdar.py has changed under it"
 
 
 def test_exercise_without_a_known_word_shows_its_usage(capsys):
     assert main(["exercise", "blank", "nothing"]) == 2
     assert "exercise blank gate" in capsys.readouterr().err
-
-
-# --- The pages: their commands run, their claims hold ------------------------------------
-
-README = (ROOT / "README.md").read_text()
-NOT_RUN = {  # a part of a command: why it is not run here
-    "pytest": "it is this suite",
-    "git checkout": "undoes blank",
-    "exercise blank": "done on copies",
-    "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
-    "venv": "it is .ci/run",
-    "--help": "it has its own test",
-    "RUN": "a form",
-    "...": "a form",
-    "bench": "it has its own test",
-    ".lab/": "they have their own tests",
-    "Qwen/": "no weights at hand: random small ones go through the same code",
-    "warmstart": "minutes: its own test",
-    "guess:Guess": "it has its own test",
-    "envs.py": "they have their own tests",
-    "echo": "questions and a corpus, as in the tests of search",
-}
-
-
-def readme_commands():
-    """All commands of the README, the first one first."""
-    blocks = "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL))
-    commands = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
-    commands |= set(re.findall(r"`(python [^`]*)`", README))
-    return sorted(commands, key=lambda text: (text != "python sdar.py", text))
-
-
-def test_the_readmes_commands_are_found():
-    assert readme_commands()[0] == "python sdar.py"
-    assert len(readme_commands()) > 40
-
-
-@mark.parametrize("command", [c for c in readme_commands() if "sdar.py compare" in c])
-def test_the_readmes_comparisons_parse(command):
-    _, _, *words = shlex.split(command)
-    if "M" not in words:
-        assert sdar.parse_flags("compare", "", words[1:], compare.OWN) is not None
-
-
-def test_the_readmes_commands_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "sdar", sdar)  # put back after exercise
-    size = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max-turns 3"
-    commands = [c for c in readme_commands() if not any(form in c for form in NOT_RUN)]
-    assert len(commands) > 8
-    for command in commands:
-        words = shlex.split(command)[2:]
-        if words == [] or "--steps" in words:
-            words += [*size.split(), "--steps", "1"]
-        elif "evaluate" in words:
-            words += size.split()
-        elif "gradient" in words:
-            words.append("gate.svg")
-        assert main(words) == 0, command
-
-
-def test_the_readmes_library_example_computes_the_loss():
-    (code,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
-    table = torch.randn(9, 9, requires_grad=True)
-    ids, response = torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
-    names = {
-        "model": lambda ids: SimpleNamespace(logits=table[ids]),
-        "response": response,
-        "mask": torch.ones(2, 5),
-        "student_ids": torch.cat([ids[:, :3], response], 1),
-        "teacher_ids": torch.cat([ids, response], 1),
-        "grpo_loss": lambda logprobs, ids, mask: (logprobs * mask).sum(),
-    }
-    exec(code, names)
-    names["loss"].backward()
-    logprobs = torch.log_softmax(table[names["student_ids"][:, 2:-1]], -1)
-    expected = logprobs.gather(-1, response[..., None])[..., 0]
-    assert torch.allclose(names["student"], expected)
-    assert table.grad.abs().sum() > 0
-    assert not names["teacher"].requires_grad
-
-
-def test_the_readme_names_every_setting_for_who_has_outgrown_it():
-    text = README.split("## Outgrown")[1].split("\n## ")[0]
-    missing = [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text]
-    assert missing == []

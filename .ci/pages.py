@@ -1,0 +1,126 @@
+"""Are the pages true? python .ci/pages.py runs the README's commands, in short, and its example."""
+
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".lab")]
+import compare
+
+import sdar
+
+README = (ROOT / "README.md").read_text()
+NOT_RUN = {  # a part of a command: why it is not run here
+    "pytest": "run by .ci/run",
+    "git checkout": "undoes blank",
+    "exercise blank": "tested on copies",
+    "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
+    "venv": "it is .ci/run",
+    "--help": "it has its own test",
+    "RUN": "a form",
+    "...": "a form",
+    "bench": "it has its own test",
+    ".lab/": "they have their own tests",
+    "Qwen/": "no weights at hand: random small ones go through the same code",
+    "warmstart": "minutes: its own test",
+    "guess:Guess": "it has its own test",
+    "envs.py": "they have their own tests",
+    "echo": "questions and a corpus, as in the tests of search",
+}
+SIZE = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max-turns 3"
+
+
+def commands():
+    """All commands of the README, the first one first."""
+    blocks = "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL))
+    found = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
+    found |= set(re.findall(r"`(python [^`]*)`", README))
+    return sorted(found, key=lambda text: (text != "python sdar.py", text))
+
+
+def run(command):
+    """Run a command with a small size, or parse it where it would take too long."""
+    script, *words = shlex.split(command)[1:]
+    if "sdar.py compare" in command and "M" not in words:
+        sdar.parse_flags("compare", "", words[1:], compare.OWN)
+    if any(form in command for form in NOT_RUN):
+        return
+    if words == [] or "--steps" in words:
+        words += [*SIZE.split(), "--steps", "1"]
+    elif "evaluate" in words:
+        words += SIZE.split()
+    elif "gradient" in words:
+        words.append("gate.svg")
+    print(f"--- {command}")
+    assert sdar.main(words) == 0, command
+
+
+def check_example():
+    """The library example computes the loss of the sampled tokens."""
+    (code,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    table = torch.randn(9, 9, requires_grad=True)
+    ids, response = torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
+    names = {
+        "model": lambda ids: SimpleNamespace(logits=table[ids]),
+        "response": response,
+        "mask": torch.ones(2, 5),
+        "student_ids": torch.cat([ids[:, :3], response], 1),
+        "teacher_ids": torch.cat([ids, response], 1),
+        "grpo_loss": lambda logprobs, ids, mask: (logprobs * mask).sum(),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    logprobs = torch.log_softmax(table[names["student_ids"][:, 2:-1]], -1)
+    expected = logprobs.gather(-1, response[..., None])[..., 0]
+    assert torch.allclose(names["student"], expected)
+    assert table.grad.abs().sum() > 0
+    assert not names["teacher"].requires_grad
+
+
+def check_settings():
+    """Whoever has outgrown this file finds every setting's name in other trainers."""
+    text = README.split("## Outgrown")[1].split("\n## ")[0]
+    missing = [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text]
+    assert not missing, missing
+
+
+def check_versions():
+    """Every promised range has two ends, and the README promises the same."""
+    promised = (ROOT / "requirements.txt").read_text()
+    for line in promised.splitlines():
+        assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
+    for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
+        low, high = re.search(rf"^{name}>=(.*),<=(.*)$", promised, re.MULTILINE).groups()
+        assert f" {title} {low} to {high}" in README
+
+
+def check_comments():
+    """The comments of Config, which are its help, name all choices and the paper's values."""
+    source = Path(sdar.__file__).read_text()
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+    said = {}
+    for name, comment in comments.items():
+        if "paper: " in comment:
+            said[name] = comment.split("paper: ")[1]
+    assert said == {name: str(value) for name, value in sdar.PRESETS["paper"].items()}
+    for name, choices in sdar.CHOICES.items():
+        missing = [choice for choice in choices if choice not in comments[name]]
+        assert not missing, (name, missing)
+
+
+if __name__ == "__main__":
+    check_versions()
+    check_comments()
+    assert len(commands()) > 40
+    check_example()
+    check_settings()
+    with tempfile.TemporaryDirectory() as folder:
+        sdar.os.chdir(folder)
+        for command in commands():
+            run(command)

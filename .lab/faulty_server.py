@@ -1,0 +1,58 @@
+"""A search server that misbehaves, to see what an environment does with it.
+
+    python .lab/faulty_server.py half     # prints its address; or another kind, see FAULTS
+    python envs.py play search --data questions.jsonl --url http://127.0.0.1:...
+
+Whatever it does must end in one line that names the server, never in an observation for the model.
+"""
+
+import json
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FAULTS = Path(__file__).resolve().parent.parent / ".assets" / "test" / "faulty_servers.json"
+FAULTS = json.loads(FAULTS.read_text())  # {kind: {"status", "body", "times": it is repeated, ...}}
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """The client has gone, as it should."""
+
+
+@contextmanager
+def faulty_server(kind):
+    """Around a running server: (its url, the list of requests that come)."""
+    fault, requests = FAULTS[kind], []
+    body = fault["body"] * fault.get("times", 1)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            """Nothing."""
+
+        def do_POST(self):
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(fault["status"])
+            self.send_header("Content-Length", str(len(body) + fault.get("missing", 0)))
+            if fault.get("drips"):
+                self.end_headers()
+            for _ in range(fault.get("tenths_of_a_second", 0)):
+                time.sleep(0.1)
+                if fault.get("drips"):
+                    self.wfile.write(b" ")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{fault.get('port', server.server_port)}/retrieve", requests
+        server.shutdown()
+
+
+if __name__ == "__main__":
+    with faulty_server(*sys.argv[1:]) as (url, requests):
+        print(url, flush=True)
+        threading.Event().wait()
