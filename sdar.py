@@ -709,7 +709,8 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
 
     scores (N,), groups (N,) ints -> (N,): (score - mean) / (std + eps), std with n - 1.
     weights (N,): count a row as that many rows (the official code: an episode's turns).
-    A group of one row has mean 0 and std 1.
+    normalize_std=False leaves the std out. A group of one row has mean 0 and std 1; where all of a
+    group score the same, its advantages are exactly 0.
 
     >>> group_advantages(torch.tensor([1., 0., 0., 0.]), torch.tensor([7, 7, 7, 7]))
     tensor([ 1.5, -0.5, -0.5, -0.5])
@@ -763,7 +764,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
 
 def kl_k3(logprobs, ref_logprobs):
     """The k3 estimate of KL(policy || reference) on each token (section 2.2), (B, T):
-    exp(d) - d - 1 with d = reference - policy, clamped to [-10, 10] as in the official code."""
+    exp(d) - d - 1 with d = reference - policy, clamped to [-10, 10] as in the official code. Its
+    gradient is finite however far the two are apart."""
     d = (ref_logprobs - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -772,7 +774,16 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     """The gate g_t (section 2.4): how far the teacher is trusted on each token.
 
     gap (B, T): Delta_t, teacher - student; entropy (B, T): the student's, h_t, in nats.
-    Returns (B, T), detached. The statistics of a control run over the tokens where mask is 1.
+    Returns (B, T), detached. kind:
+
+        "gap"         sigmoid(beta gap)                         the paper's
+        "entropy"     sigmoid(beta h)
+        "soft_or"     sigmoid(beta [1 - (1 - h)(1 - gap)])
+        "none"        1
+        "reverse_kl"  gap                                       the signed gradient of that KL
+        "constant"    the mean of the gap gate                  controls: their statistics run
+        "centred"     the gap gate less that mean               over the tokens where mask is 1
+        "shuffled"    the gap gate's values on other tokens     (permuted by generator)
 
     >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))
     tensor([0.9241, 0.2689, 0.5000])
@@ -789,14 +800,14 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     if kind == "soft_or":
         return torch.sigmoid(beta * (1 - (1 - entropy) * (1 - gap)))
 
-    # Without a gate; and the gap itself, which gives the signed gradient of the reverse KL.
+    # Without a gate; and the gap itself.
     if kind == "none":
         return torch.ones_like(gap)
     if kind == "reverse_kl":
         return gap
 
-    # Controls: what of the gap gate does the work? Its mean alone; its values on other tokens; its
-    # values less their mean, which has the same expected gradient (up to 1/batch) with less noise.
+    # What of the gap gate does the work? Its mean alone? Its values, on whatever token? Less its mean
+    # it has the same expected gradient (up to 1/batch) with less noise, and negative weights.
     mask = torch.ones_like(gap) if mask is None else mask.expand_as(gap)
     g = torch.sigmoid(beta * gap)
     if kind == "constant":
@@ -945,13 +956,15 @@ def objective(logprobs, entropy, batch, config):
     mean_entropy = masked_mean(entropy, mask)
     terms = {"policy_loss": policy, "entropy": mean_entropy}
 
+    # What a method, or a weight of 0, leaves out is 0 in the sum and null in the log.
     kl = distillation = 0.0
     if "ref" in batch:
         kl = terms["kl"] = masked_mean(kl_k3(logprobs, batch["ref"]), mask)
     if method.teacher in ("gate", "skill_sd"):
+        # Where nobody was taught the gap stays 0, although the student moves.
         teacher = torch.where(batch["taught"], batch["teacher"], logprobs.detach())
         if method.teacher == "gate":
-            kind = batch.get("gate", config.gate)
+            kind = batch.get("gate", config.gate)  # a control's values, or the name of a gate
             distillation, more = sdar_loss(logprobs, teacher, mask, kind, config.gate_beta, entropy)
         else:
             distillation, more = skill_sd_loss(logprobs, teacher, old, mask)
@@ -980,12 +993,15 @@ def update(model, optimizer, episodes, batch, config, rng):
     norms = []
     order = rng.permutation(len(episodes))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
+        # A mini-batch makes one optimiser step; its micro-batches are what the memory allows.
         tokens = batch["mask"][chosen].sum().item()
         for rows in micro_batches(chosen, episodes, config.micro_tokens):
             micro = [episodes[row] for row in rows]
             model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
             model.eval()
+
+            # Rows of these episodes, as many columns as their longest one has.
             part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()}
             if not norms:
                 drift = masked_mean((logprobs - part["old"]).abs(), part["mask"])

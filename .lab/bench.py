@@ -37,7 +37,8 @@ def time_steps(model, chat, envs, config):
     clocks, tokens = [], []
     for step in (1, 2, 3):
         rng = np.random.default_rng([2, config.seed, step])
-        starts, stream = sdar.draw_starts(envs[0], config, rng), (3, config.seed, step)
+        starts = sdar.draw_starts(envs[0], config, rng)
+        stream = (3, config.seed, step)
         clock = [time.perf_counter()]
         episodes = sdar.rollout(model, chat, envs, starts, config, stream, config.temperature)
         clock.append(time.perf_counter())
@@ -56,11 +57,21 @@ def time_steps(model, chat, envs, config):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     share = seconds[1] / (seconds[0] + seconds[2])
     print(f"a step: {len(episodes)} episodes, {tokens:,.0f} sampled tokens")
-    print(f"peak memory {peak / 1e9:.2f} GB; the teacher adds {share:.0%} of the time")
+    print(f"peak memory {gb(peak)}; the teacher adds {share:.0%} of the time")
     for part, spent in zip(("rollout", "teacher", "update"), seconds):
         share = spent / seconds.sum()
-        rate = tokens / spent
-        print(f"{part:<9}{spent:8.2f} s {share:5.0%} {rate:10,.0f} tokens/s")
+        rate = f"{tokens / spent:10,.0f} tokens/s"
+        print(f"{part:<9}{spent:8.2f} s {share:5.0%} {rate}")
+
+
+def ms(seconds):
+    """Seconds as a text in milliseconds."""
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def gb(size):
+    """Bytes as a text in gigabytes."""
+    return f"{size / 1e9:.2f} GB"
 
 
 def median_seconds(work):
@@ -75,7 +86,8 @@ def time_logprobs(head, config):
     rows = config.micro_tokens
     if not head.is_cuda:
         rows = max(1, min(rows, 2**28 // len(head)))
-    hidden = torch.randn(rows, head.shape[1], device=head.device).to(head.dtype).requires_grad_()
+    hidden = torch.randn(rows, head.shape[1], device=head.device).to(head.dtype)
+    hidden.requires_grad_()
     ids = torch.randint(len(head), (rows,), device=head.device)
     exact = torch.log_softmax((hidden[:64] @ head.T).double(), -1)
     exact = exact.gather(1, ids[:64, None])[:, 0]
@@ -85,7 +97,7 @@ def time_logprobs(head, config):
     a, b = torch.zeros(2, 2**27, device=head.device)
     copy_speed = 2 * a.nbytes / median_seconds(lambda: a.copy_(b))
     print(f"\n{rows:,} x {len(head):,} logits, {config.dtype}")
-    print(f"the product takes {product * 1e3:.1f} ms; a copy runs at {copy_speed / 1e9:.0f} GB/s")
+    print(f"the product takes {ms(product)}; a copy runs at {gb(copy_speed)}/s")
 
     paths = {"chunked": (None, sdar.LOGITS_AT_ONCE), "plain": (None, NO_CHUNKS)}
     if config.kernel:
@@ -95,8 +107,10 @@ def time_logprobs(head, config):
         forward = time_path(name, hidden, head, ids, exact, options)
 
         # Of the logits, a second: what is left of the time after the product.
-        speed = len(ids) * len(head) * head.itemsize / max(forward - product, 1e-9)
-        print(f"{'':<8} reads {speed / 1e9:.0f} GB/s, {speed / copy_speed:.0%} of a copy")
+        size = len(ids) * len(head) * head.itemsize
+        speed = size / max(forward - product, 1e-9)
+        share = speed / copy_speed
+        print(f"{'':<8} reads {gb(speed)}/s, {share:.0%} of a copy")
 
 
 def time_path(name, hidden, head, ids, exact, options):
@@ -116,8 +130,8 @@ def time_path(name, hidden, head, ids, exact, options):
     whole = median_seconds(both)
     peak = torch.cuda.max_memory_allocated() - before
     error = (logprobs()[:64] - exact).abs().max()
-    print(f"{name:<8} forward {forward * 1e3:.1f} ms, with backward {whole * 1e3:.1f} ms")
-    print(f"{'':<8} GPU memory {peak / 1e6:.0f} MB, largest error {error:.1e}")
+    print(f"{name:<8} forward {ms(forward)}, with backward {ms(whole)}")
+    print(f"{'':<8} GPU memory {gb(peak)}, largest error {error:.1e}")
     return forward
 
 

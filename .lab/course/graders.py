@@ -14,19 +14,22 @@ def tensor(*values):
 
 def check_near(got, expected, meaning):
     """AssertionError with the meaning of the number unless the two agree to 1e-5."""
-    got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    got = torch.as_tensor(got).double()
+    expected = torch.as_tensor(expected).double()
     assert torch.allclose(got, expected, atol=1e-5), meaning
 
 
 def grade_group_advantages():
     advantages = sdar.group_advantages
-    scores, one_group = torch.tensor([1.0, 0, 0, 0]), torch.tensor([7] * 4)
+    scores = torch.tensor([1.0, 0, 0, 0])
+    one_group = torch.tensor([7] * 4)
     check_near(
         advantages(scores, one_group)[0],
         1.5,
         "1.5 is (1 - 1/4) / 0.5: the deviation has n - 1 under it (1.73: n)",
     )
-    mixed = advantages(torch.tensor([1.0, 5.0, 0.0, 5.0]), torch.tensor([3, 9, 3, 9]))
+    groups = torch.tensor([3, 9, 3, 9])
+    mixed = advantages(torch.tensor([1.0, 5.0, 0.0, 5.0]), groups)
     check_near(
         mixed[[1, 3]],
         [0, 0],
@@ -41,7 +44,8 @@ def grade_group_advantages():
     alone = advantages(torch.tensor([0.5]), torch.tensor([0]))
     check_near(alone, [0.5], "a group of one: mean 0, deviation 1")
 
-    pair, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    pair = torch.tensor([1.0, 0.0])
+    group = torch.tensor([0, 0])
     centred = advantages(pair, group, normalize_std=False)
     check_near(centred, [0.5, -0.5], "normalize_std=False leaves the mean off alone")
     weighted = advantages(pair, group, weights=torch.tensor([3, 1]))
@@ -64,7 +68,8 @@ GATES = {  # {gate: (its values for the gaps and entropies below, what it is)}
 
 def grade_gate():
     gap = tensor(0.5, -0.2, 0.0, 9.0).requires_grad_()
-    entropy, mask = tensor(0.1, 0.7, 0.0, 9.0), tensor(1, 1, 1, 0)
+    entropy = tensor(0.1, 0.7, 0.0, 9.0)
+    mask = tensor(1, 1, 1, 0)
     g = sdar.gate("gap", gap, entropy, 5.0, mask)
     assert not g.requires_grad, (
         "the gate must be detached: else tokens with a clearly negative gap are pushed down, "
@@ -127,7 +132,8 @@ def grade_sdar_loss():
 
 
 def grade_kl_k3():
-    p, q = tensor(0.5, 0.3, 0.2), tensor(0.2, 0.3, 0.5)
+    p = tensor(0.5, 0.3, 0.2)
+    q = tensor(0.2, 0.3, 0.5)
     policy = p.log().requires_grad_()
     k3 = sdar.kl_k3(policy, q.log())
     assert k3.requires_grad, "it is a term of the loss: the policy must not be detached"
