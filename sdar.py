@@ -806,8 +806,8 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     if kind == "reverse_kl":
         return gap
 
-    # What of the gap gate does the work? Its mean alone? Its values, on whatever token? Less its mean
-    # it has the same expected gradient (up to 1/batch) with less noise, and negative weights.
+    # What of the gap gate does the work? Its mean? Its values, on whatever token? Less its mean it
+    # has the same expected gradient (up to 1/batch) with less noise, and negative weights.
     mask = torch.ones_like(gap) if mask is None else mask.expand_as(gap)
     g = torch.sigmoid(beta * gap)
     if kind == "constant":
