@@ -17,8 +17,11 @@ train. Then top to bottom: the order of the file is the order of the algorithm.
     s_t, the student's view  Episode.ids             Episode.view(with_skill=False)
     s_t+, with the skill c+  Episode.skill_ids       Episode.view(with_skill=True)
     y_t, a sampled token     Episode.mask == 1       take_turn, record_turn
+    pi_theta, the student    model                   rollout, update
+    pi_T, the teacher        model, or a copy of it  train, score(with_skill=True)
     log pi                   logprobs                response_logprobs
-    A, the advantage         advantages              group_advantages
+    A, G                     advantages, group_size  group_advantages
+    epsilon                  clip_eps                policy_loss
     L_GRPO                   policy_loss, kl_k3      objective
     Delta_t, the gap         gap                     teacher's minus student's log-prob
     g_t, beta                gate, gate_beta         gate
@@ -84,16 +87,16 @@ class Method(NamedTuple):
     """A row of the paper's Table 1."""
 
     policy_weight: float = 1  # of GRPO's policy loss
-    teacher: str = (
-        ""  # where its log-probs go: "gate" or "skill_sd" (losses), "advantage", or nowhere
-    )
+    # Where the teacher's log-probs go: into the loss "gate" or "skill_sd", into the "advantage", or
+    # nowhere.
+    teacher: str = ""
     skilled: bool = False  # the student itself reads the skill while it trains
 
 
 METHODS = {
     "grpo": Method(),
     "opsd": Method(policy_weight=0, teacher="gate"),  # the official baseline keeps the gate
-    "grpo_opsd": Method(teacher="gate"),
+    "grpo_opsd": Method(teacher="gate"),  # as sdar, but beta is 0: see METHOD_SETTINGS
     "skill_grpo": Method(skilled=True),
     "skill_sd": Method(teacher="skill_sd"),
     "rlsd": Method(teacher="advantage"),
@@ -213,8 +216,7 @@ class Config:
         if settings:
             raise TypeError(f"Config has no field {', '.join(settings)}")
 
-        env_name = self.env.split(":")[-1]
-        self.out = self.out or f"runs/{env_name}-{self.method}-s{self.seed}"
+        self.out = self.out or f"runs/{self.env.split(':')[-1]}-{self.method}-s{self.seed}"
         on_card = torch.cuda.is_available() and not tiny
         self.device = self.device or ("cuda" if on_card else "cpu")
         check_config(self)
@@ -239,6 +241,7 @@ class Chat:
     def __init__(self, tokenizer, eos=None):
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
+        self.encode = lru_cache(maxsize=2000)(self._encode)  # environments repeat themselves
 
         messages = [
             {"role": "system", "content": "SYSTEMTEXT"},
@@ -264,15 +267,14 @@ class Chat:
         added = tokenizer.get_added_vocab()  # {text: id}
         if self.end_id not in added.values():
             raise ValueError("its chat template closes a turn with no control token")
-        harmless = {tokenizer.unk_token_id} - set(self.stop_ids)
-        self._control = set(added.values()) - harmless
+        self._control = set(added.values()) - ({tokenizer.unk_token_id} - set(self.stop_ids))
         any_added = "|".join(map(re.escape, added))
         self._after_first_character = re.compile(f"(?s)(?<=(?={any_added}).)")
 
     def _tokenize(self, text, **options):
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
-    def encode(self, text):
+    def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
         text = text.encode(errors="replace").decode()  # a lone surrogate becomes a ?
 
