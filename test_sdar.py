@@ -745,7 +745,6 @@ def test_a_frozen_teacher_without_a_skill_is_no_teacher(tmp_path):
 def test_a_run_retrieves_by_its_own_bandit(tmp_path, monkeypatch):
     asked = noted(monkeypatch, "retrieve", lambda *args: args[-1])
     sdar.train(small(tmp_path, retrieval="ucb", steps=1))
-    assert len(asked) == 2 * 12 + 8
     assert isinstance(asked[0], envs.Bandit)
     assert len({id(bandit) for bandit in asked}) == 1
 
@@ -844,19 +843,21 @@ def test_killed_at_any_moment_a_run_resumes_exactly(tmp_path):
     flags = {"steps": 4, "save_every": 2, "eval_every": 3, "resume": True}
     flags |= {"teacher": "lagged", "teacher_refresh": 4, "retrieval": "ucb"}
     whole = trained(tmp_path, "whole", **flags)[1]
-    kills, run = int(os.environ.get("SDAR_FAULTS", 2)), None
-    while run is None or run.exitcode:
-        run = processes.Process(target=sdar.train, args=(small(tmp_path, **flags),))
+    kills, name = int(os.environ.get("SDAR_FAULTS", 2)), "run"
+    while name:
+        run = processes.Process(target=sdar.train, args=(small(tmp_path, name, **flags),))
         run.start()
         run.join(rng.uniform(0, 8) if kills > 0 else None)
         kills -= run.is_alive()
         run.kill()
         run.join()
-        places = [place for place in sdar.PLACES if sdar.is_whole(tmp_path / "run" / place)]
-        assert places or not (tmp_path / "run/checkpoint").exists(), "one is always whole"
-    assert lines(tmp_path / "run") == whole
-    weights = [path.read_bytes() for path in tmp_path.glob("*/checkpoint/model.safetensors")]
-    assert weights[0] == weights[1]
+        places = [place for place in sdar.PLACES if sdar.is_whole(tmp_path / name / place)]
+        assert places or not (tmp_path / name / "checkpoint").exists(), "one is always whole"
+        if run.exitcode == 0:
+            assert lines(tmp_path / name) == whole
+            name = f"{name}-" if kills > 0 else ""
+    weights = {path.read_bytes() for path in tmp_path.glob("*/checkpoint/model.safetensors")}
+    assert len(weights) == 1
 
 
 DAMAGE = """
