@@ -1334,7 +1334,7 @@ def load_policy(config):
 
     transformers.utils.logging.disable_progress_bar()
     path = Path(TINY_FOLDER if config.model == "tiny" else config.model)
-    if path.exists() or config.model.startswith((".", "/", "~", "tiny")):  # else a name on the hub
+    if path.exists() or path.is_absolute() or config.model.startswith("."):  # else on the hub
         require(not (path / "checkpoint").is_dir(), f"--model {path}: take {path}/checkpoint")
         require(
             (path / "config.json").is_file(),
