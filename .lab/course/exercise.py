@@ -123,8 +123,10 @@ def main(argv):
     elif command == "gradient":
         gradient(*rest)
     else:
-        print(f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8", file=sys.stderr)
-        return 2
+        asked = command in ("help", "--help", "-h")
+        usage = f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
 
 
 if __name__ == "__main__":
