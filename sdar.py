@@ -241,7 +241,7 @@ class Chat:
     def __init__(self, tokenizer, eos=None):
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
-        self.encode = lru_cache(maxsize=2000)(self._encode)  # environments repeat themselves
+        self.encode = lru_cache(maxsize=256)(self._encode)  # environments repeat themselves
 
         messages = [
             {"role": "system", "content": "SYSTEMTEXT"},
@@ -715,7 +715,7 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
     group score the same, its advantages are exactly 0.
 
     >>> group_advantages(torch.tensor([1., 0., 0., 0.]), torch.tensor([7, 7, 7, 7]))
-    tensor([ 1.5, -0.5, -0.5, -0.5])
+    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
     """
     if not scores.is_floating_point():
         scores = scores.float()

@@ -9,9 +9,9 @@ world, 10 the real environments. Silent bugs are also planted, to see that a tes
 
 import ast
 import copy
+import doctest
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -26,6 +26,7 @@ import time
 import unicodedata
 from functools import partial
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,23 +55,12 @@ pytestmark = mark.filterwarnings(
 )
 
 
-class Deprecations(logging.Handler):
-    """Keeps what transformers' log says of things to come; it seldom warns in Python's way."""
-
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def emit(self, record):
-        if "deprecat" in record.getMessage().lower():
-            self.said.append(record.getMessage())
-
-
 @fixture(scope="session")
 def deprecations():
+    """Keeps what transformers' log says; of things to come it seldom warns in Python's way."""
     from transformers.utils import logging as log
 
-    handler = Deprecations()
+    handler = BufferingHandler(1_000_000)
     log.disable_default_handler()  # else it would print all of it
     log.add_handler(handler)
     log.set_verbosity_warning()
@@ -80,15 +70,16 @@ def deprecations():
 @fixture(autouse=True)
 def nothing_is_deprecated(deprecations):
     yield
-    said, deprecations.said = deprecations.said, []
-    assert not said
+    said = [record.getMessage() for record in deprecations.buffer]
+    deprecations.buffer.clear()
+    assert "deprecat" not in str(said).lower()
 
 
 def test_deprecations_are_seen_in_the_log(deprecations):
     from transformers.utils.logging import get_logger
 
     get_logger("transformers.models").warning("`past_key_values` is deprecated.")
-    assert deprecations.said.pop().startswith("`past_key_values`")
+    assert deprecations.buffer.pop().getMessage().startswith("`past_key_values`")
 
 
 UNTESTED = sdar.untested_versions
@@ -244,6 +235,10 @@ def test_soft_or_turns_against_the_teacher_above_one_nat():
     gap = tensor([0.5, -0.2, 0.0])
     unsure = sdar.gate("soft_or", gap, 0 * gap + 2)[0]
     assert unsure[0] < unsure[2] < unsure[1]
+
+
+def test_docstring_examples_are_true():
+    assert doctest.testmod(sdar, extraglobs={"torch": torch}) == (0, 2)
 
 
 def test_gate_refuses_what_it_does_not_know():
@@ -438,6 +433,12 @@ def test_a_response_ends_at_the_closing_tag_however_it_is_cut(hub):
     assert len(rows[0]) < len(rows[1])
 
 
+def test_greedy_takes_the_likeliest_id():
+    sampler = Scripted([[3]], 5)
+    sampler.temperature = 0.0
+    assert sampler.draw(torch.zeros(1, 1))[0].tolist() == [3]
+
+
 def test_a_tokenizer_that_has_no_tags_stops_at_none(tiny):
     assert sdar.stop_criteria(tiny[1], ("</action>",)) is None
 
@@ -587,6 +588,35 @@ def test_skill_sds_loss_is_its_distillation(policy):
     old = batch["old"]
     expected, _ = sdar.skill_sd_loss(old, batch["teacher"], old, batch["mask"])
     assert metrics["sdar_loss"] == approx(expected.item(), rel=1e-4)
+
+
+SETTINGS = """
+"policy_loss"       4  {"clip_eps": 0.3}
+"policy_loss"       5  {"dual_clip": 4.0}
+"sdar_loss"         4  {"gate_beta": 2.0}
+"group_advantages"  3  {"normalize_std": False}
+"""
+
+
+@mark.parametrize("function, position, changes", table(SETTINGS))
+def test_settings_reach_their_function(function, position, changes, policy, monkeypatch):
+    seen = noted(monkeypatch, function, lambda *args: args[position])
+    one_update(policy, **changes)
+    assert seen == [*changes.values()]
+
+
+def test_an_update_shuffles_the_episodes(policy, monkeypatch):
+    played = noted(monkeypatch, "response_logprobs", lambda model, episodes, *rest: episodes)
+    episodes = one_update(policy)[2]
+    order = np.random.default_rng(0).permutation(8)
+    assert [e.ids for e in played[-1]] == [episodes[row].ids for row in order]
+
+
+def test_an_episode_without_a_response_token_breaks_no_step(policy):
+    episodes = play(policy, Config(group_size=4))
+    silent, prompt = episodes[0], episodes[0].mask.index(1)
+    silent.ids, silent.mask, silent.logprobs = silent.ids[:prompt], [0] * prompt, []
+    assert math.isfinite(one_update(policy, episodes)[1]["loss"])
 
 
 def test_the_gradient_is_clipped(policy):
@@ -807,33 +837,21 @@ def test_memory_flags_never_change_a_run(tmp_path):
         assert values == approx([row[name] for row in plain], rel=1e-3, abs=1e-5)
 
 
-def kept_activations(checkpoint, monkeypatch, checkpointing):
-    """(numbers kept for the backward pass of an update; was the model in training mode in it)."""
-    size = {"max_new_tokens": 8, "group_size": 2, "method": "grpo", "device": "cpu"}
-    config = Config(model=str(checkpoint), gradient_checkpointing=checkpointing, **size)
+@mark.parametrize("checkpointing, passes", [(False, [False]), (True, [True, False])])
+def test_checkpointing_computes_a_layer_twice(checkpointing, passes, checkpoint):
+    """The second time in the backward pass, when the model is in the other mode again."""
+    size = {"max_new_tokens": 8, "group_size": 2, "minibatches": 1, "device": "cpu"}
+    config = Config(
+        model=str(checkpoint), gradient_checkpointing=checkpointing, method="grpo", **size
+    )
     model, chat = sdar.load_policy(config)
-    episodes, sizes = play((model, chat), config, 2), []
+    episodes, modes = play((model, chat), config, 2), []
     batch = sdar.step_batch(model, None, None, episodes, config)
-    modes = noted(monkeypatch, "response_logprobs", lambda model, *rest: model.training)
-
-    def keep(x):
-        sizes.append(x.numel())
-        return x
-
-    optimizer, rng = torch.optim.SGD(model.parameters(), lr=0.0), np.random.default_rng(0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        sdar.update(model, optimizer, episodes, batch, config, rng)
-    monkeypatch.undo()
-    return sum(sizes), [*modes, model.training]
-
-
-def test_checkpointing_keeps_fewer_activations_in_the_training_pass_alone(checkpoint, monkeypatch):
-    plain, modes = kept_activations(checkpoint, monkeypatch, False)
-    assert not any(modes)
-    lean, (*modes, afterwards) = kept_activations(checkpoint, monkeypatch, True)
-    assert all(modes)
-    assert not afterwards
-    assert lean < plain / 2
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sdar.update(model, optimizer, episodes, batch, config, np.random.default_rng(0))
+    assert modes == passes
+    assert not model.training
 
 
 def test_killed_at_any_moment_a_run_resumes_exactly(tmp_path):
@@ -884,12 +902,12 @@ def test_a_damaged_checkpoint_is_never_trusted(name, content, place, finished, t
 
 @mark.parametrize("cut", [-9, 100])
 def test_a_log_that_lacks_steps_is_refused_and_kept(cut, finished, tmp_path):
-    log = Path(shutil.copytree(finished[1], tmp_path / "run")) / "metrics.jsonl"
-    log.write_text(log.read_text()[:cut])
-    before = log.read_text()
+    log = Path(shutil.copytree(finished[1], tmp_path / "run"), "metrics.jsonl")
+    text = log.read_text()[:cut]
+    log.write_text(text)
     with raises(sdar.UserError, match="lacks steps of the checkpoint's 2"):
         trained(tmp_path, steps=3, resume=True)
-    assert log.read_text() == before
+    assert log.read_text() == text
 
 
 @mark.parametrize("number, times, saved", [(2, 1, 2), (15, 1, 2), (2, 2, 0)])
@@ -1082,41 +1100,6 @@ def with_a_nan(tensors):
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
 
 
-SIZES = {"vocab_size": 500, "hidden_size": 32, "num_attention_heads": 4}
-
-
-def with_a_bias():
-    """Its logits are not the last states times one matrix."""
-    from transformers import PhiConfig, PhiForCausalLM
-
-    model = PhiForCausalLM(PhiConfig(num_hidden_layers=1, **SIZES))
-    model.lm_head.bias.data.fill_(1.0)
-    return model
-
-
-def hybrid():
-    """Some of its layers are no attention: padding changes what they keep."""
-    from transformers import Lfm2Config, Lfm2ForCausalLM
-
-    more = {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
-    kinds = ["conv", "full_attention"]
-    return Lfm2ForCausalLM(Lfm2Config(layer_types=kinds, **SIZES, **more))
-
-
-def windowed():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    more = {"intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 2}
-    return MistralForCausalLM(MistralConfig(sliding_window=64, **SIZES, **more))
-
-
-def recurrent():
-    """Mamba: it has neither attention nor a KV cache."""
-    from transformers import MambaConfig, MambaForCausalLM
-
-    return MambaForCausalLM(MambaConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1))
-
-
 def refusal(folder, tmp_path, capsys):
     """The one line with which a model's folder is refused."""
     capsys.readouterr()  # saving may have shown a progress bar
@@ -1137,7 +1120,7 @@ def folder(checkpoint, tmp_path):
 UNUSABLE = json.loads((DATA / "unusable_models.json").read_text())
 
 
-@mark.parametrize("file, change, message", UNUSABLE)
+@mark.parametrize("file, change, message", UNUSABLE["settings"])
 def test_a_model_of_unusable_settings_is_refused(file, change, message, folder, tmp_path, capsys):
     path = folder / file
     if isinstance(change, dict):
@@ -1164,17 +1147,15 @@ def test_a_model_that_is_not_whole_is_refused(change, message, folder, tmp_path,
     assert message in refusal(folder, tmp_path, capsys)
 
 
-@mark.parametrize(
-    "make, message",
-    [
-        (with_a_bias, "its logits are not its last states times one matrix"),
-        (hybrid, "do not attend to everything before a token"),
-        (windowed, "do not attend to everything before a token"),
-        (recurrent, "scaled_dot_product_attention"),
-    ],
-)
-def test_a_model_of_another_make_is_refused(make, message, folder, tmp_path, capsys):
-    make().save_pretrained(folder)
+@mark.parametrize("settings, message", UNUSABLE["makes"])
+def test_a_model_of_another_make_is_refused(settings, message, folder, tmp_path, capsys):
+    """A bias on the logits; layers that are no attention; a window; neither attention nor cache."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    if getattr(model.lm_head, "bias", None) is not None:
+        model.lm_head.bias.data.fill_(1.0)
+    model.save_pretrained(folder)
     assert message in refusal(folder, tmp_path, capsys)
 
 
@@ -1349,11 +1330,11 @@ def test_the_toys_seed_decides_what_else_is_about():
 
 
 def test_the_panel_is_fixed_and_has_every_type_equally_often():
-    world = make_env("toy")
+    world, other = make_env("toy"), make_env("toy")
     panel = world.panel("eval", 300)
-    assert panel == make_env("toy").panel("eval", 300)
+    assert panel == other.panel("eval", 300)
     assert len(set(panel)) == 300
-    assert {world.goals[task][0] for task, _ in panel[:6]} == set(envs.TASK_TEXT)
+    assert len({world.goals[task][0] for task, _ in panel[:6]}) == 6
 
 
 GAMES = (DATA / "toy_games.txt").read_text().splitlines()
@@ -1377,18 +1358,23 @@ def test_the_toy_by_hand(game):
 
 
 RESPONSES = r"""
-"go to desk 1"                              ("go to desk 1", True)
-"<action></action>"                         ("", False)
-""                                          ("", False)
-"a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
-"<think>hm</think><action> look </action>"  ("look", True)
-"I will look\naround"                       ("I will look around", False)
+"toy"     "go to desk 1"                              ("go to desk 1", True)
+"toy"     "<action></action>"                         ("", False)
+"toy"     ""                                          ("", False)
+"toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
+"toy"     "<think>hm</think><action> look </action>"  ("look", True)
+"toy"     "I will look\naround"                       ("I will look around", False)
+"search"  "<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", 1)
+"search"  "a"                                         ("", False)
+"search"  "<ANSWER>c</ANSWER><search>a</search>"      ("<answer>c</answer>", True)
+"search"  "<search> </search>"                        ("", False)
 """
 
 
-@mark.parametrize("response, parsed", table(RESPONSES))
-def test_parse_reads_the_first_tags_or_one_line(response, parsed):
-    assert make_env("toy").parse(response) == parsed
+@mark.parametrize("name, response, parsed", table(RESPONSES))
+def test_parse_reads_the_first_tags(name, response, parsed):
+    env = envs.ENVS[name]
+    assert env.parse(env, response) == parsed
 
 
 def test_the_carried_policy_reads_the_skill_and_is_poor_without(tiny):
@@ -1429,20 +1415,20 @@ def search():
         process.kill()
 
 
+WINNERS = json.loads((DATA / "winners.json").read_text())
+
+
 def winner(name, request):
     """(options, task, actions that win it) of an environment."""
-    if name == "toy":
-        home = HOME.home["mug"]
-        actions = [f"go to {home}", f"open {home}", "take mug 1", "go to sofa 1", "put mug 1"]
-        return {}, "put a mug in sofa 1", actions
+    if name == "alfworld":
+        folder, plans = request.getfixturevalue("alfworld")
+        return {"data": folder}, *next(iter(plans.items()))
+    options = {}
     if name == "search":
-        actions = ["<search>kolben</search>", "<answer>mira  kolben.</answer>"]
-        return request.getfixturevalue("search"), "3", actions
+        options = request.getfixturevalue("search")
     if name == "webshop":
-        actions = ["search[Lamp]", "click[b01]", "click[red, large]", "click[buy now]"]
-        return {"data": str(DATA / "webshop")}, "0", actions
-    folder, plans = request.getfixturevalue("alfworld")
-    return {"data": folder}, *next(iter(plans.items()))
+        options = {"data": str(DATA / "webshop")}
+    return options, *WINNERS[name]
 
 
 @mark.parametrize("name", envs.ENVS)
@@ -1497,12 +1483,12 @@ def test_no_step_without_a_running_episode(name, request):
     env = make_env(name, **options)
     with raises(ValueError, match="unknown task"):
         env.reset("no such task")
-    for _ in "ab":  # before the first one, and after the end
-        with raises(RuntimeError, match="no episode is running, call reset"):
-            env.step(actions[0])
-        env.reset(task)
-        env.close()
-        env.close()
+    with raises(RuntimeError, match="no episode is running, call reset"):
+        env.step(actions[0])
+    env.reset(task)
+    env.close()
+    with raises(RuntimeError, match="no episode is running"):
+        env.step(actions[0])
 
 
 @mark.parametrize("name", envs.ENVS)
@@ -1645,6 +1631,15 @@ def test_alfworld_plays_in_parallel(alfworld):
         assert rewards == [float(turn + 1 == len(actions)) for actions in plan]
 
 
+@mark.parametrize("text", ["not json", "{}"])
+def test_alfworld_names_a_broken_game(text, alfworld, tmp_path):
+    with raises(EnvUnavailable, match="alfworld-download"):
+        make_env("alfworld", data=str(tmp_path))
+    (tmp_path / "broken.tw-pddl").write_text(text)
+    with raises(EnvUnavailable, match="broken.tw-pddl"):
+        make_env("alfworld", data=str(tmp_path)).reset("broken.tw-pddl")
+
+
 def test_alfworld_survives_a_dead_process(alfworld):
     tasks = sorted(alfworld[1])
     worlds = [make_env("alfworld", data=alfworld[0]) for _ in tasks]
@@ -1695,19 +1690,6 @@ def test_webshops_crash_ends_its_own_episode_alone(shops):
     two.step("click[b01]")
     one.reset("1")  # the same goal, and another session
     assert two.step("click[buy now]")[1:3] == (1.0, True)
-
-
-SEARCHES = r"""
-"<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", True)
-"a"                                    ("", False)
-"<ANSWER>c</ANSWER><search>a</search>"  ("<answer>c</answer>", True)
-"<search> </search>"                   ("", False)
-"""
-
-
-@mark.parametrize("response, parsed", table(SEARCHES))
-def test_search_parses_its_first_tag(response, parsed):
-    assert envs.SearchEnv.parse(envs.SearchEnv, response) == parsed
 
 
 def test_search_splits_by_a_hash(search):

@@ -3,18 +3,14 @@
 // Why online: sum e^(x - max) needs the maximum, so a row (300 kB of Qwen's 151,936 logits) would be read twice. Carrying
 // the maximum along, and rescaling the sums when it grows, reads it once. Why one block a row: its threads' sums meet in
 // shared memory, and thousands of rows fill any card. What limits it: reading. So a thread takes 32 bytes at a time,
-// branch-free. TYPE: 0 float32, 1 bfloat16, 2 float16; Bits: an unsigned integer of that size.
+// branch-free. TYPE: 0 float32, 1 bfloat16; Bits: an unsigned integer of that size.
 
-#if TYPE == 2  // float16: by the conversion instructions
-__device__ float decode(Bits b) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(b)); return x; }
-__device__ Bits encode(float x) { Bits b; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(x)); return b; }
-#else  // float32 or bfloat16, which is its upper half, rounded to the nearest, ties to even
+// bfloat16 is the upper half of a float32, rounded to the nearest, ties to even
 __device__ float decode(Bits b) { return __uint_as_float((unsigned)b << 16 * TYPE); }
 __device__ Bits encode(float x) {
     unsigned b = __float_as_uint(x);
     return TYPE == 0 ? b : x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
-#endif
 const int PACK = 32 / sizeof(Bits);
 union Pack { uint4 loads[2]; Bits at[PACK]; };
 __device__ int packs(const Bits *x, int V) { return (size_t)x % 16 ? 0 : V / PACK; }  // the rest goes one by one

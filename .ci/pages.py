@@ -114,6 +114,36 @@ def check_comments():
         assert not missing, (name, missing)
 
 
+def check_norms(folder):
+    """Why the toy's lambda is 1: at the start the gated term's gradient is about as long as GRPO's,
+    most of it is the noise of the mean gate, and the signed one's is another thing."""
+    config = sdar.Config(out=str(folder))
+    envs = sdar.make_envs(config)
+    model, chat = sdar.load_policy(config)
+    rng, stream = sdar.np.random.default_rng([2, config.seed, 1]), (3, config.seed, 1)
+    starts = sdar.draw_starts(envs[0], config, rng)
+    episodes = sdar.rollout(model, chat, envs, starts, config, stream, config.temperature)
+    teacher = sdar.score(model, episodes, config, with_skill=True)
+    batch = sdar.step_batch(model, None, teacher, episodes, config)
+    student, _ = sdar.response_logprobs(model, episodes, config)
+
+    def norm(loss):
+        slopes = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        return torch.cat([slope.flatten() for slope in slopes]).norm().item()
+
+    mask, old = batch["mask"], batch["old"]
+    grpo = norm(sdar.policy_loss(student, old, batch["advantages"], mask)[0])
+    gates = ("gap", "constant", "reverse_kl")
+    losses = [sdar.sdar_loss(student, batch["teacher"], mask, kind)[0] for kind in gates]
+    gap, constant, signed = map(norm, losses)
+    print(
+        f"--- norms: grpo {grpo:.3f}, gap {gap:.3f}, constant {constant:.3f}, signed {signed:.3f}"
+    )
+    assert 0.5 < gap / grpo < 2
+    assert constant / gap > 0.5
+    assert signed / gap > 5
+
+
 if __name__ == "__main__":
     check_versions()
     check_comments()
@@ -122,5 +152,6 @@ if __name__ == "__main__":
     check_settings()
     with tempfile.TemporaryDirectory() as folder:
         sdar.os.chdir(folder)
+        check_norms(Path(folder, "norms"))
         for command in commands():
             run(command)

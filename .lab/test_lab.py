@@ -5,6 +5,7 @@ the course, the pages. Fixtures and helpers are those of test_sdar.py.
 """
 
 import copy
+import http.client
 import json
 import math
 import os
@@ -15,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -114,11 +114,11 @@ def test_demonstrations_teach_actions_and_not_the_prompt(demonstrations):
 
 
 def test_the_warm_start_is_deterministic(tmp_path):
-    chat = sdar.Chat(warmstart.toy_tokenizer())
+    chat, weights = sdar.Chat(warmstart.toy_tokenizer()), set()
     for name in "ab":
         warmstart.warmstart(tmp_path / name, chat, steps=3)
-    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
-    assert one == two
+        weights.add((tmp_path / name / "model.safetensors").read_bytes())
+    assert len(weights) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -142,13 +142,11 @@ def test_another_world_is_another_recipe(monkeypatch):
 
 def post(url, body):
     """(status, answer) of a body, bytes or what becomes JSON."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(url, data, timeout=5) as answer:
-            return answer.status, json.load(answer)
-    except urllib.request.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
+    connection = http.client.HTTPConnection(url.split("/")[2], timeout=5)
+    data = body if isinstance(body, bytes) else json.dumps(body)
+    connection.request("POST", "/retrieve", data)
+    with connection.getresponse() as answer:
+        return answer.status, json.load(answer)
 
 
 def test_the_server_speaks_both_dialects(search):
@@ -188,7 +186,7 @@ def test_oracle_finds_the_planted_bug(oracle, target, bug):
 
 
 @mark.skipif(not shutil.which("nvcc"), reason="needs a CUDA compiler on the PATH")
-@mark.parametrize("kind", [0, 1, 2])
+@mark.parametrize("kind", [0, 1])
 def test_the_kernel_compiles(kind, tmp_path):
     (tmp_path / "k.cu").write_text(kernel_on_cpu.source(kind))
     command = "nvcc -arch=sm_80 -ftz=true -Werror all-warnings -cubin -o k k.cu"
@@ -231,6 +229,10 @@ def test_the_kernel_agrees_with_float64(kernel, rows, width, temperature, offset
     gradient = grad_of((g * ours[0] + h * ours[1]).sum(), logits)
     tolerance = 1e-5 if kernel == torch.float32 else 1e-2
     assert (gradient.double() - slope).norm() <= tolerance * slope.norm() + 1e-7
+
+
+def test_the_kernel_rounds_as_pytorch_does(kernel):
+    assert kernel_on_cpu.rounds_as_pytorch(sdar.compiled, kernel)
 
 
 def test_the_kernels_gradient_takes_the_logits_place_once(kernel):
@@ -567,14 +569,10 @@ def test_fill_in(name):
 
 @mark.parametrize("kind", ["bug", "experiment"], ids="exercise_{}".format)
 def test_answer(kind):
-    puzzle, _, answer = os.environ.get("ANSWER", "").partition(" ")
-    known = exercise.puzzles()
-    if not puzzle or (puzzle in known and puzzle.isdigit() != (kind == "bug")):
+    wrong = exercise.verdict(kind, os.environ.get("ANSWER", ""))
+    if wrong is None:
         pytest.skip('no answer to judge: ANSWER="6 eos" or ANSWER="beta a"')
-    if puzzle not in known:
-        pytest.fail(f"{puzzle!r} is none of {', '.join(known)}", pytrace=False)
-    right, hint = exercise.judge(puzzle, answer)
-    assert right, f"{puzzle} is not {answer!r}. {hint}"
+    assert not wrong, wrong
 
 
 @mark.parametrize("name", exercise.BLANKS)
@@ -600,10 +598,8 @@ def test_every_puzzle_has_one_answer_that_cannot_be_read_by_accident():
     bugs = "eos observations shift skill detach temperature groups micro".split()
     for puzzle in exercise.puzzles():
         answers = bugs if puzzle.isdigit() else "abc"
-        right = [answer for answer in answers if exercise.judge(puzzle, answer)[0]]
-        assert len(right) == 1, puzzle
-    packed = str(exercise.puzzles())
-    assert not [name for name in bugs if name in packed]
+        assert [exercise.judge(puzzle, answer)[0] for answer in answers].count(True) == 1
+    assert not [name for name in bugs if name in str(exercise.puzzles())]
 
 
 def first_step(module, folder):

@@ -49,6 +49,19 @@ def judge(puzzle, answer):
     return right, unpack(entry["hint"])
 
 
+def verdict(kind, said):
+    """What is wrong with an answer, in words; "" if it is right; None if there is nothing of this
+    kind, "bug" or "experiment", to judge. said: a puzzle and the answer, as in "6 eos"."""
+    puzzle, _, answer = said.partition(" ")
+    known = puzzles()
+    if not puzzle or (puzzle in known and puzzle.isdigit() != (kind == "bug")):
+        return None
+    if puzzle not in known:
+        return f"{puzzle!r} is none of {', '.join(known)}"
+    right, hint = judge(puzzle, answer)
+    return "" if right else f"{puzzle} is not {answer!r}. {hint}"
+
+
 def blank(name, folder=ROOT):
     """Replace the body of a function, its docstring kept, by a NotImplementedError. Returns what to
     tell the learner."""
