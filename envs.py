@@ -72,6 +72,31 @@ def require(ok, message, error=UserError):
         raise error(message)
 
 
+@contextmanager
+def naming(what, kind=EnvUnavailable):
+    """Whatever is raised in here becomes one error of this kind: what failed, and how."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def as_typed(text):
+    """A text from a command line, ~ in front expanded. argparse's error for what no file name and
+    no page can hold: half a character, NUL, a line break."""
+    from argparse import ArgumentTypeError
+
+    if not text.isprintable():
+        raise ArgumentTypeError(f"{text!r} holds a character that cannot be written")
+    return os.path.expanduser(text)
+
+
+def tolerant_output():
+    """What a terminal cannot show, such as a bar of a curve in ASCII, appears as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def unknown(what, value, known):
     """The message for a bad choice, the nearest good one first."""
     near = difflib.get_close_matches(str(value), known, 1)
@@ -193,6 +218,9 @@ class Bandit:
 # after the other, or in threads where a step waits for a server or a process (`slow`).
 
 
+SPLITS = ("train", "dev", "eval")
+
+
 class TextEnv:
     """Time limit, refusal to step after the end, cut of overlong observations, admissible actions
     under them, tasks of a split, keys of `info`: what is the same for every environment.
@@ -238,7 +266,7 @@ class TextEnv:
     def tasks(self, split):
         """Task ids of a split ("train", "dev", "eval"), in a fixed order; else EnvUnavailable."""
         found = [task for task, goal in self.goals.items() if split in goal[1]]
-        message = f"{self.name}: no task is in the split {split!r}"
+        message = f"{self.name}: no task is in the split {split!r}; splits are train, dev, eval"
         require(found, message, EnvUnavailable)
         return found
 
@@ -276,12 +304,12 @@ class TextEnv:
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first <action>...</action> holds, or a
-        text of one line."""
-        tagged = re.search(r"<action>(.*?)</action>", response, re.DOTALL)
+        text of one line; valid is False where the tag is not closed."""
+        tagged = re.search(r"<action>(.*?)</action>", response, re.DOTALL | re.IGNORECASE)
         text = tagged.group(1) if tagged else response
         action = " ".join(text.split())
-        readable = tagged is not None or "\n" not in response.strip()
-        return action, bool(action) and readable
+        readable = tagged or not re.search(r"\n|<action>", response.strip(), re.IGNORECASE)
+        return action, bool(action and readable)
 
     def panel(self, split, episodes):
         """The evaluation episodes, a list of (task, seed): always the same ones, every task type
@@ -443,7 +471,7 @@ class ToyEnv(TextEnv):
         """Task ids of a split ("train", "dev" or "eval"): disjoint, in a fixed order mixed over
         types. There are few tasks of type look, so train lists each of them several times: every
         type comes equally often. ValueError for another split."""
-        require(split in ("train", "dev", "eval"), f"the toy has no split {split!r}")
+        require(split in SPLITS, unknown("split of toy", split, SPLITS))
         order = sorted(self.goals)
         random.Random(0).shuffle(order)
         chosen = []
@@ -593,15 +621,6 @@ def is_a(text, start):
 # .assets/environments.json.
 
 
-@contextmanager
-def engine(what):
-    """Whatever an engine raises in here becomes EnvUnavailable: what failed, and how."""
-    try:
-        yield
-    except Exception as error:
-        raise EnvUnavailable(f"{what} ({type(error).__name__}: {error})") from error
-
-
 # ALFWorld's engine is slow, and not safe in threads: a process a core plays it.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = {}  # {core: executor of one process}
@@ -626,7 +645,7 @@ def play_game(number, path, action):
     """In a worker: start a game (action None) or act in the one that environment `number` plays.
     Returns (text, won, admissible)."""
     signal.alarm(120)  # an engine that hangs takes its process along
-    with engine(f"cannot play {path}"):
+    with naming(f"cannot play {path}"):
         import textworld
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 
@@ -674,9 +693,18 @@ class AlfworldEnv(TextEnv):
     @classmethod
     @lru_cache(maxsize=None)
     def games(cls, folder):
-        """{path: (task type, splits)} of the games below a folder, sorted. EnvUnavailable if there
-        are none: the engine would hang."""
-        found = sorted(Path(folder).rglob("*.tw-pddl"))
+        """{path: (task type, splits)} of the games below a folder, sorted, but for those that the
+        official loader leaves out: not solvable, with a movable receptacle, with something sliced.
+        EnvUnavailable if there are none: the engine would hang."""
+        found, left_out = [], 0
+        for path in sorted(Path(folder).rglob("*.tw-pddl")):
+            name, text = str(path.relative_to(folder)), path.read_text("utf-8", "replace")
+            if re.search("movable|Sliced", name) or re.search(r'"solvable":\s*false', text):
+                left_out += 1
+            else:
+                found.append(path)
+        if left_out:
+            print(f"alfworld: {left_out} games left out, as officially", file=sys.stderr)
         message = f"no ALFWorld games (*.tw-pddl) in {folder}: run alfworld-download"
         require(found, message, EnvUnavailable)
         paths = [path.relative_to(folder) for path in found]
@@ -747,7 +775,7 @@ class WebShopEnv(TextEnv):
         if root not in sys.path:
             sys.path.append(root)
         message = f"WebShop does not start: WEBSHOP_ROOT={root} must be a checkout of its code "
-        with engine(message + "after its setup.sh"):
+        with naming(message + "after its setup.sh"):
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
@@ -785,7 +813,7 @@ class WebShopEnv(TextEnv):
 
     def _play(self, call, argument):
         score, over = 0.0, False
-        with engine(f"WebShop failed at {argument!r}"):
+        with naming(f"WebShop failed at {argument!r}"):
             observation, *more = call(argument)
             if (
                 call == self.shop.step
@@ -803,20 +831,27 @@ class WebShopEnv(TextEnv):
         return observation.replace(f"Instruction: [SEP] {self.task} [SEP] ", ""), self.state
 
 
-def read_rows(file, **types):
-    """The rows of a JSON-lines file: dicts with values of these types. EnvUnavailable names a line
-    that is no such row."""
+def read_rows(file, check=None, **types):
+    """The rows of a JSON-lines file: dicts with an id, each once, and values of these types.
+    check(row) may raise more. EnvUnavailable names the line that is no such row."""
     wanted = "a JSON-lines file with " + ", ".join(types)
-    with engine(f"{file!r} must be {wanted}"):
+    with naming(f"{file!r} must be {wanted}"):
+        require(os.path.isfile(file), "there is no such file")
         lines = Path(file).read_text("utf-8").split("\n")
-    rows = []
+    rows, places = [], {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            with engine(f"{file}, line {number}: not a row of {wanted}"):
-                row = json.loads(line)
-                for key, kind in types.items():
-                    require(isinstance(row[key], kind), f"{key} is of another type")
-                rows.append(row)
+        if not line.strip():
+            continue
+        with naming(f"{file}, line {number}: not a row of {wanted}"):
+            row = json.loads(line)
+            for key, kinds in types.items():
+                fine = type(row[key]) in kinds and row[key] not in ("", [])
+                require(fine, f"{key} is {row[key]!r:.50}")
+            place = places.setdefault(str(row["id"]), number)
+            require(place == number, f"its id is that of line {place}")
+            if check:
+                check(row)
+            rows.append(row)
     return rows
 
 
@@ -837,10 +872,17 @@ def ask(url, query, topk=3, seconds=30):
         try:
             post(url, json.dumps(body).encode(), end, answer)
             found = json.loads(answer)["result"][0]
-            real = [row for row in found if row.get("score", 0) > -1e30]  # less: an index's padding
-            passages = [row.get("document", row)["contents"] for row in real]
-            require(all(isinstance(text, str) for text in passages), "contents that are no text")
-            return list(dict.fromkeys(passages))
+            passages = []
+            for row in found:
+                document = row.get("document", row)
+                text = document.get("contents") or f"{document['title']}\n{document['text']}"
+                require(isinstance(text, str), "contents that are no text")
+                padding = row.get("score", 0) < -1e30  # of an index that found too little
+                if not padding and text not in passages:
+                    passages.append(text)
+            if len(passages) > topk:
+                too_many(url, topk)
+            return passages[:topk]
         except Exception as error:  # no connection, a status, half an answer, JSON of another shape
             trouble = f"{type(error).__name__}: {error}"
             if answer:
@@ -851,6 +893,12 @@ def ask(url, query, topk=3, seconds=30):
             time.sleep(pause)
     hint = "`python envs.py serve CORPUS.jsonl` starts a server"
     raise EnvUnavailable(f"no search results from {url} ({trouble}); {hint}")
+
+
+@lru_cache
+def too_many(url, topk):
+    """Say once that a server sends more than it was asked for."""
+    print(f"{url} sends more than {topk} passages: the others are dropped", file=sys.stderr)
 
 
 def post(url, body, end, answer):
@@ -903,7 +951,8 @@ class SearchEnv(TextEnv):
     def questions(cls, file, url):
         """{id: (task type, splits, (question, golden answers))} of a file; the server was tried."""
         goals = {}
-        for row in read_rows(file, id=(str, int), question=str, golden_answers=(str, list)):
+        types = {"id": (str, int), "question": (str,), "golden_answers": (str, list)}
+        for row in read_rows(file, cls.check_row, **types):
             text = f"{row['question'][:2000]} {row.get('data_source', '')}"
             kinds = [kind for kind, words in cls.TYPES.items() if re.search(words, text, re.I)]
             name = str(row["id"])
@@ -913,6 +962,15 @@ class SearchEnv(TextEnv):
             goals[name] = (kinds[0], (split,), (row["question"], row["golden_answers"]))
         ask(url, "probe")
         return goals
+
+    @staticmethod
+    def check_row(row):
+        """UserError unless the fields that not every data set has are of use where they are."""
+        texts = {type(text) for text in row["golden_answers"]} == {str}
+        require(texts, "golden_answers must be texts")
+        split = row.get("split") or "train"
+        require(split in SPLITS, unknown("split", split, SPLITS))
+        require(isinstance(row.get("data_source", ""), str), "data_source must be a text")
 
     def parse(self, response):
         """Text of the model -> (action, valid): the first <search> or <answer> in it, without line
@@ -961,8 +1019,8 @@ class SearchEnv(TextEnv):
 
 # --- Environments by name, the command line ----------------------------------------------
 #
-# Playing an environment yourself is the quickest way to see what a model is asked to do, and
-# whether its task can be solved from what is shown.
+# `python envs.py play toy`: playing an environment yourself is the quickest way to see what a model
+# is asked to do, and whether its task can be solved from what is shown.
 
 ENVS = {"toy": ToyEnv, "alfworld": AlfworldEnv, "webshop": WebShopEnv, "search": SearchEnv}
 
@@ -1000,62 +1058,15 @@ def own_class(name):
     return found
 
 
-def play(name, split="eval", task=None, **options):
-    """A person plays an episode in the terminal and sees what the model sees: the first task of the
-    split, or that of an id."""
-    env = make_env(name, **options)
-    observation, info = env.reset(task or env.tasks(split)[0])
-    print(env.instructions, observation, sep="\n\n")
-    ended = False
-    while not ended:
-        action, valid = env.parse(input("> "))
-        observation, _, terminated, truncated, info = env.step(action)
-        ended = terminated or truncated
-        remark = "" if valid and info["valid"] else " (an invalid action)"
-        print(observation + remark)
-    print(f"{'won' if info['won'] else 'not won'}, score {info['score']:g}")
-
-
-def serve(file, port=8000):
-    """Hand over to the small search server that comes with the repository."""
-    folder = HERE / ".lab"
-    there = (folder / "search_server.py").exists()
-    require(there, "the search server comes with the repository, in its folder .lab")
-    sys.path.append(str(folder))
-    importlib.import_module("search_server").serve(file, port)
-
-
 def main(argv):
-    """The command line. Returns the exit code: 0, also at the end of input; 2 bad input (one line
-    on stderr); 130 Ctrl-C."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"envs.py: {message}\n")  # one line, without the usage
-
-    parser = Parser("envs.py")
-    commands = parser.add_subparsers(required=True, dest="command", parser_class=Parser)
-    playing = commands.add_parser("play", argument_default=argparse.SUPPRESS)
-    playing.add_argument("name", help=f"{', '.join(ENVS)}, or your own, module:Class")
-    playing.add_argument("--data", help="its games, checkout or questions")
-    playing.add_argument("--url")
-    playing.add_argument("--split", help="train, dev or eval")
-    playing.add_argument("--task")
-    serving = commands.add_parser("serve", argument_default=argparse.SUPPRESS)
-    serving.add_argument("file", help="a JSON-lines file with id and contents")
-    serving.add_argument("--port", type=int, help="8000; 0: any")
-    options = vars(parser.parse_args(argv))
-    command = {"play": play, "serve": serve}[options.pop("command")]
-    try:
-        command(**options)
-    except (EOFError, KeyboardInterrupt) as error:
-        print("\nstopped")
-        return 130 if isinstance(error, KeyboardInterrupt) else 0
-    except (EnvUnavailable, UserError, OSError) as error:
-        print(f"envs.py: {error}", file=sys.stderr)
+    """Hand the command line over to .lab/player.py. Returns the exit code: 0, also at the end of
+    input; 2 bad input (one line on stderr); 130 Ctrl-C."""
+    folder = HERE / ".lab"
+    if not (folder / "player.py").exists():
+        print("envs.py: playing comes with the repository, in its folder .lab", file=sys.stderr)
         return 2
-    return 0
+    sys.path.append(str(folder))
+    return importlib.import_module("player").main(argv)
 
 
 if __name__ == "__main__":

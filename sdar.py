@@ -53,6 +53,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import numpy as np
@@ -62,15 +63,23 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from envs import (
     Bandit,
     EnvUnavailable,
     UserError,
+    as_typed,
     call_all,
     make_env,
+    naming,
     require,
     retrieve,
     skill_text,
+    tolerant_output,
     unknown,
 )
 
@@ -243,17 +252,21 @@ class Chat:
         self.tokenizer = tokenizer
         self.encode = lru_cache(maxsize=256)(self._encode)  # environments repeat themselves
 
-        messages = [
-            {"role": "system", "content": "SYSTEMTEXT"},
-            {"role": "user", "content": "FIRSTTEXT"},
-            {"role": "assistant", "content": "ANSWERTEXT"},
-            {"role": "user", "content": "NEXTTEXT"},
-        ]
+        # Three turns, each text a mark; what stands between two marks is a frame.
+        roles = "system user assistant user assistant user".split()
+        marks = "SYSTEMTEXT FIRSTTEXT ANSWERTEXT NEXTTEXT ANSWERTEXT NEXTTEXT".split()
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        before_first = rendered.split("FIRSTTEXT")[0].split("SYSTEMTEXT")
-        between, after = rendered.split("ANSWERTEXT")[1].split("NEXTTEXT")
+        parts = re.split(f"({'|'.join(marks)})", rendered)
+        frames, found = parts[::2], parts[1::2]
+        require(found in (marks, marks[1:]), "its chat template moves, repeats or drops a message")
+        if found != marks and not tokenizer.init_kwargs.get("whole_words"):
+            say("Its chat template has no place for instructions: the model does not read them.")
+        *before_first, answer, between, answer_again, between_again, after = frames
+        alike = (answer, between) == (answer_again, between_again) and after.startswith(answer)
+        require(alike, "its chat template frames a second turn otherwise than the first")
         self._before_first = [self._tokenize(part) for part in before_first]
         self._between = self._tokenize(between)  # end of a response, start of the user's message
         self._after = self._tokenize(after)  # end of the user's message, start of a response
@@ -885,14 +898,18 @@ def check_scored(episodes, old_logprobs, config):
         student = [i for i, sampled in zip(*episode.view(False)) if sampled]
         ids, mask = episode.view(True)
         teacher = [i for i, sampled in zip(ids, mask) if sampled]
-        assert student == teacher, "student and teacher must score the same ids"
+        require(student == teacher, "student and teacher must score the same ids", AssertionError)
         skill = ids[episode.skill_at :][: len(episode.skill_ids)]
-        assert skill == episode.skill_ids, "the teacher must read the skill"
+        require(skill == episode.skill_ids, "the teacher must read the skill", AssertionError)
         sampled_logprobs += episode.logprobs
 
     scored = old_logprobs[response_mask(episodes, old_logprobs.device) > 0]
     drift = (scored - torch.tensor(sampled_logprobs, device=scored.device)).abs().mean()
-    assert drift < DRIFT[config.dtype], f"ids sampled are not ids scored: {drift:.2g} nats apart"
+    require(
+        drift.isfinite(), "log-probs are not finite: the weights have grown too large, lower --lr"
+    )
+    message = f"ids sampled are not ids scored: {drift:.2g} nats apart"
+    require(drift < DRIFT[config.dtype], message, AssertionError)
 
 
 def total_score(episode, config):
@@ -1007,7 +1024,8 @@ def update(model, optimizer, episodes, batch, config, rng):
             part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()}
             if not norms:
                 drift = masked_mean((logprobs - part["old"]).abs(), part["mask"])
-                assert drift < DRIFT[config.dtype], "before any update the ratio must be 1"
+                message = "before any update the ratio must be 1"
+                require(drift < DRIFT[config.dtype], message, AssertionError)
 
             # A micro-batch counts by its share of the tokens: means over 300 and 100 tokens become
             # the mean over 400 as 3/4 and 1/4 of it. Then neither the gradient nor the metrics
@@ -1091,6 +1109,7 @@ def train(config):
     envs = make_envs(config)
     check_out(config)
     model, chat = load_policy(config)
+    lock = only_writer(config.out)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
     method, bandit = METHODS[config.method], Bandit()
 
@@ -1152,6 +1171,7 @@ def train(config):
             if stop and step < config.steps:
                 raise KeyboardInterrupt
 
+    lock.close()
     print_success("after", after)
     return {f"start_{name}": value for name, value in before.items()} | metrics
 
@@ -1239,6 +1259,8 @@ def load_kernel(dtype):
 # token, bear a padded KV cache, and give its logits as last states times one matrix.
 
 TINY_FOLDER = HERE / ".assets" / "tiny-policy"
+SMALLEST, LARGEST = {int: 1, float: 1e-9}, 1e9  # of a setting: float32 can square them
+PROBE = "Où est the Mug?\n<action>go to drawer 12</action>"  # a tokenizer must give it back
 MAY_BE_ZERO = (
     *("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef"),
     *("entropy_coef", "invalid_penalty", "sdar_coef", "gate_beta"),
@@ -1257,16 +1279,18 @@ def flag(name):
 
 def check_config(config):
     """UserError for a value that no run could use: a choice that does not exist, a number that is
-    negative, infinite or NaN, or settings that do not go together."""
+    negative, not finite or out of float32's reach, or settings that do not go together."""
     for name, choices in CHOICES.items():
         value = getattr(config, name)
         require(value in choices, unknown(flag(name), value, choices))
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            require(0 <= value < math.inf, f"{flag(name)} {value}: must be at least 0")
-            require(value or name in MAY_BE_ZERO, f"{flag(name)} 0: must be more than 0")
+            least = 0 if name in MAY_BE_ZERO else SMALLEST[type(value)]
+            fine = least <= value <= LARGEST
+            require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
 
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares")
+    require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     learns = METHODS[config.method].teacher or config.retrieval != "ucb"
     require(learns, f"--retrieval ucb learns from a teacher, --method {config.method} has none")
     on_cpu = config.device == "cpu"
@@ -1341,6 +1365,8 @@ def load_policy(config):
             f"--model {path}: no folder with a config.json (the tiny one: `git checkout "
             ".assets/tiny-policy` or `python sdar.py warmstart`)",
         )
+        merged = not (path / "adapter_config.json").exists()
+        require(merged, f"--model {path}: merge its LoRA adapter first (peft: merge_and_unload)")
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -1358,7 +1384,11 @@ def load_policy(config):
         check_computation(model)
         if config.gradient_checkpointing:
             enable_checkpointing(model)
-        return model, Chat(tokenizer, model.generation_config.eos_token_id)
+        chat = Chat(tokenizer, model.generation_config.eos_token_id)
+        read = tokenizer.decode(chat.encode(PROBE)).strip()
+        fine = read == PROBE or tokenizer.init_kwargs.get("whole_words")  # as the tiny policy's
+        require(fine, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
+        return model, chat
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         reason = (str(error) or repr(error)).strip().split("\n")[0]
         raise UserError(f"--model {path}: cannot be used: {reason:.200}") from error
@@ -1454,12 +1484,37 @@ MAY_DIFFER = (  # between a run and its continuation; nothing else may
 def check_out(config):
     """UserError if the run's folder cannot be written, or holds something that may not go."""
     folder = Path(config.out)
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    writable = os.access(parent, os.W_OK | os.X_OK)
-    require(writable, f"--out {folder}: {parent} is no folder that can be written")
+    place = next(path for path in (folder / "x").absolute().parents if path.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    require(writable, f"--out {folder}: {place} is no folder that can be written")
     replaced = config.overwrite and (folder / "metrics.jsonl").exists()
     free = config.resume or replaced or not any(folder.glob("*"))
     require(free, f"--out {folder} is not empty: --resume it or --overwrite it")
+
+
+def only_writer(folder):
+    """An open file; until it is closed, at the latest when this process ends, every other process
+    of this machine that asks for the same folder gets a UserError. Without locks on Windows.
+
+    The file is in the system's temporary folder: a run's own one may not exist yet."""
+    key = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()
+    lock = open(Path(gettempdir(), f"sdar-{key[:20]}.lock"), "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise UserError(f"--out {folder} is being written by process {lock.read()}") from None
+    lock.truncate(0)
+    print(os.getpid(), end="", file=lock, flush=True)
+    return lock
+
+
+def write_whole(path, text):
+    """Write a text file beside and rename it: what was there is lost only when the new is whole."""
+    fresh = Path(f"{path}.new")
+    fresh.write_text(text, "utf-8", errors="replace")
+    fresh.replace(path)
 
 
 def begin_run(config, model, env, before):
@@ -1576,7 +1631,7 @@ def save_checkpoint(config, model, chat, state):
     if (folder / "checkpoint").exists():
         (folder / "checkpoint").rename(old)
     fresh.rename(folder / "checkpoint")
-    (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
+    write_whole(folder / "config.json", json.dumps(vars(config), indent=1))
 
 
 def load_checkpoint(config, model, optimizer, teacher, bandit):
@@ -1596,27 +1651,30 @@ def load_checkpoint(config, model, optimizer, teacher, bandit):
         return 0, None  # it was killed before it saved: begin anew
 
     # Only the same run can go on: no setting may differ that decides its numbers.
-    state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=model.device)
-    step, settings = state["step"], state["config"]
+    with naming(f"--resume: {whole[0]} cannot be used", UserError):
+        state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=model.device)
+        step, before, settings = state["step"], dict(state["before"]), dict(state["config"])
+        optimizer.load_state_dict(state["optimizer"])
+        for weights, moments in optimizer.state.items():
+            shapes = {moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+            require(shapes == {weights.shape}, "its optimizer is of another model")
+        if config.teacher == "lagged":
+            teacher.load_state_dict(state["teacher"])
+        bandit.arms = dict(state["arms"])
     for name, value in vars(config).items():
         same = settings.get(name) == value or name in MAY_DIFFER
         require(same, f"--resume: {flag(name)} is not as in {folder}/config.json")
     require(step < config.steps, f"--resume: {folder} has all of its {step} steps; raise --steps")
-    lines = log.read_text().splitlines(keepends=True)[:step]  # later ones are played again
-    complete = len(lines) == step and all(line.endswith("}\n") for line in lines)
-    require(complete, f"--resume: {log} lacks steps of the checkpoint's {step}")
+    with naming(f"--resume: {log} lacks steps of the checkpoint's {step}", UserError):
+        lines = log.read_text("utf-8").split("\n")[:step]  # later ones are played again
+        steps = [json.loads(line)["step"] for line in lines]
+        require(steps == [*range(1, step + 1)], f"it has {steps}")
 
     weights, _ = load_policy(replace(config, model=str(whole[0])))
     model.load_state_dict(weights.state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    if config.teacher == "lagged":
-        teacher.load_state_dict(state["teacher"])
-    bandit.arms = state["arms"]
-    shorter = log.with_suffix(".new")
-    shorter.write_text("".join(lines))
-    shorter.replace(log)
+    write_whole(log, "\n".join(lines) + "\n" * (step > 0))
     say(f"--resume: from {whole[0]}, step {step}")
-    return step, state["before"]
+    return step, before
 
 
 def wilson(wins, n, z=1.96):
@@ -1692,13 +1750,13 @@ def parse_flags(command, description, argv, own=()):
     )
     known = ["--help"]
     for name, keywords in own:
-        known += parser.add_argument(name, **keywords).option_strings
+        known += parser.add_argument(name, **{"type": as_typed, **keywords}).option_strings
     help = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         names = [flag(f.name), *SYMBOLS.get(f.name, [])]
-        kind = {"type": f.type, "metavar": "VALUE"}
+        kind = {"type": as_typed if f.type is str else f.type, "metavar": "VALUE"}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f"{help[f.name]} [{f.default}]"
@@ -1758,6 +1816,7 @@ def main(argv):
     """Run a command. Returns the exit code: 0; 1 a run of compare failed; 2 bad input (one line on
     stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
     and shows its traceback."""
+    tolerant_output()
     try:
         return run_command(argv) or 0
     except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:

@@ -34,12 +34,17 @@ OWN = (
 def main(argv):
     """Run all that is not there yet, and print the comparison. Returns 1 if a run failed."""
     given = sdar.parse_flags("compare", __doc__, argv, OWN)
-    methods = given.pop("methods", ",".join(sdar.METHODS))
     seeds, sweep = given.pop("seeds", "0,1,2,3,4"), given.pop("sweep", "")
-    jobs = max(given.pop("jobs", 0), 0)
+    sdar.require(not (sweep and "methods" in given), "--methods or --sweep? not both")
+    methods = given.pop("methods", ",".join(sdar.METHODS))
+    jobs = given.pop("jobs", 0)
+    sdar.require(jobs >= 0, f"--jobs {jobs}: must be at least 1, or 0 for one a core")
     config = sdar.Config(**given)
     out = Path(given.get("out") or "runs/compare")
     runs = plan(given, methods, seeds, sweep, out)
+    may_be_full = {"out": str(out), "resume": True, "overwrite": False}
+    sdar.check_out(sdar.replace(config, **may_be_full))
+    lock = sdar.only_writer(out)
 
     todo = [run for row in runs.values() for run in row.values() if finished(run) is None]
     print(f"{sum(map(len, runs.values()))} runs in {out}, {len(todo)} of them to do")
@@ -51,14 +56,15 @@ def main(argv):
     reasons = {run.out: reason for run, reason in zip(todo, failures)}
 
     done = {label: evaluations(row) for label, row in runs.items()}
-    print_comparison(runs, done, start, reasons)
     out.mkdir(parents=True, exist_ok=True)
     report = out / "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
     text = json.dumps({"start": start, "evaluations": done})
-    report.with_suffix(".json").write_text(text + "\n")
+    sdar.write_whole(report.with_suffix(".json"), text + "\n")
+    print_comparison(runs, done, start, reasons)
     curves = {label: learning_curves(row, start) for label, row in done.items() if row}
     title = "held-out success without the skill at training steps"
     plots.draw({title: curves}, report.with_suffix(".svg"))
+    lock.close()
     return int(any(len(row) > len(done[label]) for label, row in runs.items()))
 
 
@@ -82,11 +88,13 @@ def plan(given, methods, seeds, sweep, out):
         "without --resume",
     )
     rows = [{name: typed(name, value)} for value in values.split(",")]
+    numbers = [typed("seed", seed) for seed in seeds.split(",")]
+    for values in (numbers, [row[name] for row in rows]):
+        sdar.require(len({*values}) == len(values), f"compare: one of {values} is there twice")
     if sweep:
         rows.insert(0, {"method": "grpo"})
 
     runs = {}
-    numbers = [typed("seed", seed) for seed in seeds.split(",")]
     for row in rows:
         label = label_of({**given, **row}, row)
         folder = out / label.replace(" ", "-")
@@ -111,9 +119,12 @@ def label_of(settings, row):
 def finished(config):
     """The evaluations of a run, if it is complete, else None. UserError if it was made with other
     settings."""
+    if not Path(config.out, "config.json").exists():  # it was stopped before its first checkpoint
+        return None
     try:
         old, lines = plots.read_run(config.out)
-    except sdar.UserError:
+    except sdar.UserError as error:
+        sdar.say(f"{error}; this run is done again")
         return None
     read = {*vars(config)} - {*sdar.MAY_DIFFER} | {"steps", "eval_every"}
     same = all(old.get(name) == getattr(config, name) for name in read)
@@ -121,7 +132,7 @@ def finished(config):
         f"{config.out} holds a run with other settings: choose another --out, or --overwrite it"
     )
     sdar.require(same or config.overwrite, message)
-    if not same or len(lines) != config.steps:
+    if not same or len(lines) != config.steps or "eval_success" not in lines[-1]:
         return None
     return [line for line in lines if "eval_success" in line]
 
@@ -134,11 +145,16 @@ def evaluations(row):
 
 def launch(config):
     """Train from the first step, in a process of its own. Returns "" or what went wrong."""
+    command = [sys.executable, str(sdar.HERE / "sdar.py"), "train"]
     settings = {**vars(config), "overwrite": True}  # what is left of a run that did not finish
-    code = "import json, sys, sdar; sdar.train(sdar.Config(**json.loads(sys.argv[1])))"
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, json.dumps(settings)]
-    done = subprocess.run(command, env=place, capture_output=True, text=True)
+    for name, value in settings.items():
+        flag = sdar.flag(name)
+        if type(value) is bool:
+            command.append(flag if value else flag.replace("--", "--no-"))
+        else:
+            command.append(f"{flag}={value}")
+    place = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
     if done.returncode:
         return f"exit code {done.returncode}: {' '.join(done.stderr.split()[-20:])}"
     return ""

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plots
+
 import sdar
 
 OWN = (
@@ -31,12 +33,15 @@ def main(argv):
     typed = sdar.parse_flags("inspect", __doc__, argv, OWN)
     number, page = typed.pop("episode", 0), typed.pop("page", "inspect.html")
     config = sdar.Config(**typed)
+    plots.check_file("--page", page, (".html", ".htm"))
     has_gate = sdar.METHODS[config.method].teacher == "gate"
     sdar.require(has_gate, f"inspect shows the gate, and --method {config.method} has none")
 
+    known = 0 <= number < config.group_size
+    sdar.require(known, f"--episode {number}: a group has episodes 0 to {config.group_size - 1}")
+
     model, chat, group = play_group(config)
-    known = 0 <= number < len(group) and any(group[number].mask)
-    sdar.require(known, f"--episode {number}: there is none with a sampled token")
+    sdar.require(number < len(group), f"--episode {number}: its engine failed")
     episode = group[number]
     prompt = episode.ids[: episode.mask.index(1)]
     unreadable = 2 * prompt.count(chat.tokenizer.unk_token_id) >= len(prompt)
@@ -180,7 +185,7 @@ def write_page(path, chat, episode, texts, names, rows, beta):
     filled |= {"tokens": "".join(tokens[:1200]), "histogram": bars, "beta": f"{beta:g}"}
     template = TEMPLATE.read_text("utf-8")
     page = re.sub(r"\{(\w+)\}", lambda name: filled[name[1]], template)
-    Path(path).write_text(page, "utf-8")
+    sdar.write_whole(path, page.replace("\0", "\ufffd"))
     print(f"\n{path}: the same, for a browser")
 
 

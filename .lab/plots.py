@@ -4,6 +4,7 @@ Runs that differ in nothing but the seed are one curve, with a band of one stand
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import sdar
 
 OWN = (
     ("runs", {"nargs": "*", "help": "folders of runs"}),
-    ("--picture", {"help": "file of the picture [plot.svg]"}),
+    ("--picture", {"help": "file of the picture, .svg, .png or .pdf [plot.svg]"}),
 )
 TITLES = {  # {key of a line of metrics.jsonl: title of its panel}
     "success": "success in training",
@@ -29,20 +30,42 @@ TITLES = {  # {key of a line of metrics.jsonl: title of its panel}
 
 
 def read_run(folder):
-    """(settings, lines of metrics) of a run's folder. UserError if there is no such run in it."""
-    try:
-        with open(Path(folder, "metrics.jsonl")) as log:
-            lines = [json.loads(line) for line in log]
-        settings = dict(json.loads(Path(folder, "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        message = f"{folder} holds no run that can be read: {error}"
-        raise sdar.UserError(message) from error
-    return settings, lines
+    """(settings, lines of metrics) of a run's folder. UserError if there is no such run in it, and
+    for a line that is no step: step 1, 2, ... of numbers, or of nothing where they were not finite,
+    and of counts by task type."""
+    log = Path(folder, "metrics.jsonl")
+    with sdar.naming(f"{folder} holds no run that can be read", sdar.UserError):
+        settings = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        sdar.require(type(settings) is dict, "config.json holds no settings")
+        texts = log.read_text("utf-8").strip("\n")
+
+    rows = []
+    for number, text in enumerate(texts.split("\n") if texts else [], 1):
+        with sdar.naming(f"{log}, line {number} is no step of a run", sdar.UserError):
+            row = json.loads(text)
+            sdar.require(row["step"] == number, f"its step is {row['step']}")
+            for name, value in row.items():
+                check_value(name, value)
+            sdar.require("eval_success" not in row or row["eval_by_type"], "no eval_by_type")
+            rows.append(row)
+    return settings, rows
+
+
+def check_value(name, value):
+    """UserError for a value of a line that is not of its kind."""
+    if name == "eval_by_type":
+        for episodes, *won in value.values():
+            fine = len(won) == 2 and 0 <= min(won) <= max(won) <= episodes > 0
+            sdar.require(fine, f"{name} is no table of counts")
+    else:
+        sdar.require(type(value) in (int, float, type(None)), f"{name} is {value!r:.50}")
 
 
 def main(argv):
     """Draw the curves of runs, given by their folders."""
     typed = sdar.parse_flags("plot", __doc__, argv, OWN)
+    picture = typed.get("picture", "plot.svg")
+    check_file("--picture", picture, (".svg", ".png", ".pdf"))
     groups = alike(typed.pop("runs", []))
     panels = {}
     for name, title in TITLES.items():
@@ -52,7 +75,16 @@ def main(argv):
                 panels.setdefault(title, {})[label] = curve
     example = "python sdar.py plot runs/toy-sdar-s0"
     sdar.require(panels, f"plot takes folders of runs that have finished a step: {example}")
-    draw(panels, typed.get("picture", "plot.svg"))
+    draw(panels, picture)
+
+
+def check_file(flag, path, kinds):
+    """UserError if what a flag names could not be written when the work is done."""
+    path = Path(path)
+    sdar.require(path.suffix in kinds, f"{flag} {path}: its name must end in {' or '.join(kinds)}")
+    folder = path.absolute().parent
+    writable = os.access(folder, os.W_OK) and not path.is_dir()
+    sdar.require(writable, f"{flag} {path}: no file can be written there")
 
 
 def alike(folders):
@@ -75,7 +107,7 @@ def points_of(name, logs):
     """(runs, points, 2) of steps and values, as long as the shortest run; None without points."""
     curves = []
     for lines in logs:
-        filled = [line for line in lines if line.get(name) is not None]
+        filled = [line for line in lines if line.get(name) is not None and np.isfinite(line[name])]
         curves.append([(line["step"], line[name]) for line in filled])
     points = min(map(len, curves))
     if not points:
@@ -108,7 +140,9 @@ def draw(panels, path):
             axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize="medium")
         axes.legend(fontsize="small")
-    figure.savefig(path)
+    fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
+    figure.savefig(fresh)
+    fresh.replace(path)
     print(f"\n{path}")
 
 

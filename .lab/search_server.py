@@ -102,7 +102,7 @@ class Server(ThreadingHTTPServer):
 def serve(file, port=8000):
     """Serve a JSON-lines file of rows (id, contents) on loopback for ever. EnvUnavailable for
     another file; OSError for a port that is taken."""
-    index = Index(envs.read_rows(file, id=(str, int), contents=str))
+    index = Index(envs.read_rows(file, id=(str, int), contents=(str,)))
     with Server(("127.0.0.1", port), Handler) as server:
         server.index = index
         print(f"search server: http://127.0.0.1:{server.server_port}/retrieve", flush=True)

@@ -338,7 +338,7 @@ def rows_of(printed):
 
 
 def test_compare_prints_means_gains_and_curves(compared, tmp_path):
-    code, printed, launched = compared("--methods", "grpo,sdar,sdar")
+    code, printed, launched = compared("--methods", "grpo,sdar")
     assert (code, launched) == (0, ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"])
     rows = rows_of(printed)
     assert "0.42±0.12" in rows["grpo"]  # 2/6 and 3/6
@@ -354,7 +354,7 @@ def test_compare_goes_on_where_it_stopped(compared, tmp_path):
     printed = compared("--methods", "grpo,sdar")[1]
     (tmp_path / "sdar-s1/metrics.jsonl").write_text('{"step": ')  # killed while it wrote
     (tmp_path / "grpo-s0/metrics.jsonl").write_text("")
-    code, again, launched = compared("--methods", "grpo,sdar", "--seeds", "0,1,0")
+    code, again, launched = compared("--methods", "grpo,sdar", "--seeds", "0,1")
     assert code == 0
     assert launched == ["grpo-s0", "sdar-s1"]
     assert again.split("\n\n")[1:] == printed.split("\n\n")[1:]  # the same table and curves

@@ -210,6 +210,7 @@ def toy_tokenizer():
         unk_token="<unk>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=TOY_TEMPLATE,
+        whole_words=True,  # what is no word of this world is lost, and load_policy need not mind
     )
 
 

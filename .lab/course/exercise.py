@@ -1,6 +1,7 @@
 """The course: functions to write again, planted bugs to find, the picture of the gate's gradient.
 
-    python sdar.py exercise blank gate        # empties a function; git checkout brings it back
+    python sdar.py exercise blank gate        # empties a function
+    python sdar.py exercise restore gate      # brings it back; yours is kept in sdar.py.mine
     python sdar.py exercise bug 3 --steps 20 --out runs/bug3    # sdar.py with planted bug 3
     python sdar.py exercise gradient          # .assets/gate.svg, and the same as text
 
@@ -13,6 +14,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -26,6 +28,7 @@ BLANKS = {  # {function to write again: its file}
     "kl_k3": "sdar.py",
     "retrieve": "envs.py",
 }
+EMPTY = 'NotImplementedError("exercise: write {} again")'
 PICTURE = ROOT / ".assets" / "gate.svg"
 
 
@@ -64,20 +67,67 @@ def verdict(kind, said):
 
 def blank(name, folder=ROOT):
     """Replace the body of a function, its docstring kept, by a NotImplementedError. Returns what to
-    tell the learner."""
-    path = Path(folder, BLANKS[name])
-    source = path.read_text()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            function = node
+    tell the learner.
 
-    lines = source.splitlines(keepends=True)
-    after_docstring = function.body[0].end_lineno
-    body = f'    raise NotImplementedError("exercise: write {name} again")\n'
-    lines[after_docstring : function.end_lineno] = [body]
-    path.write_text("".join(lines))
-    told = f"{path.name}: the body of {name} is gone; its docstring says what it did."
-    return f"{told} Back: git checkout {path.name}"
+    The original is kept in the folder .blanked, for restore. A learner's own version, if one stands
+    there, goes to the end of sdar.py.mine."""
+    original = Path(folder, ".blanked", f"{name}.py")
+    path, before, text, after = find(name, folder)
+    told = ""
+    if original.exists():
+        told = keep(text, name, folder)
+    else:
+        original.parent.mkdir(exist_ok=True)
+        write_whole(original, text)
+    text = original.read_text("utf-8")
+    docstring = ast.parse(text).body[0].body[0]
+    head = "".join(text.splitlines(keepends=True)[: docstring.end_lineno])
+    write_whole(path, f"{before}{head}    raise {EMPTY.format(name)}\n{after}")
+    told = f"{path.name}: the body of {name} is gone; its docstring says what it did.{told}"
+    return f"{told} Back: python sdar.py exercise restore {name}"
+
+
+def restore(name, folder=ROOT):
+    """Put the original of a blanked function back; what stands there goes to the end of
+    sdar.py.mine. Returns what to tell the learner."""
+    original = Path(folder, ".blanked", f"{name}.py")
+    path, before, text, after = find(name, folder)
+    if not original.exists():
+        raise ValueError(f"{path.name}: {name} is not blanked")
+    told = keep(text, name, folder)
+    write_whole(path, before + original.read_text("utf-8") + after)
+    original.unlink()
+    return f"{path.name}: {name} is as it was.{told}"
+
+
+def find(name, folder):
+    """(file, text before, text of a function, text after). By its lines, not by its syntax: that
+    may be broken."""
+    path = Path(folder, BLANKS[name])
+    source = path.read_text("utf-8")
+    parts = re.split(rf"(?m)(^def {name}\((?:.*\n)(?:[ \t)].*\n|\n(?=\n*[ \t)]))*)", source)
+    if len(parts) != 3:
+        raise ValueError(f"{path.name} has no function {name}, or several")
+    return path, *parts
+
+
+def keep(text, name, folder):
+    """Append a learner's version of a function to sdar.py.mine. Returns where, for the learner; ""
+    if there is none to keep."""
+    original = Path(folder, ".blanked", f"{name}.py").read_text("utf-8")
+    if text == original or EMPTY.format(name) in text:
+        return ""
+    mine = Path(folder, f"{BLANKS[name]}.mine")
+    before = mine.read_text("utf-8") if mine.exists() else ""
+    write_whole(mine, f"{before}# --- {name}\n{text}\n")
+    return f" What you wrote is kept in {mine.name}."
+
+
+def write_whole(path, text):
+    """Write a file beside and rename it: half of sdar.py would be the end of it."""
+    fresh = Path(f"{path}.new")
+    fresh.write_text(text, "utf-8")
+    fresh.replace(path)
 
 
 def planted(number):
@@ -126,15 +176,19 @@ def gradient(path=PICTURE):
 
 
 def main(argv):
-    """Run one of the three. Returns an exit code, or None for 0."""
+    """Run one of the four. Returns an exit code, or None for 0."""
     command, *rest = argv or ["help"]
     what = rest[0] if rest else ""
-    if command == "blank" and what in BLANKS:
-        print(blank(what))
+    if command in ("blank", "restore") and rest == [what] and what in BLANKS:
+        try:
+            print({"blank": blank, "restore": restore}[command](what))
+        except (ValueError, OSError) as error:
+            print(f"exercise: {error}", file=sys.stderr)
+            return 2
     elif command == "bug" and what.isdigit() and what in puzzles():
         return planted(what).main(rest[1:])
-    elif command == "gradient":
-        gradient(*rest)
+    elif command == "gradient" and not rest:
+        gradient()
     else:
         asked = command in ("help", "--help", "-h")
         usage = f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8"
