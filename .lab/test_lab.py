@@ -588,6 +588,43 @@ def test_a_blanked_function_keeps_its_docstring_and_fails_its_grader(name, tmp_p
         grade(name)
 
 
+def written(name, change):
+    """A function with a part of its text replaced, in a copy of its module."""
+    module = {"sdar.py": sdar, "envs.py": envs}[exercise.BLANKS[name]]
+    old, new = change.replace("\\n", "\n").split(" => ")
+    text = exercise.find(name, ROOT)[2]
+    assert old in text
+    space = {**vars(module)}
+    exec(text.replace(old, new, 1), space)
+    return space[name]
+
+
+WRONG_ANSWERS = (DATA / "wrong_answers.txt").read_text().split("\n")[:-1]
+
+
+@mark.parametrize("name, what, change", [line.split(" | ") for line in WRONG_ANSWERS])
+def test_wrong_answers_fail_with_a_meaning(name, what, change, monkeypatch):
+    for module in (sdar, envs):
+        monkeypatch.setattr(module, name, written(name, change), raising=False)
+    with raises(AssertionError, match="..."):
+        grade(name)
+
+
+def test_blank_and_restore_keep_what_a_learner_wrote(tmp_path):
+    for file in ("sdar.py", "envs.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    path, whole = tmp_path / "sdar.py", (ROOT / "sdar.py").read_text()
+    exercise.blank("gate", tmp_path)
+    path.write_text(path.read_text().replace("raise NotImplementedError(", "return my(answer"))
+    assert "sdar.py.mine" in exercise.blank("gate", tmp_path)
+    assert "return my(answer" in (tmp_path / "sdar.py.mine").read_text()
+    path.write_text("# other work\n" + path.read_text())
+    exercise.restore("gate", tmp_path)
+    assert path.read_text() == "# other work\n" + whole
+    with raises(ValueError, match="not blanked"):
+        exercise.restore("gate", tmp_path)
+
+
 def test_a_wrong_answer_fails_with_its_hint(monkeypatch):
     monkeypatch.setenv("ANSWER", "beta a")
     with raises(AssertionError, match="is not 'a'. .*gate_mean"):

@@ -1,6 +1,8 @@
 """The graders of the fill-in exercises: hand numbers, and what it means when one is missed.
 test_lab.py runs them."""
 
+from contextlib import contextmanager
+
 import torch
 
 import envs
@@ -17,6 +19,17 @@ def check_near(got, expected, meaning):
     got = torch.as_tensor(got).double()
     expected = torch.as_tensor(expected).double()
     assert torch.allclose(got, expected, atol=1e-5), meaning
+
+
+@contextmanager
+def meaning(message):
+    """Whatever the learner's function raises in here becomes an AssertionError with a meaning."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"{message} ({type(error).__name__}: {error})") from error
 
 
 def grade_group_advantages():
@@ -53,50 +66,73 @@ def grade_group_advantages():
     check_near(weighted, written_out[[0, 3]], "a weight of 3 counts a row three times")
 
 
-GATES = {  # {gate: (its values for the gaps and entropies below, what it is)}
-    "entropy": ([0.622459, 0.970688, 0.5], "sigmoid(beta h): it must not know the gap"),
-    "soft_or": ([0.939913, 0.960834, 0.5], "1 - (1 - h)(1 - gap) goes into the sigmoid"),
-    "none": ([1, 1, 1], "1 everywhere"),
-    "reverse_kl": ([0.5, -0.2, 0], "the gap itself, signed"),
-    "constant": (
-        [0.564361] * 3,
-        "the mean of the gap gate over the mask: what stands behind it must not count",
+# Two rows, of three tokens and of one; what stands behind the mask must not count.
+GAP = [[0.5, -0.2, 0.0, 9.0], [0.3, 9.0, 9.0, 9.0]]
+ENTROPY = [[0.1, 0.7, 0.0, 9.0], [0.4, 9.0, 9.0, 9.0]]
+MASK = [[1, 1, 1, 0], [1, 0, 0, 0]]
+GATES = {  # {gate: (its values on the four tokens, what it is)}
+    "entropy": (
+        [0.622459, 0.970688, 0.5, 0.880797],
+        "sigmoid(beta h): it must not know the gap",
     ),
-    "centred": ([0.359781, -0.29542, -0.064361], "the gap gate less its mean over the mask"),
+    "soft_or": (
+        [0.939913, 0.960834, 0.5, 0.947846],
+        "1 - (1 - h)(1 - gap) goes into the sigmoid, all of it times beta",
+    ),
+    "none": ([1, 1, 1, 1], "1 everywhere"),
+    "reverse_kl": ([0.5, -0.2, 0, 0.3], "the gap itself, signed"),
+    "constant": (
+        [0.627665] * 4,
+        "the mean of the gap gate over all tokens of the mask, not of each row's mean, and not of "
+        "what stands behind the mask",
+    ),
+    "centred": (
+        [0.296477, -0.358724, -0.127665, 0.189909],
+        "the gap gate less its mean over all tokens of the mask",
+    ),
 }
 
 
 def grade_gate():
-    gap = tensor(0.5, -0.2, 0.0, 9.0).requires_grad_()
-    entropy = tensor(0.1, 0.7, 0.0, 9.0)
-    mask = tensor(1, 1, 1, 0)
+    gap, entropy, mask = (torch.tensor(rows).double() for rows in (GAP, ENTROPY, MASK))
+    gap.requires_grad_()
+    seen = mask > 0
     g = sdar.gate("gap", gap, entropy, 5.0, mask)
     assert not g.requires_grad, (
         "the gate must be detached: else tokens with a clearly negative gap are pushed down, "
         "without a bound"
     )
     check_near(
-        g[0, :3],
-        [0.924142, 0.268941, 0.5],
+        g[seen],
+        [0.924142, 0.268941, 0.5, 0.817574],
         "sigmoid(beta gap): 1/2 without a gap, more where the teacher finds the token likelier",
     )
     beta_0 = sdar.gate("gap", gap, entropy, 0.0, mask)
-    check_near(beta_0, [[0.5] * 4], "beta 0 is a gate of 1/2 whatever the gap")
+    check_near(beta_0, torch.full((2, 4), 0.5), "beta 0 is a gate of 1/2 whatever the gap")
 
     for kind, (expected, meaning) in GATES.items():
         value = sdar.gate(kind, gap, entropy.clone().requires_grad_(), 5.0, mask)
         assert value.shape == gap.shape, f"{kind}: a gate for every token, so of the gap's shape"
         message = f"{kind}: no gate has a gradient, through the entropy neither"
         assert not value.requires_grad, message
-        check_near(value[0, :3], expected, f"{kind}: {meaning}")
+        check_near(value[seen], expected, f"{kind}: {meaning}")
 
-    draw = torch.Generator().manual_seed(0)
-    shuffled = sdar.gate("shuffled", gap, entropy, 5.0, mask, draw)
-    check_near(
-        shuffled[mask > 0].sort().values,
-        g[mask > 0].sort().values,
-        "shuffled: the same values, on other tokens, within the mask",
-    )
+    def shuffled(seed):
+        draw = torch.Generator().manual_seed(seed)
+        return sdar.gate("shuffled", gap, entropy, 5.0, mask, draw)[seen]
+
+    orders = [shuffled(seed) for seed in range(9)]
+    for order in orders:
+        check_near(
+            order.sort().values,
+            g[seen].sort().values,
+            "shuffled: the same values, on other tokens, within the mask",
+        )
+    message = "shuffled: the tokens must change places, across the rows, too"
+    assert any(order[3] != g[seen][3] for order in orders), message
+    message = "shuffled: one generator, one order; else no run could be repeated"
+    again = [shuffled(seed) for seed in range(9)]
+    assert torch.equal(torch.stack(orders), torch.stack(again)), message
 
 
 def grade_sdar_loss():
@@ -104,7 +140,8 @@ def grade_sdar_loss():
     student = tensor(-1, -0.5, -2, nan).requires_grad_()
     teacher = tensor(-0.5, -0.7, -2, nan).requires_grad_()
     loss, stats = sdar.sdar_loss(student, teacher, tensor(1, 1, 1, 0))
-    (slope,) = torch.autograd.grad(loss, student, retain_graph=True)
+    with meaning("the student must not be detached: through it alone the loss teaches"):
+        (slope,) = torch.autograd.grad(loss, student, retain_graph=True)
     push = -slope[0]
     nothing_leaks = push.isfinite().all() and not push[3]
     assert nothing_leaks, (
@@ -130,12 +167,34 @@ def grade_sdar_loss():
         "gate_mean, gate_active (a gate of 1/2 is not), gap_mean: means over the mask",
     )
 
+    gap, entropy, mask = (torch.tensor(rows).double() for rows in (GAP, ENTROPY, MASK))
+    four = gap[mask > 0]
+
+    def loss_of(kind, beta=5.0):
+        with meaning(f"kind {kind!r}: the gate needs kind, gap, entropy, beta and mask"):
+            return sdar.sdar_loss(torch.zeros_like(gap), gap, mask, kind, beta, entropy)[0]
+
+    gated = torch.sigmoid(5 * four) * four
+    message = "a mean over the four tokens of two rows, not the mean of the rows' means"
+    check_near(loss_of("gap"), gated.mean(), message)
+    gated = torch.sigmoid(2 * four) * four
+    check_near(loss_of("gap", 2.0), gated.mean(), "beta must reach the gate")
+    check_near(loss_of("none"), four.mean(), "kind must reach the gate: none is a gate of 1")
+    gated = torch.sigmoid(5 * entropy[mask > 0]) * four
+    check_near(loss_of("entropy"), gated.mean(), "the entropy must reach the gate")
+    gated = 0.627665 * four
+    message = "the mask must reach the gate: a constant gate is a mean over the mask"
+    check_near(loss_of("constant"), gated.mean(), message)
+    message = "a gate may be given by its values, which are then taken as they are"
+    check_near(loss_of(entropy), (entropy * gap)[mask > 0].mean(), message)
+
 
 def grade_kl_k3():
     p = tensor(0.5, 0.3, 0.2)
     q = tensor(0.2, 0.3, 0.5)
     policy = p.log().requires_grad_()
     k3 = sdar.kl_k3(policy, q.log())
+    assert k3.shape == policy.shape, "a value for every token, not their mean or sum"
     assert k3.requires_grad, "it is a term of the loss: the policy must not be detached"
     message = "k3 is 0 where the two agree and never negative; the plain difference is neither"
     assert (k3 >= 0).all(), message
@@ -148,6 +207,10 @@ def grade_kl_k3():
     (slope,) = torch.autograd.grad(k3.sum(), policy)
     check_near(slope, 1 - q / p, "reference is a constant, the policy is not")
 
+    value = sdar.kl_k3(tensor(-2.4), tensor(0.0))
+    message = "e^2.4 - 2.4 - 1: only what is further apart is clamped"
+    check_near(value, [[7.623176]], message)
+    check_near(sdar.kl_k3(tensor(0.0), tensor(-9.0)), [[8.000123]], message)
     far = tensor(-900.0).requires_grad_()
     value = sdar.kl_k3(far, tensor(0.0))
     message = (
@@ -167,9 +230,11 @@ def grade_retrieve():
         envs.Skill("lamp", "l", ("look",)),
     ]
 
-    def names(strategy, seed=0):
+    def names(strategy, seed=0, bank=bank, **options):
         task = "put that mug in drawer 1"
-        return [skill.name for skill in envs.retrieve(bank, task, "put", strategy, seed)]
+        with meaning(f"{strategy}: no more than the bank has"):
+            skills = envs.retrieve(bank, task, "put", strategy, seed, **options)
+        return [skill.name for skill in skills]
 
     assert names("keyword") == ["mug", "all"], (
         "task type and a whole word must fit ('hat' is in 'that'); no condition fits always"
@@ -185,3 +250,21 @@ def grade_retrieve():
     assert names("random") == names("random"), message
     choices = {str(names("random", seed)) for seed in range(9)}
     assert len(choices) > 1, "another seed, another choice"
+
+    for seed in range(9):
+        for strategy in ("random", "wrong"):
+            message = f"{strategy}: a skill is there once"
+            assert len({*names(strategy, seed)}) == 2, message
+    drawn = {name for seed in range(30) for name in names("random", seed)}
+    assert len(drawn) == 5, "random: of the whole bank, not of what fits"
+    misfits = bank[1:2] + bank[3:]
+    assert len(names("random", bank=misfits)) == 1, "random: at least one, even where nothing fits"
+    assert names("wrong", bank=bank[:3]) == [], "wrong: none, if the bank has none of another type"
+
+    bandit = envs.Bandit({"all found": [5, -5.0], "mug found": [5, 5.0], "hat not found": [5, 5.0]})
+    bandit.SLOTS = 2
+    known = names("ucb", bank=bank[:3], bandit=bandit)
+    message = "ucb: the skills that the bandit chooses, here the two that were worth something"
+    assert {*known} == {"mug", "hat"}, message
+    orders = {str(names("ucb", seed)) for seed in range(9)}
+    assert len(orders) > 1, "ucb: ties are broken differently with each seed: shuffle the bank"
