@@ -1289,6 +1289,7 @@ def check_config(config):
             fine = least <= value <= LARGEST
             require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
 
+    require(config.lr <= 1, "--lr: at most 1: every weight moves by about so much a step")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     learns = METHODS[config.method].teacher or config.retrieval != "ucb"
@@ -1357,6 +1358,8 @@ def load_policy(config):
     import transformers  # here, since it takes seconds
 
     transformers.utils.logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
+        transformers.utils.logging.set_verbosity_error()
     path = Path(TINY_FOLDER if config.model == "tiny" else config.model)
     if path.exists() or path.is_absolute() or config.model.startswith("."):  # else on the hub
         require(not (path / "checkpoint").is_dir(), f"--model {path}: take {path}/checkpoint")
@@ -1417,7 +1420,7 @@ def check_files(model, tokenizer, report):
     ):
         require(not names, f"{fault} the tensor {min(names, default='')}")
     for name, weights in model.named_parameters():
-        require(weights.isfinite().all(), f"its weights are not finite: {name}")
+        require(weights.isfinite().all(), f"its weights are not finite in the tensor {name}")
     ids = max(tokenizer.get_vocab().values()) + 1
     rows = len(model.get_input_embeddings().weight)
     require(ids <= rows, f"its tokenizer has {ids} ids, its embedding only {rows} rows")
@@ -1594,6 +1597,9 @@ def log_step(config, step, episodes, metrics, clock):
     for name, value in line.items():
         if isinstance(value, float) and not math.isfinite(value):
             line[name] = None
+    skipped = line["skipped_updates"]
+    if skipped:
+        say(f"step {step}: {skipped} updates skipped, their gradients were not finite: lower --lr?")
     with open(Path(config.out, "metrics.jsonl"), "a") as log:
         log.write(json.dumps(line) + "\n")
     return line

@@ -64,6 +64,7 @@ def deprecations():
     log.disable_default_handler()  # else it would print all of it
     log.add_handler(handler)
     log.set_verbosity_warning()
+    os.environ["TRANSFORMERS_VERBOSITY"] = "warning"  # load_policy leaves it so
     return handler
 
 
@@ -1068,6 +1069,72 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
     assert sorted(tmp_path.rglob("*")) == before, "nothing may be half-written"
 
 
+def test_fuzz():
+    """SDAR_FUZZ=500 python -m pytest -k fuzz tries so many."""
+    code, said, _ = python(".lab/fuzz.py", os.environ.get("SDAR_FUZZ", "52"))
+    assert (code, said.splitlines()[-1:]) == (0, ["0 wrong"]), said
+
+
+def test_one_run_has_one_writer(tmp_path, capsys):
+    """A dead one's lock is no obstacle, and nothing of it stays in the run's folder."""
+    out, context = str(tmp_path / "run"), get_context("spawn")
+    run = context.Process(target=sdar.train, args=[small(tmp_path, steps=1000)])
+    run.start()
+    while not (tmp_path / "run/checkpoint").exists():
+        time.sleep(0.1)
+    for flags in ("--resume", "--overwrite"):
+        assert main(["--out", out, flags]) == 2
+        assert f"is being written by process {run.pid}" in capsys.readouterr().err
+    run.kill()
+    run.join()
+    assert len(trained(tmp_path, overwrite=True)[1]) == 2
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept == {"checkpoint", "config.json", "metrics.jsonl", "checkpoint.old"}
+
+
+def test_what_a_terminal_cannot_show_ends_no_run(finished, tmp_path):
+    """Bars of curves, and tokens, in ASCII; half a character and a NUL on a page."""
+    (tmp_path / "odd.py").write_text(ODD_WORLD)
+    place = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(tmp_path)}
+    flags = "--group-size 2 --max-turns 1 --env odd:Odd".split()
+    for command in (["plot", str(finished[1])], ["inspect", *flags]):
+        argv = [sys.executable, str(ROOT / "sdar.py"), *command]
+        done = subprocess.run(argv, cwd=tmp_path, env=place, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert b"\\u2588" in done.stdout or b"\\u25b2" in done.stdout
+    page = (tmp_path / "inspect.html").read_text("utf-8")
+    assert "put mug ?\ufffd in desk 1" in page
+
+
+ODD_WORLD = """
+from envs import Skill, TextEnv
+
+class Odd(TextEnv):
+    name = "odd"
+    instructions = "go to desk 1"
+    skills = [Skill("a", "half \\ud800 a\\0b")]
+    goals = {"t": ("put", ("train", "dev", "eval"))}
+
+    def _reset(self, task, seed):
+        self.task = "put mug \\udfff\\0 in desk 1"
+        return self.task, {"admissible": None, "won": False, "valid": True}
+
+    def _step(self, action):
+        return "\\ud800", {"admissible": None, "won": True, "valid": True}
+"""
+
+
+def test_weights_that_overflow_are_named(policy):
+    policy[0].lm_head.weight.data[0, 0] = math.inf
+    with raises(sdar.UserError, match="not finite.*lower --lr"):
+        one_update(policy)
+
+
+def test_home_is_found():
+    typed = sdar.parse_flags("train", "", ["--out=~/run", "--model", "~"])
+    assert typed == {"out": str(Path.home() / "run"), "model": str(Path.home())}
+
+
 def test_without_the_repository_an_instrument_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "HERE", tmp_path)
     assert main(["compare"]) == 2
@@ -1135,7 +1202,7 @@ def test_a_model_of_unusable_settings_is_refused(file, change, message, folder, 
         (without_embedding, "its files lack the tensor"),
         (with_another_name, "it has no place for the tensor module.norm"),
         (with_another_shape, "its files have in another shape the tensor model.norm.weight"),
-        (with_a_nan, "its weights are not finite: model.layers.0.mlp.up_proj.weight"),
+        (with_a_nan, "its weights are not finite in the tensor model.layers.0.mlp.up_proj.weight"),
     ],
 )
 def test_a_model_that_is_not_whole_is_refused(change, message, folder, tmp_path, capsys):
@@ -1364,6 +1431,8 @@ RESPONSES = r"""
 "toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
 "toy"     "<think>hm</think><action> look </action>"  ("look", True)
 "toy"     "I will look\naround"                       ("I will look around", False)
+"toy"     "<Action>look</ACTION>"                     ("look", True)
+"toy"     "a <action>go to desk 1"                    ("a <action>go to desk 1", False)
 "search"  "<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", 1)
 "search"  "a"                                         ("", False)
 "search"  "<ANSWER>c</ANSWER><search>a</search>"      ("<answer>c</answer>", True)
@@ -1631,6 +1700,17 @@ def test_alfworld_plays_in_parallel(alfworld):
         assert rewards == [float(turn + 1 == len(actions)) for actions in plan]
 
 
+def test_alfworld_leaves_out_what_the_official_loader_does(tmp_path, capsys):
+    folder = tmp_path / "games"
+    solvable = {"Mug-1": True, "Mug-2": False, "movable-Pen-3": True, "AppleSliced-4": True}
+    for name, value in solvable.items():
+        (folder / "train" / f"pick_{name}").mkdir(parents=True)
+        game = folder / "train" / f"pick_{name}" / "game.tw-pddl"
+        game.write_text(json.dumps({"solvable": value}))
+    assert [*envs.AlfworldEnv.games(folder)] == ["train/pick_Mug-1/game.tw-pddl"]
+    assert capsys.readouterr().err == "alfworld: 3 games left out, as officially\n"
+
+
 @mark.parametrize("text", ["not json", "{}"])
 def test_alfworld_names_a_broken_game(text, alfworld, tmp_path):
     with raises(EnvUnavailable, match="alfworld-download"):
@@ -1736,7 +1816,7 @@ def test_search_cuts_inside_its_frame(search):
 FAULTY = SimpleNamespace(**runpy.run_path(str(ROOT / ".lab" / "faulty_server.py")))
 
 
-@mark.parametrize("kind", [*FAULTY.FAULTS][:-1])
+@mark.parametrize("kind", [*FAULTY.FAULTS][:-2])
 def test_a_misbehaving_server_is_never_an_observation(kind):
     fault, begin = FAULTY.FAULTS[kind], time.monotonic()
     seconds = fault.get("seconds", 0.6)
@@ -1753,6 +1833,14 @@ def test_an_indexs_padding_is_no_passage():
     with FAULTY.faulty_server("padded") as (url, requests):
         assert envs.ask(url, "q") == ["a"]
     assert requests == [{"query": "q", "queries": ["q"], "topk": 3, "return_scores": True}]
+
+
+def test_a_servers_dialects_are_understood(capsys):
+    """No score, a score that is no number, title and text, more than was asked for."""
+    with FAULTY.faulty_server("dialects") as (url, _):
+        assert envs.ask(url, "q") == ["a", "T\nb", "c"]
+        envs.ask(url, "q")
+    assert capsys.readouterr().err == f"{url} sends more than 3 passages: the others are dropped\n"
 
 
 COMMANDS = (DATA / "envs_commands.txt").read_text().splitlines()

@@ -68,7 +68,7 @@ def largest_errors(logits, ids, temperature, g, h):
     error = (torch.stack(ours).double() - exact).abs().max()
     value = (g * ours[0] + h * ours[1]).sum()
     (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
-    assert gradient.data_ptr() == logits.data_ptr(), "in place"
+    sdar.require(gradient.data_ptr() == logits.data_ptr(), "the gradient must take logits' place")
     return error.item(), ((gradient.double() - slope).norm() / slope.norm()).item()
 
 

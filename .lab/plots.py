@@ -37,7 +37,7 @@ def read_run(folder):
     with sdar.naming(f"{folder} holds no run that can be read", sdar.UserError):
         settings = json.loads(Path(folder, "config.json").read_text("utf-8"))
         sdar.require(type(settings) is dict, "config.json holds no settings")
-        texts = log.read_text("utf-8").strip("\n")
+        texts = log.read_text("utf-8").removesuffix("\n")
 
     rows = []
     for number, text in enumerate(texts.split("\n") if texts else [], 1):
@@ -83,7 +83,7 @@ def check_file(flag, path, kinds):
     path = Path(path)
     sdar.require(path.suffix in kinds, f"{flag} {path}: its name must end in {' or '.join(kinds)}")
     folder = path.absolute().parent
-    writable = os.access(folder, os.W_OK) and not path.is_dir()
+    writable = folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
     sdar.require(writable, f"{flag} {path}: no file can be written there")
 
 

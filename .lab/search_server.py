@@ -102,6 +102,7 @@ class Server(ThreadingHTTPServer):
 def serve(file, port=8000):
     """Serve a JSON-lines file of rows (id, contents) on loopback for ever. EnvUnavailable for
     another file; OSError for a port that is taken."""
+    envs.require(0 <= port < 2**16, f"--port {port}: must be from 0 to 65535")
     index = Index(envs.read_rows(file, id=(str, int), contents=(str,)))
     with Server(("127.0.0.1", port), Handler) as server:
         server.index = index

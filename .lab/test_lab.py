@@ -32,6 +32,7 @@ import compare
 import kernel_on_cpu
 import microscope
 import oracles
+import plots
 import warmstart
 
 import envs
@@ -474,7 +475,7 @@ def test_inspects_page_is_whole_and_loads_nothing(inspect):
 
 @mark.parametrize(
     "flags, message",
-    [("--method grpo", "--method grpo has none"), ("--episode 8", "--episode 8: there is none")],
+    [("--method grpo", "--method grpo has none"), ("--episode 8", "episodes 0 to 7")],
 )
 def test_inspect_refuses_what_it_cannot_show(flags, message, inspect):
     code, _, error, _ = inspect(f"{flags} --max-turns 1")
@@ -538,6 +539,26 @@ def test_plot_joins_seeds_and_leaves_out_what_is_not_there(runs, capsys):
     assert "mean gap" not in printed
     assert "KL\n▁▄  1" in printed
     assert Path("p.png").exists() == ("no picture" not in printed)
+
+
+def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
+    log = Path("b-s0/metrics.jsonl")
+    log.write_text(
+        log.read_text().replace('"success": 1.0, "kl": 0.2', '"success": NaN, "kl": 0.2')
+    )
+    assert main("plot b-s0".split()) == 0
+    assert "██  1: 1.000  3: 1.000  b\n" in capsys.readouterr().out
+
+
+def test_compare_trains_the_code_that_was_called(tmp_path, monkeypatch):
+    """Not what stands in the current folder or in PYTHONPATH under the same names."""
+    for name in ("sdar", "envs", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('another one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "nowhere"))
+    config = small(tmp_path, steps=1)
+    assert compare.launch(config) == ""
+    assert plots.read_run(config.out)[1][-1]["eval_episodes"] == 6
 
 
 @mark.parametrize(
@@ -661,6 +682,6 @@ def test_a_planted_bug_shows_in_the_metrics_of_step_1(number, right_step, tmp_pa
     assert buggy != right_step, "sdar.py has changed under it"
 
 
-def test_exercise_without_a_known_word_shows_its_usage(capsys):
+def test_exercise_without_a_known_word_names_them(capsys):
     assert main(["exercise", "blank", "nothing"]) == 2
-    assert "exercise blank gate" in capsys.readouterr().err
+    assert "blank or restore group_advantages, gate" in capsys.readouterr().err

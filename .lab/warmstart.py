@@ -321,6 +321,9 @@ def main(argv):
     where = {"type": Path, "default": sdar.TINY_FOLDER, "help": "of the policy, which is replaced"}
     flags = sdar.parse_flags("warmstart", about, argv, [("--folder", where)])
     folder = flags.pop("folder")
+    ours = (folder / "sums.json").is_file() or not folder.exists()
+    fine = ours and folder.absolute().parent.is_dir()
+    sdar.require(fine, f"--folder {folder}: something else is there, or there is no folder for it")
     toy = {"env": "toy", "model": str(folder), "preset": "toy", "device": "cpu"}
     config = sdar.Config(**{"steps": 900} | flags | toy)
 

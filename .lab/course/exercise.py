@@ -189,11 +189,12 @@ def main(argv):
         return planted(what).main(rest[1:])
     elif command == "gradient" and not rest:
         gradient()
+    elif command in ("help", "--help", "-h"):
+        print(f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8")
     else:
-        asked = command in ("help", "--help", "-h")
-        usage = f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8"
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        known = f"blank or restore {', '.join(BLANKS)}; bug 1 to 8; gradient; --help"
+        print(f"sdar.py exercise: unknown {' '.join(argv)!r}; known: {known}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
