@@ -72,6 +72,11 @@ def require(ok, message, error=UserError):
         raise error(message)
 
 
+def full_path(path):
+    """The path from the root, ~ in front expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
 @contextmanager
 def naming(what, kind=EnvUnavailable):
     """Whatever is raised in here becomes one error of this kind: what failed, and how."""
@@ -685,7 +690,7 @@ class AlfworldEnv(TextEnv):
         message = "ALFWorld is missing: pip install alfworld (built with g++, make, `python`)"
         installed = find_spec("textworld") and find_spec("alfworld")
         require(installed, message, EnvUnavailable)
-        self.data = os.path.abspath(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
+        self.data = full_path(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
         AlfworldEnv.number += 1
         self.number = AlfworldEnv.number
         self.goals = self.games(self.data)
@@ -763,7 +768,7 @@ class WebShopEnv(TextEnv):
 
     def __init__(self, data="", **options):
         super().__init__(**options)
-        root = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(none named)"))
+        root = full_path(data or os.environ.get("WEBSHOP_ROOT", "(none named)"))
         first = self.first.get(root)
         self.shop = self._start(root, first.shop.server if first else None)
         self.first.setdefault(root, self)
@@ -944,7 +949,7 @@ class SearchEnv(TextEnv):
     def __init__(self, data="(no data named)", url="http://127.0.0.1:8000/retrieve", **options):
         super().__init__(**options)
         self.url = url
-        self.goals = self.questions(data, url)
+        self.goals = self.questions(os.path.expanduser(data), url)
 
     @classmethod
     @lru_cache(maxsize=None)

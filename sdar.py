@@ -49,6 +49,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -1285,8 +1286,8 @@ def check_config(config):
         require(value in choices, unknown(flag(name), value, choices))
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            least = 0 if name in MAY_BE_ZERO else SMALLEST[type(value)]
-            fine = least <= value <= LARGEST
+            least, nothing = SMALLEST[type(value)], value == 0 and name in MAY_BE_ZERO
+            fine = nothing or least <= value <= LARGEST
             require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
 
     require(config.lr <= 1, "--lr: at most 1: every weight moves by about so much a step")
@@ -1574,9 +1575,8 @@ def log_step(config, step, episodes, metrics, clock):
     turns = sum(episode.turns for episode in episodes)
     tokens = sum(len(episode.logprobs) for episode in episodes)
     seconds = np.diff(clock)
-    scores = {}  # {group: its different scores}
-    for episode in episodes:
-        scores.setdefault(episode.group, set()).add(total_score(episode, config))
+    scores = {(episode.group, total_score(episode, config)) for episode in episodes}
+    kinds = Counter(group for group, _ in scores)  # different scores of each group
 
     line = {
         "step": step,
@@ -1586,7 +1586,7 @@ def log_step(config, step, episodes, metrics, clock):
         "invalid_rate": sum(episode.invalid for episode in episodes) / turns,
         "response_tokens": tokens / n,
         "overflowed": sum(episode.overflowed for episode in episodes),
-        "flat_groups": sum(len(group) == 1 for group in scores.values()) / len(scores),
+        "flat_groups": [*kinds.values()].count(1) / len(kinds),
         "dropped": config.tasks_per_step * config.group_size - n,
         "seconds_rollout": seconds[0],
         "seconds_teacher": seconds[1],
@@ -1721,6 +1721,7 @@ GROUPS = {  # the field at which a group of flags begins
     "sdar_coef": "SDAR",
     "eval_every": "evaluation",
 }
+OF_TRAINING = ("steps", "out", "resume", "overwrite", "save_every", "eval_every")
 COMMANDS = """commands
   train      train a policy; what `python sdar.py` does
   evaluate   play the held-out panel with a model
@@ -1740,11 +1741,12 @@ INSTRUMENTS = {  # {command: its script in the folder .lab}
 }
 
 
-def parse_flags(command, description, argv, own=()):
+def parse_flags(command, description, argv, own=(), without=()):
     """The flags that were typed, {name: value}: of Config, and the command's own. What was not
     typed is not in it, so that a preset can fill it in.
 
-    own: (flag, keywords of add_argument) pairs. UserError for an unknown flag names its
+    own: (flag, keywords of add_argument) pairs; without: fields of Config that the command would
+    ignore. UserError for an unknown flag names its
     neighbour; argparse.ArgumentError for a value of another type."""
     parser = argparse.ArgumentParser(
         usage=f"python sdar.py {command} [flags]",
@@ -1761,6 +1763,8 @@ def parse_flags(command, description, argv, own=()):
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
+        if f.name in without:
+            continue
         names = [flag(f.name), *SYMBOLS.get(f.name, [])]
         kind = {"type": as_typed if f.type is str else f.type, "metavar": "VALUE"}
         if f.type is bool:
@@ -1807,7 +1811,8 @@ def run_command(argv):
         sys.path.insert(0, str(script.parent))
         return importlib.import_module(script.stem).main(rest)
 
-    config = Config(**parse_flags(command, COMMANDS, rest))
+    ignored = OF_TRAINING if command == "evaluate" else ()
+    config = Config(**parse_flags(command, COMMANDS, rest, without=ignored))
     untested = untested_versions()
     if untested:
         say(f"sdar.py: untested versions, which may do otherwise: {untested}")

@@ -18,8 +18,8 @@ import sdar
 README = (ROOT / "README.md").read_text()
 NOT_RUN = {  # a part of a command: why it is not run here
     "pytest": "run by .ci/run",
-    "git checkout": "undoes blank",
     "exercise blank": "tested on copies",
+    "exercise restore": "tested on copies",
     "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
     "venv": "it is .ci/run",
     "--help": "it has its own test",

@@ -23,7 +23,7 @@ NO_CHUNKS = 2**62  # logits at once
 
 def main(argv):
     """Time a step, then the log-probs."""
-    config = sdar.Config(**sdar.parse_flags("bench", __doc__, argv))
+    config = sdar.Config(**sdar.parse_flags("bench", __doc__, argv, (), sdar.OF_TRAINING))
     envs = sdar.make_envs(config)
     model, chat = sdar.load_policy(config)
     time_steps(model, chat, envs, config)

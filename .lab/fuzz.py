@@ -37,13 +37,13 @@ def a_number(draw, folder):
     numbers = [f for f in sdar.fields(sdar.Config) if f.type in (int, float)]
     chosen = draw.choice(numbers)
     value = draw.choice(NO_NUMBER if chosen.type is float else NO_INT)
-    command = draw.choice(["train", "evaluate", "inspect", "bench"])
+    command = draw.choice(["train", "train", "evaluate", "inspect", "bench"])
     return [command, f"{sdar.flag(chosen.name)}={value}"], sdar.flag(chosen.name)
 
 
 def a_sweep(draw, folder):
     """The same for compare."""
-    (command, flag), name = a_number(draw, folder)
+    (_, flag), name = a_number(draw, folder)
     return ["compare", "--sweep", f"{flag[2:]}", "--out", str(folder / "c")], name
 
 
@@ -116,6 +116,10 @@ def a_clash(draw, folder):
         "exercise restore": "",
         "train evaluate": "evaluate",
         "evaluate x": "x",
+        "evaluate --out x": "--out",
+        "inspect --resume": "--resume",
+        "bench --steps 3": "--steps",
+        "plot --lr 3": "--lr",
     }
     command = draw.choice([*commands])
     return command.split(), commands[command]
@@ -227,7 +231,7 @@ def a_log(draw, folder):
     number = draw.randrange(len(rows))
     row = json.loads(rows[number])
     key = draw.choice([name for name in row if name != "eval_by_type"])
-    changed = {**row, key: draw.choice(["1", [1], {}, True])}
+    changed = {**row, key: draw.choice(["1", [1], {}, True, 10**400])}
     counts = draw.choice(
         [[3], [1, 2, 3], None, {"put": 3}, {"put": [1, "x", 0]}, {"put": [0, 0, 0]}]
     )

@@ -30,7 +30,7 @@ TEMPLATE = sdar.HERE / ".assets" / "inspect.html"
 
 def main(argv):
     """Play a group, show one of its episodes."""
-    typed = sdar.parse_flags("inspect", __doc__, argv, OWN)
+    typed = sdar.parse_flags("inspect", __doc__, argv, OWN, sdar.OF_TRAINING)
     number, page = typed.pop("episode", 0), typed.pop("page", "inspect.html")
     config = sdar.Config(**typed)
     plots.check_file("--page", page, (".html", ".htm"))

@@ -57,13 +57,15 @@ def check_value(name, value):
         for episodes, *won in value.values():
             fine = len(won) == 2 and 0 <= min(won) <= max(won) <= episodes > 0
             sdar.require(fine, f"{name} is no table of counts")
-    else:
-        sdar.require(type(value) in (int, float, type(None)), f"{name} is {value!r:.50}")
+    elif value is not None:
+        fine = type(value) is float or (type(value) is int and abs(value) < 2**53)
+        sdar.require(fine, f"{name} is {value!r:.50}")
 
 
 def main(argv):
     """Draw the curves of runs, given by their folders."""
-    typed = sdar.parse_flags("plot", __doc__, argv, OWN)
+    no_setting = [field.name for field in sdar.fields(sdar.Config)]
+    typed = sdar.parse_flags("plot", __doc__, argv, OWN, no_setting)
     picture = typed.get("picture", "plot.svg")
     check_file("--picture", picture, (".svg", ".png", ".pdf"))
     groups = alike(typed.pop("runs", []))

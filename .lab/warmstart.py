@@ -274,7 +274,7 @@ def imitation_loss(model, rows):
 def warmstart(folder, chat, steps=900):
     """Train the tiny policy by imitation and save it in `folder`, a Path. Deterministic on one
     machine and PyTorch. OSError if the folder cannot be written."""
-    fresh = folder.with_name(folder.name + ".new")
+    fresh = folder.with_name(f".{folder.name}-unfinished")
     fresh.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -307,7 +307,7 @@ def save_policy(folder, fresh, model, chat):
     sums = sdar.hashes(fresh) | {"recipe": recipe(chat)}
     (fresh / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(f".{folder.name}-replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

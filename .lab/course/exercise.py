@@ -171,6 +171,7 @@ def gradient(path=PICTURE):
         student = torch.zeros(1, 41, requires_grad=True)
         (slope,) = torch.autograd.grad(loss(student), student)
         curves[label] = torch.stack([gap, -41 * slope], -1).numpy()
+    plots.check_file("gradient", path, (".svg", ".png", ".pdf"))
     title = "push on log pi of a sampled token, over its gap in nats (+: up)"
     plots.draw({title: curves}, path)
 
@@ -187,8 +188,8 @@ def main(argv):
             return 2
     elif command == "bug" and what.isdigit() and what in puzzles():
         return planted(what).main(rest[1:])
-    elif command == "gradient" and not rest:
-        gradient()
+    elif command == "gradient" and len(rest) < 2:
+        gradient(*rest)
     elif command in ("help", "--help", "-h"):
         print(f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8")
     else:
