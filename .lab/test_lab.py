@@ -42,6 +42,7 @@ from test_sdar import (
     DATA,
     ROOT,
     deprecations,
+    finished,
     grad_of,
     lines,
     nothing_is_deprecated,
@@ -429,7 +430,8 @@ def test_the_push_is_the_losses_gradient(policy, changes):
     _, entropy = sdar.response_logprobs(policy[0], group, config, with_entropy=True)
     loss, _ = sdar.objective(student, entropy, batch, config)
     push = -grad_of(loss, student) * batch["mask"].sum()
-    assert torch.allclose(push, values["push"] * batch["mask"], atol=1e-5)
+    pushes = values["by reward"] + values["by teacher"]
+    assert torch.allclose(push, pushes * batch["mask"], atol=1e-5)
 
 
 @fixture
@@ -453,7 +455,7 @@ def test_inspect_prints_a_line_a_token_that_fits(columns, inspect, monkeypatch):
     rows = [line for line in printed.splitlines() if re.search("[▲▼]", line)]
     assert len(rows) == 18
     assert max(map(len, rows)) <= columns
-    assert ("student   teacher" in printed) == (columns == 80)
+    assert ("student    teacher" in printed) == (columns == 80)
 
 
 def test_inspect_colours_terminals_alone(inspect, monkeypatch):
@@ -467,8 +469,10 @@ def test_inspect_colours_terminals_alone(inspect, monkeypatch):
 def test_inspects_page_is_whole_and_loads_nothing(inspect):
     page = inspect("--seed 6 --episode 2")[3]
     tags = [element.tag for element in ElementTree.fromstring(page).iter()]
-    assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (18, 25, 1)
-    assert len(page) < 20_000
+    assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (20, 27, 1)
+    assert len(page) < 25_000
+    assert page.index("<mark>") < page.index('id="tokens"')  # first the skill
+    assert "the teacher's favourite: cabinet" in page or "favourite: drawer" in page
     assert re.search("--d:-[2-9]", page)
     assert not re.search(r"<script|https?:|url\(|@import|\{[a-z]+\}|src=", page)
 
@@ -481,6 +485,36 @@ def test_inspect_refuses_what_it_cannot_show(flags, message, inspect):
     code, _, error, _ = inspect(f"{flags} --max-turns 1")
     assert code == 2
     assert message in error
+
+
+def test_inspect_starts_with_a_group_that_has_won_and_lost(inspect):
+    printed = inspect("")[1]
+    assert "\nepisode: 2: won +1.62\n" in printed
+    assert "lost -0.54" in printed
+    assert "-0.00" not in printed
+
+
+def test_inspect_compares_a_runs_start_and_end(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "--run", str(finished[1])]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed if "mean gap" in line] == ["start", "end"]
+    page = ElementTree.fromstring(Path("inspect.html").read_text("utf-8"))
+    assert len([*page.iter("table")]) == 4
+    assert main(["inspect", "--run", str(finished[1]), "--lr", "1"]) == 2
+
+
+def test_gaps_and_kl_by_turn_and_position(policy):
+    config = small(Path())
+    episodes = play(policy, config)
+    tokens = microscope.gaps_of(policy[0], episodes, config)
+    assert len(tokens) == sum(sum(episode.mask) for episode in episodes)
+    assert tokens[:, 2].max() == max(episode.turns for episode in episodes)
+    assert (tokens[:, 3] == 1).sum() == sum(episode.turns for episode in episodes)
+    rows = microscope.means_by(tokens, 3)
+    assert sum(n * gap for _, n, gap, _ in rows) == approx(tokens[:, 0].sum())
+    gap = torch.tensor(tokens[:, 0])
+    assert torch.allclose(torch.tensor(tokens[:, 1]), sdar.kl_k3(-gap, 0 * gap), atol=1e-4)
 
 
 def test_inspect_shows_hostile_text_as_text(inspect, tiny, monkeypatch):
