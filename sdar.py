@@ -1165,6 +1165,7 @@ def train(config):
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 after = evaluate(model, chat, envs, config, bandit)
                 metrics |= {f"eval_{name}": value for name, value in after.items()}
+                say(f"step {step}: held-out success, alone: {after['success']:.3f}")
             metrics = log_step(config, step, episodes, metrics, clock)
             progress.set_postfix(success=metrics["success"], gap_mean=metrics["gap_mean"])
             if step == config.steps or step % config.save_every == 0 or stop:
@@ -1174,6 +1175,10 @@ def train(config):
 
     lock.close()
     print_success("after", after)
+    print(
+        f"Held-out success without the skill: {before['success']:.0%} -> {after['success']:.0%}. "
+        f"What was learned, token by token: python sdar.py inspect --run {config.out}"
+    )
     return {f"start_{name}": value for name, value in before.items()} | metrics
 
 

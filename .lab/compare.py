@@ -185,7 +185,8 @@ def t_interval(gains):
 
 def print_comparison(runs, done, start, reasons):
     """The table: a row a method, success by task type, mean and standard deviation over seeds, the
-    gain over grpo seed by seed with its interval, and why runs failed."""
+    teacher's success (the last weights, with the skill in the prompt), the gain over grpo seed by
+    seed with its interval, and why runs failed."""
     kinds = sorted(start["by_type"])
     wide = max(11, *(len(kind) + 2 for kind in kinds))
     width = max(len("skill_prompt*"), *(len(label) + 1 for label in runs)) + 2
@@ -201,14 +202,19 @@ def print_comparison(runs, done, start, reasons):
         remarks = []
         base = success.get("grpo", {}) if label != "grpo" else {}
         gains = [won - base[seed] for seed, won in success[label].items() if seed in base]
-        if len(gains) > 1:
-            mean, low, high = t_interval(gains)
-            remarks.append(f"minus grpo {mean:+.3f} [{low:+.2f}, {high:+.2f}]")
+        if gains:
+            remarks.append(f"minus grpo {np.mean(gains):+.3f}")
+        if len(gains) > 2:  # of two runs it would be wider than what is possible
+            _, low, high = t_interval(gains)
+            remarks[-1] += f" [{low:+.2f}, {high:+.2f}]"
         for seed, run in row.items():
             if seed not in success[label]:
                 remarks.append(f"seed {seed} failed: {reasons[run.out]}")
 
         by_type = [lines[-1]["eval_by_type"] for lines in done[label].values()]
+        if by_type:
+            shares = [share(table, table, 2) for table in by_type]
+            remarks.insert(0, f"teacher {np.mean(shares):.2f}")
         print_row(label, by_type, 1, width, wide, "  ".join(remarks))
         if sdar.METHODS[label.split()[0]].skilled:
             print_row(f"{label}*", by_type, 2, width, wide)

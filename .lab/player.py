@@ -1,8 +1,9 @@
 """Be the agent: you see what the model sees.
 
-python envs.py play toy
+python envs.py play toy            # search for it
+python envs.py play toy --skill    # as the teacher, who has been told where it is
 python envs.py play alfworld --data FOLDER --split eval
-python envs.py serve CORPUS.jsonl          # a small search server, for "search"
+python envs.py serve CORPUS.jsonl  # a small search server, for "search"
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main(argv):
     playing.add_argument("--url")
     playing.add_argument("--split", help="train, dev or eval")
     playing.add_argument("--task")
+    playing.add_argument("--skill", action="store_true", help="read what the teacher reads")
     serving = commands.add_parser("serve", argument_default=argparse.SUPPRESS)
     serving.add_argument("file", type=envs.as_typed, help="a JSON-lines file with id and contents")
     serving.add_argument("--port", type=int, help="8000; 0: any")
@@ -49,13 +51,15 @@ def main(argv):
     return 0
 
 
-def play(name, split="eval", task=None, **options):
+def play(name, split="eval", task=None, skill=False, **options):
     """A person plays an episode in the terminal and sees what the model sees: the first task of the
-    split, or that of an id."""
+    split, or that of an id. skill: and what the teacher sees."""
     env = envs.make_env(name, **options)
     first = env.tasks(split)[0]
     observation, info = env.reset(task or first)
-    print(env.instructions, harmless(observation), sep="\n\n")
+    read = envs.retrieve(env.skills, info["task"], info["task_type"], "keyword")
+    shown = envs.skill_text(read) if skill else ""
+    print(env.instructions, harmless(shown + observation), sep="\n\n")
     ended = False
     while not ended:
         action, valid = env.parse(input("> "))

@@ -138,10 +138,17 @@ def draw(panels, path):
         for label, curve in curves.items():
             x, mean = curve.mean(0).T
             sd = curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
-            axes.plot(x, mean, label=label)
-            axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
+            strong = len(curves) < 4 or label.split("/")[-1] in ("sdar", "grpo")
+            axes.plot(x, mean, label=label, linewidth=2.2 if strong else 0.9)
+            if strong:
+                axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("gap, nats" if "over its gap" in title else "training step")
+        if "success" in title or "share" in title:
+            axes.set_ylim(-0.02, 1.02)
         axes.legend(fontsize="small")
+    for axes in places:  # of a last row that is not full
+        axes.remove()
     fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
     figure.savefig(fresh)
     fresh.replace(path)

@@ -344,7 +344,8 @@ def test_compare_prints_means_gains_and_curves(compared, tmp_path):
     assert (code, launched) == (0, ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"])
     rows = rows_of(printed)
     assert "0.42±0.12" in rows["grpo"]  # 2/6 and 3/6
-    assert "minus grpo +0.167 [+0.17, +0.17]" in rows["sdar"]  # every seed 1/6 ahead
+    assert "teacher 1.00  minus grpo +0.167" in rows["sdar"]  # every seed 1/6 ahead
+    assert "+0.167 [" not in rows["sdar"]  # two seeds make no interval
     assert "0/6" in rows["vanilla"]
     assert "6/6" in rows["skill_prompt*"]
     assert "▁▅  0: 0.000  1: 0.583  sdar" in printed
@@ -631,16 +632,18 @@ def test_answer(kind):
 
 
 @mark.parametrize("name", exercise.BLANKS)
-def test_a_blanked_function_keeps_its_docstring_and_fails_its_grader(name, tmp_path, monkeypatch):
+def test_a_blanked_function_says_its_aim_and_fails_its_grader(name, tmp_path, monkeypatch, capsys):
     file = exercise.BLANKS[name]
-    (tmp_path / file).write_text((ROOT / file).read_text())
+    shutil.copy(ROOT / file, tmp_path)
     exercise.blank(name, tmp_path)
     emptied = runpy.run_path(str(tmp_path / file))[name]
-    assert emptied.__doc__ == getattr(sdar, name).__doc__
+    assert f"exercise hint {name}" in emptied.__doc__
+    assert main(["exercise", "check", name]) == 0
+    assert "Right. You now know" in capsys.readouterr().out
     for module in (sdar, envs):
         monkeypatch.setattr(module, name, emptied, raising=False)
-    with raises(NotImplementedError, match=f"write {name} again"):
-        grade(name)
+    assert main(["exercise", "check", name]) == 1
+    assert capsys.readouterr().out == f"Not yet: exercise: write {name} again.\n"
 
 
 def written(name, change):
@@ -686,6 +689,23 @@ def test_a_wrong_answer_fails_with_its_hint(monkeypatch):
         test_answer("experiment")
 
 
+def test_answers_and_their_hints(capsys):
+    assert main(["exercise", "answer", "beta", "a"]) == 1
+    assert "beta is not 'a'. Read gate_mean" in capsys.readouterr().out
+    assert main(["exercise", "answer", "beta", "b"]) == 0
+    assert main(["exercise", "answer", "gamma", "b"]) == 2
+
+
+def test_two_logs_are_compared_where_they_first_differ(finished, tmp_path, capsys):
+    other = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    rows = (other / "metrics.jsonl").read_text().splitlines()
+    rows[1] = json.dumps(json.loads(rows[1]) | {"loss": 7.0, "seconds_update": 9.0})
+    (other / "metrics.jsonl").write_text("\n".join(rows))
+    for folder, said in ((finished[1], "no difference"), (other, "step 2")):
+        assert main(["exercise", "compare", str(finished[1]), str(folder)]) == 0
+        assert capsys.readouterr().out.startswith(said)
+
+
 def test_every_puzzle_has_one_answer_that_cannot_be_read_by_accident():
     bugs = "eos observations shift skill detach temperature groups micro".split()
     for puzzle in exercise.puzzles():
@@ -718,4 +738,4 @@ def test_a_planted_bug_shows_in_the_metrics_of_step_1(number, right_step, tmp_pa
 
 def test_exercise_without_a_known_word_names_them(capsys):
     assert main(["exercise", "blank", "nothing"]) == 2
-    assert "blank or restore group_advantages, gate" in capsys.readouterr().err
+    assert "restore with group_advantages, gate" in capsys.readouterr().err

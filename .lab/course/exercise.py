@@ -1,15 +1,18 @@
-"""The course: functions to write again, planted bugs to find, the picture of the gate's gradient.
+"""The course: functions to write again, planted bugs to find, experiments to predict.
 
-    python sdar.py exercise blank gate        # empties a function
+    python sdar.py exercise blank gate        # empties a function, and says what it is for
+    python sdar.py exercise hint gate         # its formula
+    python sdar.py exercise check gate        # is it right? One sentence says what a symptom means
     python sdar.py exercise restore gate      # brings it back; yours is kept in sdar.py.mine
     python sdar.py exercise bug 3 --steps 20 --out runs/bug3    # sdar.py with planted bug 3
+    python sdar.py exercise compare runs/right runs/bug3        # where two logs differ
+    python sdar.py exercise answer 3 eos      # a bug's name, or an experiment's letter: beta a
     python sdar.py exercise gradient          # .assets/gate.svg, and the same as text
 
-A planted bug is in memory only, no file shows it. Do not unpack the long strings of puzzles.json
-unless you want to be told: they are the bugs, packed so that no eye falls on them.
+All exercises: .lab/course/EXERCISES.md. A planted bug is in memory only, no file shows it. Do not
+unpack the long strings of puzzles.json unless you want to be told.
 """
 
-import ast
 import base64
 import hashlib
 import importlib.util
@@ -30,6 +33,11 @@ BLANKS = {  # {function to write again: its file}
 }
 EMPTY = 'NotImplementedError("exercise: write {} again")'
 PICTURE = ROOT / ".assets" / "gate.svg"
+
+
+def texts(name):
+    """What the course says of a function: {"aim", "hint", "learned"}."""
+    return json.loads((HERE / "texts.json").read_text("utf-8"))[name]
 
 
 def puzzles():
@@ -65,9 +73,52 @@ def verdict(kind, said):
     return "" if right else f"{puzzle} is not {answer!r}. {hint}"
 
 
+def answer(puzzle, said):
+    """Whether an answer is right, in words. ValueError for what is no puzzle."""
+    if puzzle not in puzzles():
+        raise ValueError(f"{puzzle!r} is none of {', '.join(puzzles())}")
+    right, hint = judge(puzzle, said)
+    return "Right." if right else f"{puzzle} is not {said!r}. {hint}"
+
+
+def check(name):
+    """What the grader says of a function, in words: the first number that is wrong and what that
+    means, or what its writer now knows."""
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    import graders
+
+    try:
+        getattr(graders, f"grade_{name}")()
+    except AssertionError as error:
+        return f"Not yet. {error}"
+    except NotImplementedError as error:
+        return f"Not yet: {error}."
+    return f"Right. {texts(name)['learned']}"
+
+
+def compare(right, other):
+    """Print the columns in which the logs of two runs differ, at the first step where they do."""
+    sys.path[:0] = [str(ROOT), str(HERE.parent)]
+    import plots
+
+    logs = [plots.read_run(folder)[1] for folder in (right, other)]
+    for one, two in zip(*logs):
+        rows = []
+        for name in one.keys() & two.keys():
+            a, b = one[name], two[name]
+            timed = "second" in name or name == "eval_by_type"
+            if not timed and a != b:
+                cells = ["null" if value is None else f"{value:.4f}" for value in (a, b)]
+                rows.append(f"{name:<18}{cells[0]:>10}{cells[1]:>10}")
+        if rows:
+            print(f"step {one['step']:<13}{'first':>10}{'second':>10}", *sorted(rows), sep="\n")
+            return
+    print("no difference in any step")
+
+
 def blank(name, folder=ROOT):
-    """Replace the body of a function, its docstring kept, by a NotImplementedError. Returns what to
-    tell the learner.
+    """Replace the body of a function by its aim and a NotImplementedError. Returns what to tell the
+    learner.
 
     The original is kept in the folder .blanked, for restore. A learner's own version, if one stands
     there, goes to the end of sdar.py.mine."""
@@ -80,10 +131,10 @@ def blank(name, folder=ROOT):
         original.parent.mkdir(exist_ok=True)
         write_whole(original, text)
     text = original.read_text("utf-8")
-    docstring = ast.parse(text).body[0].body[0]
-    head = "".join(text.splitlines(keepends=True)[: docstring.end_lineno])
-    write_whole(path, f"{before}{head}    raise {EMPTY.format(name)}\n{after}")
-    told = f"{path.name}: the body of {name} is gone; its docstring says what it did.{told}"
+    signature = text[: text.index('    """')]
+    aim = f'    """{texts(name)["aim"]}\n    """\n'
+    write_whole(path, f"{before}{signature}{aim}    raise {EMPTY.format(name)}\n{after}")
+    told = f"{path.name}: {name} is empty; its docstring says what it is for.{told}"
     return f"{told} Back: python sdar.py exercise restore {name}"
 
 
@@ -177,25 +228,36 @@ def gradient(path=PICTURE):
 
 
 def main(argv):
-    """Run one of the four. Returns an exit code, or None for 0."""
+    """Run one of the commands. Returns an exit code, or None for 0."""
     command, *rest = argv or ["help"]
     what = rest[0] if rest else ""
-    if command in ("blank", "restore") and rest == [what] and what in BLANKS:
-        try:
-            print({"blank": blank, "restore": restore}[command](what))
-        except (ValueError, OSError) as error:
-            print(f"exercise: {error}", file=sys.stderr)
-            return 2
-    elif command == "bug" and what.isdigit() and what in puzzles():
-        return planted(what).main(rest[1:])
-    elif command == "gradient" and len(rest) < 2:
-        gradient(*rest)
-    elif command in ("help", "--help", "-h"):
-        print(f"{__doc__}\nblanks: {', '.join(BLANKS)}; bugs: 1 to 8")
-    else:
-        known = f"blank or restore {', '.join(BLANKS)}; bug 1 to 8; gradient; --help"
-        print(f"sdar.py exercise: unknown {' '.join(argv)!r}; known: {known}", file=sys.stderr)
+    of_function = {"blank": blank, "restore": restore, "check": check}
+    try:
+        if command in of_function and rest == [what] and what in BLANKS:
+            said = of_function[command](what)
+            print(said)
+            return int(said.startswith("Not yet"))
+        if command == "hint" and rest == [what] and what in BLANKS:
+            print(texts(what)["hint"])
+        elif command == "bug" and what.isdigit() and what in puzzles():
+            return planted(what).main(rest[1:])
+        elif command == "compare" and len(rest) == 2:
+            compare(*rest)
+        elif command == "answer" and len(rest) == 2:
+            said = answer(*rest)
+            print(said)
+            return int(said != "Right.")
+        elif command == "gradient" and len(rest) < 2:
+            gradient(*rest)
+        elif command in ("help", "--help", "-h"):
+            print(f"{__doc__}\nfunctions: {', '.join(BLANKS)}; bugs: 1 to 8")
+        else:
+            known = "blank, hint, check, restore with " + ", ".join(BLANKS)
+            raise ValueError(f"unknown {' '.join(argv)!r}; known: {known}; bug, compare, answer")
+    except (ValueError, OSError) as error:
+        print(f"sdar.py exercise: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":
