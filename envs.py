@@ -1,7 +1,7 @@
 """Text environments for sdar.py: a toy household; thin shims around ALFWorld, WebShop, Search-QA.
 
     python envs.py play toy                           # be the agent: you see what the model sees
-    python envs.py play alfworld --data FOLDER        # README.md says what each one needs
+    python envs.py play alfworld --data FOLDER        # .lab/ENVIRONMENTS.md: what each one needs
     python envs.py serve CORPUS.jsonl                 # a small search server, for "search"
 
 Write your own environment: a class with a text for the model, tasks, skills, and two methods.

@@ -191,9 +191,6 @@ def sampled(ids, mask):
     return [i for i, chosen in zip(ids, mask) if chosen]
 
 
-README = (ROOT / "README.md").read_text()
-
-
 # --- 1. Objectives: hand numbers of the paper's fact sheet, and oracles ------------------
 
 NAN = math.nan

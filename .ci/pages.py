@@ -1,4 +1,4 @@
-"""Are the pages true? python .ci/pages.py runs the README's commands, in short, and its example."""
+"""Are the pages true? python .ci/pages.py runs their commands, in short, and their examples."""
 
 import re
 import shlex
@@ -15,15 +15,23 @@ import compare
 
 import sdar
 
-README = (ROOT / "README.md").read_text()
+PATHS = [ROOT / "README.md", *sorted((ROOT / ".lab").rglob("*.md"))]
+PAGES = {path.stem: path.read_text("utf-8") for path in PATHS}
 NOT_RUN = {  # a part of a command: why it is not run here
     "pytest": "run by .ci/run",
+    "git clone": "needs a network",
+    "pip install": "it is .ci/run",
+    "venv": "it is .ci/run",
+    "alfworld-download": "needs a network",
     "exercise blank": "tested on copies",
     "exercise restore": "tested on copies",
+    "exercise answer": "it has its own test",
     "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
-    "venv": "it is .ci/run",
+    "--resume": "it has its own tests",
     "--help": "it has its own test",
     "RUN": "a form",
+    "NAME": "a form",
+    "FOLDER": "a form",
     "...": "a form",
     "bench": "it has its own test",
     ".lab/": "they have their own tests",
@@ -37,16 +45,17 @@ SIZE = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --max
 
 
 def commands():
-    """All commands of the README, the first one first."""
-    blocks = "\n".join(re.findall("```bash\n(.*?)```", README, re.DOTALL))
+    """All commands of the pages, the first one first."""
+    text = "\n".join(PAGES.values())
+    blocks = "\n".join(re.findall("```bash\n(.*?)```", text, re.DOTALL))
     found = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
-    found |= set(re.findall(r"`(python [^`]*)`", README))
+    found |= set(re.findall(r"`(python [^`]*)`", text))
     return sorted(found, key=lambda text: (text != "python sdar.py", text))
 
 
 def run(command):
     """Run a command with a small size, or parse it where it would take too long."""
-    script, *words = shlex.split(command)[1:]
+    words = shlex.split(command)[2:]
     if "sdar.py compare" in command and "M" not in words:
         sdar.parse_flags("compare", "", words[1:], compare.OWN)
     if any(form in command for form in NOT_RUN):
@@ -54,7 +63,7 @@ def run(command):
     if words == [] or "--steps" in words:
         words += [*SIZE.split(), "--steps", "1"]
     elif "evaluate" in words:
-        words += SIZE.split()
+        words += SIZE.replace("--eval-every 0", "").split()
     elif "gradient" in words:
         words.append("gate.svg")
     print(f"--- {command}")
@@ -63,7 +72,7 @@ def run(command):
 
 def check_example():
     """The library example computes the loss of the sampled tokens."""
-    (code,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall("```python\n(.*?)```", PAGES["MODELS"], re.DOTALL)
     table = torch.randn(9, 9, requires_grad=True)
     ids, response = torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
     names = {
@@ -85,7 +94,7 @@ def check_example():
 
 def check_settings():
     """Whoever has outgrown this file finds every setting's name in other trainers."""
-    text = README.split("## Outgrown")[1].split("\n## ")[0]
+    text = PAGES["MODELS"].split("## The official code's settings")[1].split("\n## ")[0]
     missing = [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text]
     assert not missing, missing
 
@@ -97,7 +106,19 @@ def check_versions():
         assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
     for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
         low, high = re.search(rf"^{name}>=(.*),<=(.*)$", promised, re.MULTILINE).groups()
-        assert f" {title} {low} to {high}" in README
+        assert f" {title} {low} to {high}" in PAGES["README"]
+
+
+def check_front_page():
+    """It stays short; every link of every page leads somewhere."""
+    lines = PAGES["README"].splitlines()
+    assert len(lines) <= 150, len(lines)
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    for path in PATHS:
+        links = re.findall(r"\]\(([^)#]+)[)#]", path.read_text("utf-8"))
+        links += re.findall(r'src(?:set)?="([^"]+)"', path.read_text("utf-8"))
+        for link in links:
+            assert link.startswith("https:") or (path.parent / link).exists(), (path, link)
 
 
 def check_comments():
@@ -146,6 +167,7 @@ def check_norms(folder):
 
 if __name__ == "__main__":
     check_versions()
+    check_front_page()
     check_comments()
     assert len(commands()) > 40
     check_example()
@@ -153,5 +175,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         sdar.os.chdir(folder)
         check_norms(Path(folder, "norms"))
+        (house,) = re.findall("```python\n(.*?)```", PAGES["EXERCISES"], re.DOTALL)
+        Path("house.py").write_text(house)
         for command in commands():
             run(command)

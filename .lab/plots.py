@@ -124,35 +124,56 @@ def draw(panels, path):
         print("\n" + title)
         print_curves(curves, "success" in title or "share" in title)
     try:
-        from matplotlib.figure import Figure
+        picture(panels, path)
     except ImportError:
         print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
-        return
+    else:
+        print(f"\n{path}")
 
+
+DARK = {  # matplotlib's settings for a picture on a dark page
+    "figure.facecolor": "#0d1117",
+    "axes.facecolor": "#0d1117",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), "#e6edf3"),
+    **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), "#e6edf3"),
+}
+
+
+def picture(panels, path, dark=False, bands=True):
+    """Write the picture of draw; of many curves sdar and grpo are strong. ImportError without
+    matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
     wide = min(len(panels), 3)
     high = -(-len(panels) // 3)
-    size = (max(7, 4 * wide), max(4.2, 3 * high))
-    figure = Figure(figsize=size, layout="constrained")
-    places = figure.subplots(high, wide, squeeze=False).flat
-    for axes, (title, curves) in zip(places, panels.items()):
-        for label, curve in curves.items():
-            x, mean = curve.mean(0).T
-            sd = curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
-            strong = len(curves) < 4 or label.split("/")[-1] in ("sdar", "grpo")
-            axes.plot(x, mean, label=label, linewidth=2.2 if strong else 0.9)
-            if strong:
-                axes.fill_between(x, mean - sd, mean + sd, alpha=0.15, linewidth=0)
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("gap, nats" if "over its gap" in title else "training step")
-        if "success" in title or "share" in title:
-            axes.set_ylim(-0.02, 1.02)
-        axes.legend(fontsize="small")
-    for axes in places:  # of a last row that is not full
-        axes.remove()
-    fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
-    figure.savefig(fresh)
+    with rc_context({"font.size": 12, "svg.hashsalt": "sdar", **(DARK if dark else {})}):
+        figure = Figure(figsize=(max(6.4, 4 * wide), max(4, 3 * high)), layout="constrained")
+        places = figure.subplots(high, wide, squeeze=False).flat
+        for (title, curves), axes in zip(panels.items(), places):
+            draw_panel(axes, title, curves, bands)
+        for axes in places:  # of a last row that is not full
+            axes.remove()
+        date = {"Date": None} if Path(path).suffix == ".svg" else {}
+        figure.savefig(fresh, metadata=date)
     fresh.replace(path)
-    print(f"\n{path}")
+
+
+def draw_panel(axes, title, curves, bands):
+    """One panel: a curve a label, with its axes named."""
+    for label, curve in curves.items():
+        x, mean = curve.mean(0).T
+        sd = curve[..., 1].std(0, ddof=min(1, len(curve) - 1))
+        strong = len(curves) < 4 or label.split("/")[-1] in ("sdar", "grpo")
+        axes.plot(x, mean, label=label, linewidth=2.4 if strong else 1.0)
+        if strong and bands:
+            axes.fill_between(x, mean - sd, mean + sd, alpha=0.2, linewidth=0)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("gap, nats" if "over its gap" in title else "training step")
+    if "success" in title or "share" in title:
+        axes.set_ylim(-0.02, 1.02)
+    axes.legend(fontsize="small")
 
 
 def print_curves(curves, is_share):
@@ -167,7 +188,7 @@ def print_curves(curves, is_share):
         bars, numbers = "", ""
         for x, y in curve.mean(0)[chosen]:
             bars += "▁▂▃▄▅▆▇█"[min(7, int(8 * (y - low) / (high - low)))]
-            numbers += f"  {x:.4g}: {y:.3f}"
+            numbers += f"  {x:.4g}: {y:z.3f}"
         print(f"{bars}{numbers}  {label}")
 
 

@@ -576,6 +576,21 @@ def test_plot_joins_seeds_and_leaves_out_what_is_not_there(runs, capsys):
     assert Path("p.png").exists() == ("no picture" not in printed)
 
 
+def test_the_pages_pictures_are_drawn_from_a_comparison(tmp_path):
+    pytest.importorskip("matplotlib")
+    import pictures
+
+    row = {"0": [{"step": 10, "eval_success": 0.5}], "1": [{"step": 10, "eval_success": 0.7}]}
+    report = {"start": {"success": 0.1}, "evaluations": {"sdar": row, "grpo": row, "rlsd": row}}
+    (tmp_path / "compare.json").write_text(json.dumps(report))
+    paths = pictures.main(tmp_path, tmp_path)
+    texts = [path.read_text("utf-8") for path in paths]
+    assert len(texts) == 4
+    assert ["#0d1117" in text for text in texts] == [False, True, False, True]
+    assert pictures.main(tmp_path, tmp_path) == paths
+    assert [path.read_text("utf-8") for path in paths] == texts  # the same bytes again
+
+
 def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
     log = Path("b-s0/metrics.jsonl")
     log.write_text(

@@ -89,7 +89,7 @@ def look_for(env, name, home, known, rng, brought_to=None):
     """A step towards a thing of a class: to where one was seen, to its home if that is known, or to
     a place that was not seen yet. brought_to: the place that does not count."""
     # Who stands in front of something closed looks into it first, also who knows that the thing is
-    # elsewhere: see "imitation gap" in README.md.
+    # elsewhere: see "imitation gap" in FINDINGS.md.
     if env.where in STORAGES and env.where not in env.opened:
         return f"open {env.where}"
 

@@ -225,6 +225,9 @@ def gradient(path=PICTURE):
     plots.check_file("gradient", path, (".svg", ".png", ".pdf"))
     title = "push on log pi of a sampled token, over its gap in nats (+: up)"
     plots.draw({title: curves}, path)
+    if importlib.util.find_spec("matplotlib"):
+        dark = Path(path).with_stem(f"{Path(path).stem}-dark")
+        plots.picture({title: curves}, dark, dark=True)
 
 
 def main(argv):
