@@ -496,11 +496,23 @@ class Player:
 
 
 @torch.no_grad()
-def rollout(model, chat, envs, starts, config, stream, temperature, with_skill=False, bandit=None):
+def rollout(
+    model,
+    chat,
+    envs,
+    starts,
+    config,
+    stream,
+    temperature,
+    with_skill=False,
+    bandit=None,
+    first=0,
+    sampler_class=Sampler,
+):
     """Play an episode from each (task, seed, group) of `starts`, in lockstep. Returns Episodes.
 
-    stream: ints that name the random numbers (first 1: evaluation, 3: training, 4: inspect);
-    episode i samples from (*stream, i). with_skill: put the skill into the prompt for the student,
+    stream: ints that name the random numbers (1, ...: evaluation, 3: training, 4: inspect); episode
+    i samples from (*stream, first + i). with_skill: put the skill into the prompt for the student,
     too. bandit: of --retrieval ucb. Episodes whose engine or server failed are left out;
     EnvUnavailable if that was half of them or more."""
     for env in envs:
@@ -514,13 +526,13 @@ def rollout(model, chat, envs, starts, config, stream, temperature, with_skill=F
             failures.append(begun)
             continue
         episode = start_episode(chat, envs[i], starts[i], begun, config, with_skill, bandit)
-        players.append(Player(envs[i], episode, np.random.default_rng([*stream, i])))
+        players.append(Player(envs[i], episode, np.random.default_rng([*stream, first + i])))
     check_context(model, envs[0], [player.episode for player in players], config)
 
     # Play, as many at once as the memory allows. Who has ended leaves the batch, and its cache.
-    for first in range(0, len(players), config.rollout_batch):
-        playing = players[first : first + config.rollout_batch]
-        sampler = Sampler(model, temperature)
+    for start in range(0, len(players), config.rollout_batch):
+        playing = players[start : start + config.rollout_batch]
+        sampler = sampler_class(model, temperature)
         while playing:
             take_turn(sampler, chat, playing, config)
             rows = [row for row, player in enumerate(playing) if player.running]
@@ -1763,7 +1775,9 @@ def parse_flags(command, description, argv, own=(), without=()):
     )
     known = ["--help"]
     for name, keywords in own:
-        known += parser.add_argument(name, **{"type": as_typed, **keywords}).option_strings
+        if "action" not in keywords:
+            keywords = {"type": as_typed, **keywords}
+        known += parser.add_argument(name, **keywords).option_strings
     help = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         if f.name in GROUPS:

@@ -898,10 +898,13 @@ def test_a_damaged_checkpoint_is_never_trusted(name, content, place, finished, t
     assert place in capsys.readouterr().err
 
 
-@mark.parametrize("cut", [-9, 100])
-def test_a_log_that_lacks_steps_is_refused_and_kept(cut, finished, tmp_path):
+@mark.parametrize("cut, times", [(-9, 1), (100, 1), ("\n", 2)])
+def test_a_log_that_lacks_steps_is_refused_and_kept(cut, times, finished, tmp_path):
+    """Its last line cut, or nearly all of it, or its first step twice."""
     log = Path(shutil.copytree(finished[1], tmp_path / "run"), "metrics.jsonl")
-    text = log.read_text()[:cut]
+    text = log.read_text()
+    end = cut if cut != "\n" else text.index(cut) + 1
+    text = text[:end] * times
     log.write_text(text)
     with raises(sdar.UserError, match="lacks steps of the checkpoint's 2"):
         trained(tmp_path, steps=3, resume=True)

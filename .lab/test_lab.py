@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -33,6 +35,7 @@ import kernel_on_cpu
 import microscope
 import oracles
 import plots
+import trl_trainer
 import warmstart
 
 import envs
@@ -622,6 +625,238 @@ def test_plot_refuses_what_is_no_run(folders, message, runs, capsys):
     assert len(error.splitlines()) == 1
 
 
+# --- TRL ---------------------------------------------------------------------------------
+
+
+def foreign(test):
+    """A test in which what TRL and PEFT themselves use of the deprecated is no error."""
+
+    @wraps(test)
+    def quiet(*args, **more):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            test(*args, **more)
+
+    return quiet
+
+
+@fixture
+def on_trl(monkeypatch):
+    """The module trl_trainer, if TRL is installed."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # TRL's own deprecations are not ours
+    return trl_trainer
+
+
+class Taken(torch.optim.SGD):
+    """Notes the gradients of its only step."""
+
+    def step(self):
+        (group,) = self.param_groups
+        self.gradients = [weights.grad.clone() for weights in group["params"]]
+
+
+def trl_gradient(trainer):
+    """Train one step. Returns its gradients by name."""
+    from transformers import TrainerCallback
+
+    gradients = {}
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
+            for name, weights in model.named_parameters():
+                gradients[name] = weights.grad.clone()
+
+    trainer.add_callback(Take())
+    trainer.train()
+    return gradients
+
+
+ON_TRL = """
+"grpo"       {}
+"sdar"       {}
+"sdar"       {"gate": "entropy"}
+"sdar"       {"gate": "soft_or", "teacher": "frozen"}
+"opsd"       {}
+"grpo_opsd"  {"dual_clip": 0.0}
+"""
+
+
+@mark.parametrize("method, changes", table(ON_TRL))
+@foreign
+def test_trl_takes_the_step_of_update(method, changes, on_trl, tmp_path, monkeypatch):
+    """The same loss and gradient to 1e-5, with what is another by definition set equal: no
+    deviation under the advantage, one optimiser step, no clip of the gradient."""
+    equal = {"steps": 1, "minibatches": 1, "normalize_std": False, "grad_clip": 1e6}
+    config = small(tmp_path, method=method, group_size=8, **equal, **changes)
+    rollout, played = sdar.rollout, []
+
+    def noted_rollout(*args, **more):
+        played.append(rollout(*args, **more))
+        return played[-1]
+
+    monkeypatch.setattr(sdar, "rollout", noted_rollout)
+    trainer = on_trl.make_trainer(config)
+    model = copy.deepcopy(trainer.policy()).eval()
+    gradients = trl_gradient(trainer)
+
+    (episodes,) = played
+    teacher = None
+    if sdar.METHODS[method].teacher:
+        teacher = sdar.score(model, episodes, config, with_skill=True)
+    batch = sdar.step_batch(model, copy.deepcopy(model), teacher, episodes, config)
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = Taken(model.parameters(), lr=1.0)
+    rng = np.random.default_rng(0)
+    metrics = sdar.update(model, optimizer, episodes, batch, config, rng)
+    for name, gradient in zip(names, optimizer.gradients):
+        assert torch.allclose(gradients[name], gradient, atol=1e-5), name
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == approx(metrics["loss"], abs=1e-5)
+    for name in ("gap_mean", "gate_mean", "gate_active"):
+        if metrics[name] is not None:
+            some = 0.02 if name == "gate_active" else 1e-5  # a gap of 0 may be rounded up or down
+            assert logged[f"sdar/{name}"] == approx(metrics[name], abs=some)
+
+
+def trl_command(folder, *flags, processes=1):
+    """Run the trainer's script for one step of 32 episodes: its exit code, stderr, log."""
+    start = [sys.executable]
+    if processes > 1:
+        each = f"--nproc-per-node={processes}"
+        start += ["-m", "torch.distributed.run", "--standalone", each]
+    size = "--steps 1 --tasks-per-step 4 --minibatches 1 --eval-episodes 12 --device cpu"
+    script = [str(ROOT / ".lab/trl_trainer.py"), *size.split(), "--out", str(folder), *flags]
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([*start, *script], env=place, capture_output=True, text=True)
+    log = folder / "trl.jsonl"
+    rows = [json.loads(line) for line in open(log)] if log.exists() else []
+    return done.returncode, done.stderr, rows
+
+
+def test_processes_and_accumulation_change_nothing(on_trl, tmp_path):
+    """Plain SGD, since Adam turns rounding into steps. What two processes leave is what evaluate
+    loads."""
+    from safetensors.torch import load_file
+
+    plain = ("--set", "optim=sgd", "--lr", "0.1")
+    halved = ("--set", "gradient_accumulation_steps=2", "--set", "per_device_train_batch_size=16")
+    halved += ("--set", "steps_per_generation=2")
+    found = {}
+    for name, flags, processes in (("one", (), 1), ("two", (), 2), ("halved", halved, 1)):
+        code, error, rows = trl_command(tmp_path / name, *plain, *flags, processes=processes)
+        assert code == 0, error
+        weights = load_file(tmp_path / name / "checkpoint/model.safetensors")
+        found[name] = weights, rows[0]["sdar/gap_mean"], rows[0]["grad_norm"]
+    weights, gap, norm = found["one"]
+    for other, _, its_norm in (found["two"], found["halved"]):
+        assert its_norm == approx(norm, rel=1e-4)
+        for name in weights:
+            assert torch.allclose(weights[name], other[name], atol=1e-6), name
+    assert found["halved"][1] == approx(gap, abs=1e-5)
+    folder = str(tmp_path / "two/checkpoint")
+    assert main(["evaluate", "--model", folder, "--preset", "toy", "--eval-episodes", "6"]) == 0
+
+
+@foreign
+def test_lora_needs_no_second_copy(on_trl, tmp_path):
+    """The frozen teacher and the start are the base weights with the adapters off."""
+    config = small(tmp_path, teacher="frozen", minibatches=1, group_size=8, lr=0.01)
+    start = {name: x.clone() for name, x in sdar.load_policy(config)[0].named_parameters()}
+    trainer = on_trl.make_trainer(config, lora=4)
+    assert trainer.frozen is None
+    assert trainer.ref_model is None
+    trainer.train()
+    episodes = sdar.rollout(
+        *(trainer.policy(), trainer.chat, trainer.envs, [("put a mug in sofa 1", 0, 0)], config),
+        stream=(0,),
+        temperature=1.0,
+    )
+    teacher, off = trainer.as_teacher()
+    with off:
+        frozen = sdar.score(teacher, episodes, config, with_skill=True)
+    live = sdar.score(teacher, episodes, config, with_skill=True)
+    base = sdar.load_policy(config)[0]
+    expected = sdar.score(base, episodes, config, with_skill=True)
+    assert torch.allclose(frozen, expected, atol=1e-5)
+    assert not torch.allclose(live, expected, atol=1e-5)
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    assert dict(merged.named_parameters()).keys() == start.keys()
+
+
+def test_vllms_sampler_plays_as_ours(on_trl, tiny):
+    """Against a stand-in of TRL's client that answers greedily: the same episodes."""
+    model, chat = tiny
+    config = small(Path(), group_size=8)
+    requests = []
+
+    class Client:
+        def generate(self, prompts, temperature, max_tokens, generation_kwargs):
+            requests.append((temperature, generation_kwargs["stop_token_ids"]))
+            sampler = sdar.Sampler(model, temperature)
+            sampler.feed_rows(prompts)
+            answer = sampler.respond(torch.zeros(len(prompts), max_tokens), chat.stop_ids)
+            ids, logprobs = zip(*answer)
+            return {"completion_ids": ids, "logprobs": [[[x] for x in row] for row in logprobs]}
+
+    def plays(sampler_class):
+        world = [envs.make_env("toy") for _ in range(8)]
+        starts = [(task, 3, 0) for task in world[0].tasks("train")[:8]]
+        own = (model, chat, world, starts, config)
+        return sdar.rollout(*own, stream=(0,), temperature=0.0, sampler_class=sampler_class)
+
+    ours = plays(sdar.Sampler)
+    theirs = plays(on_trl.partial(on_trl.VllmSampler, Client(), chat))
+    assert [episode.ids for episode in theirs] == [episode.ids for episode in ours]
+    assert [episode.mask for episode in theirs] == [episode.mask for episode in ours]
+    assert np.concatenate([episode.logprobs for episode in theirs]) == approx(
+        np.concatenate([episode.logprobs for episode in ours]), abs=1e-4
+    )
+    assert requests[0] == (0.0, chat.stop_ids)
+
+
+TRL_REFUSES = """
+--method rlsd => unknown --method on TRL 'rlsd'
+--gate centred => unknown --gate on TRL 'centred'
+--teacher lagged => unknown --teacher on TRL 'lagged'
+--kernel => unknown flag --kernel
+--set optim => NAME=VALUE
+--set nonsense=1 => GRPOConfig
+--set optim=nonsense => GRPOConfig
+--tasks-per-step 3 --minibatches 5 => cannot be shared by 1 processes
+--lora -1 => --lora -1
+--lr many => invalid float value
+"""
+
+
+@mark.parametrize("flags, message", [line.split(" => ") for line in TRL_REFUSES.split("\n")[1:-1]])
+def test_trl_trainer_refuses_in_one_line(flags, message, on_trl, tmp_path, capsys):
+    size = ["--minibatches", "4", "--group-size", "4", "--out", str(tmp_path / "x")]
+    assert on_trl.run([*size, *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+@mark.parametrize("name, message", [("trl", "pip install trl"), ("peft", "untested here")])
+def test_trl_trainer_says_what_is_missing_or_untested(name, message, monkeypatch, capsys):
+    def version(package):
+        if package == "trl":
+            raise trl_trainer.PackageNotFoundError
+        return "9.9"
+
+    monkeypatch.setattr(trl_trainer, "version", version)
+    if name == "trl":
+        with raises(sdar.UserError, match=message):
+            trl_trainer.check_packages(["trl"])
+    else:
+        trl_trainer.check_packages(["peft"])
+        assert message in capsys.readouterr().err
+
+
 # --- The course: `python -m pytest -q .lab/test_lab.py -k exercise_gate` grades a function ---
 
 COURSE = ROOT / ".lab" / "course"
@@ -649,21 +884,25 @@ def test_answer(kind):
 @mark.parametrize("name", exercise.BLANKS)
 def test_a_blanked_function_says_its_aim_and_fails_its_grader(name, tmp_path, monkeypatch, capsys):
     file = exercise.BLANKS[name]
-    shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / ".lab").mkdir()
+    shutil.copy(ROOT / file, tmp_path / file)
     exercise.blank(name, tmp_path)
     emptied = runpy.run_path(str(tmp_path / file))[name]
     assert f"exercise hint {name}" in emptied.__doc__
     assert main(["exercise", "check", name]) == 0
     assert "Right. You now know" in capsys.readouterr().out
-    for module in (sdar, envs):
+    for module in MODULES:
         monkeypatch.setattr(module, name, emptied, raising=False)
     assert main(["exercise", "check", name]) == 1
     assert capsys.readouterr().out == f"Not yet: exercise: write {name} again.\n"
 
 
+MODULES = (sdar, envs, trl_trainer)  # those of functions that can be blanked
+
+
 def written(name, change):
     """A function with a part of its text replaced, in a copy of its module."""
-    module = {"sdar.py": sdar, "envs.py": envs}[exercise.BLANKS[name]]
+    module = [module for module in MODULES if hasattr(module, name)][-1]
     old, new = change.replace("\\n", "\n").split(" => ")
     text = exercise.find(name, ROOT)[2]
     assert old in text
@@ -677,8 +916,9 @@ WRONG_ANSWERS = (DATA / "wrong_answers.txt").read_text().split("\n")[:-1]
 
 @mark.parametrize("name, what, change", [line.split(" | ") for line in WRONG_ANSWERS])
 def test_wrong_answers_fail_with_a_meaning(name, what, change, monkeypatch):
-    for module in (sdar, envs):
-        monkeypatch.setattr(module, name, written(name, change), raising=False)
+    right = written(name, change)
+    for module in MODULES:
+        monkeypatch.setattr(module, name, right, raising=False)
     with raises(AssertionError, match="..."):
         grade(name)
 

@@ -30,6 +30,7 @@ BLANKS = {  # {function to write again: its file}
     "sdar_loss": "sdar.py",
     "kl_k3": "sdar.py",
     "retrieve": "envs.py",
+    "gated_term": ".lab/trl_trainer.py",
 }
 EMPTY = 'NotImplementedError("exercise: write {} again")'
 PICTURE = ROOT / ".assets" / "gate.svg"

@@ -2,6 +2,7 @@
 test_lab.py runs them."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -268,3 +269,50 @@ def grade_retrieve():
     assert {*known} == {"mug", "hat"}, message
     orders = {str(names("ucb", seed)) for seed in range(9)}
     assert len(orders) > 1, "ucb: ties are broken differently with each seed: shuffle the bank"
+
+
+def grade_gated_term():
+    import trl_trainer
+
+    student = torch.tensor([[-9.0, -1.0, -0.5, -2.0, -8.0], [-9.0, -0.7, -1.5, -8.0, -8.0]])
+    student = student.double().requires_grad_()
+    entropy = torch.full((2, 5), 0.3).double()
+    outputs = [
+        SimpleNamespace(log_probs=student[:1], entropy=entropy[:1]),
+        SimpleNamespace(log_probs=student[1:], entropy=entropy[1:]),
+    ]
+    inputs = {
+        "prompt_ids": torch.tensor([[0, 7], [3, 4]]),
+        "prompt_mask": torch.tensor([[0, 1], [1, 1]]),
+        "completion_ids": torch.tensor([[5, 6, 8, 9], [5, 6, 0, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+    teacher = torch.tensor([-0.5, 0.0, -2.2, -7.0])
+    scored = {(7, 5, 6, 8, 9): teacher, (3, 4, 5, 6): None}
+    config = SimpleNamespace(gate="gap", gate_beta=5.0)
+    trainer = SimpleNamespace(run=config, scored=scored, tokens_a_step=lambda inputs: 8.0)
+    with meaning("the ids of an episode are those where its masks are 1, prompt and completion"):
+        term, stats = trl_trainer.gated_term(trainer, outputs, inputs)
+    with meaning("the term must keep the gradient of the log-probs"):
+        (slope,) = torch.autograd.grad(term, student)
+    g = torch.sigmoid(5 * torch.tensor([0.5, -0.2, 1.0, 0.0, 0.0])).double()
+    message = "only the last C columns are of the completion; tokens of a tool, padding: 0"
+    check_near(slope[:, 0], [0, 0], message)
+    check_near(slope[0, 2], 0, message)
+    check_near(slope[1, 3:], [0, 0], message)
+    check_near(
+        -slope[0, [1, 3, 4]] * 8,
+        g[:3],
+        "the push is g / tokens of the whole optimiser step: the micro-batch's mean, times its "
+        "tokens, by tokens_a_step",
+    )
+    check_near(-slope[1, 1:3] * 8, g[3:], "without a skill the gap is 0, and the gate 1/2")
+    check_near(stats["tokens"], 5, "five tokens were sampled")
+    mean = (g * torch.tensor([0.5, -0.2, 1.0, 0, 0])).sum() / 5
+    check_near(stats["loss"], mean, "stats['loss'] is the mean over this micro-batch")
+    trainer.run = SimpleNamespace(gate="entropy", gate_beta=2.0)
+    term, _ = trl_trainer.gated_term(trainer, outputs, inputs)
+    (slope,) = torch.autograd.grad(term, student)
+    message = "gate, beta and entropy must reach sdar_loss"
+    check_near(-slope[0, 1] * 8, torch.sigmoid(torch.tensor(0.6)), message)
