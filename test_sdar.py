@@ -1071,7 +1071,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 
 def test_fuzz():
     """SDAR_FUZZ=500 python -m pytest -k fuzz tries so many."""
-    code, said, _ = python(".lab/fuzz.py", os.environ.get("SDAR_FUZZ", "52"))
+    code, said, _ = python(".lab/fuzz.py", os.environ.get("SDAR_FUZZ", "130"))
     assert (code, said.splitlines()[-1:]) == (0, ["0 wrong"]), said
 
 
