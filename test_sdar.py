@@ -1196,6 +1196,13 @@ def test_a_model_of_unusable_settings_is_refused(file, change, message, folder, 
     assert message in refusal(folder, tmp_path, capsys)
 
 
+def test_a_tokenizer_that_loses_text_must_say_so(tmp_path, capsys):
+    folder = Path(shutil.copytree(sdar.TINY_FOLDER, tmp_path / "model"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"whole_words": true', '"whole_words": false'))
+    assert "its tokenizer loses text: it reads" in refusal(folder, tmp_path, capsys)
+
+
 @mark.parametrize(
     "change, message",
     [
