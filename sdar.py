@@ -263,8 +263,7 @@ class Chat:
         parts = re.split(f"({'|'.join(marks)})", rendered)
         frames, found = parts[::2], parts[1::2]
         require(found in (marks, marks[1:]), "its chat template moves, repeats or drops a message")
-        if found != marks and not tokenizer.init_kwargs.get("whole_words"):
-            say("Its chat template has no place for instructions: the model does not read them.")
+        self.takes_instructions = found == marks  # else it has no place for a system message
         *before_first, answer, between, answer_again, between_again, after = frames
         alike = (answer, between) == (answer_again, between_again) and after.startswith(answer)
         require(alike, "its chat template frames a second turn otherwise than the first")
@@ -301,8 +300,8 @@ class Chat:
     def first(self, instructions, observation):
         """Ids of the first prompt, and where in it the skill goes: before the first observation."""
         head = list(self._before_first[0])
-        for part in self._before_first[1:]:  # none: the template has no place for a system message
-            head += self.encode(instructions) + part
+        if self.takes_instructions:
+            head += self.encode(instructions) + self._before_first[1]
         return head + self.encode(observation) + self._after, len(head)
 
     def next(self, observation, ended):
@@ -1407,8 +1406,10 @@ def load_policy(config):
             enable_checkpointing(model)
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         read = tokenizer.decode(chat.encode(PROBE)).strip()
-        fine = read == PROBE or tokenizer.init_kwargs.get("whole_words")  # as the tiny policy's
-        require(fine, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
+        words = tokenizer.init_kwargs.get("whole_words")  # as the tiny policy's
+        require(read == PROBE or words, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
+        if not (chat.takes_instructions or words):
+            say("Its chat template has no place for instructions: the model does not read them.")
         return model, chat
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         reason = (str(error) or repr(error)).strip().split("\n")[0]
