@@ -506,7 +506,7 @@ def rollout(
     with_skill=False,
     bandit=None,
     first=0,
-    sampler_class=Sampler,
+    sampler_class=None,
 ):
     """Play an episode from each (task, seed, group) of `starts`, in lockstep. Returns Episodes.
 
@@ -531,7 +531,7 @@ def rollout(
     # Play, as many at once as the memory allows. Who has ended leaves the batch, and its cache.
     for start in range(0, len(players), config.rollout_batch):
         playing = players[start : start + config.rollout_batch]
-        sampler = sampler_class(model, temperature)
+        sampler = (sampler_class or Sampler)(model, temperature)
         while playing:
             take_turn(sampler, chat, playing, config)
             rows = [row for row, player in enumerate(playing) if player.running]

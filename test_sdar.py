@@ -674,7 +674,7 @@ def finished(tmp_path_factory):
     lines of the same run with three steps)."""
     folder = tmp_path_factory.mktemp("finished")
     final = sdar.train(small(folder, save_every=1))
-    return final, folder / "run", trained(folder.with_name("whole"), steps=3)[1]
+    return final, folder / "run", trained(tmp_path_factory.mktemp("whole"), steps=3)[1]
 
 
 METRICS = """step success reward turns invalid_rate response_tokens loss policy_loss sdar_loss kl

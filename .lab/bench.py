@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
@@ -76,6 +75,8 @@ def gb(size):
 
 def median_seconds(work):
     """Of a function without arguments, on one thread; on a GPU with its wait."""
+    from torch.utils.benchmark import Timer  # here, since it may talk of CUDA
+
     timer = Timer("work()", globals={"work": work})
     return timer.blocked_autorange(min_run_time=SECONDS).median
 

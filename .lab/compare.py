@@ -191,7 +191,9 @@ def print_comparison(runs, done, start, reasons):
     wide = max(11, *(len(kind) + 2 for kind in kinds))
     width = max(len("skill_prompt*"), *(len(label) + 1 for label in runs)) + 2
     heads = "".join(f"{kind:<{wide}}" for kind in [*kinds, "all"])
-    print("\n" + " " * width + heads + "(*: with the skill in the prompt)")
+    print(
+        "\n" + " " * width + heads + "(vanilla: before training; *: with the skill in the prompt)"
+    )
     print_row("vanilla", [start["by_type"]], 1, width, wide)
     print_row("skill_prompt*", [start["by_type"]], 2, width, wide)
 

@@ -26,6 +26,10 @@ TITLES = {  # {key of a line of metrics.jsonl: title of its panel}
     "gap_mean": "mean gap, nats",
     "gate_active": "share of active gates",
     "entropy": "entropy, nats",
+    "gate_mean": "mean gate",
+    "loss": "loss",
+    "grad_norm": "norm of the gradient",
+    "response_tokens": "sampled tokens an episode",
 }
 
 

@@ -828,6 +828,7 @@ TRL_REFUSES = """
 --tasks-per-step 3 --minibatches 5 => cannot be shared by 1 processes
 --lora -1 => --lora -1
 --lr many => invalid float value
+--out .assets => .assets is not empty
 """
 
 

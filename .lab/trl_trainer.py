@@ -162,7 +162,7 @@ class SDARTrainer(GRPOTrainer):
         """What samples: our Sampler, or TRL's client of a vLLM server, whose weights TRL keeps up
         to date."""
         if not self.args.use_vllm:
-            return sdar.Sampler
+            return None
         return partial(VllmSampler, self.vllm_generation.vllm_client, self.chat)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
