@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -341,6 +342,7 @@ def attempt(kind, number, material):
         main = sdar.main
         if argv[0] == "envs":
             main, argv = envs.main, argv[1:]
+        signal.alarm(60)  # something was accepted, and waits for ever
         try:
             with contextlib.chdir(folder), contextlib.redirect_stderr(error):
                 with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
@@ -349,6 +351,8 @@ def attempt(kind, number, material):
             code = end.code
         except BaseException as raised:
             return f"{argv}: {type(raised).__name__}: {raised}"
+        finally:
+            signal.alarm(0)
         error.seek(0)
         said = error.read()
         if code != 2:
@@ -375,8 +379,14 @@ def prepare(folder):
     sdar.main(["--out", str(folder / "run"), *FEW])
 
 
+def too_long(number, frame):
+    """What an alarm does."""
+    raise TimeoutError("no end in 60 s")
+
+
 def fuzz(count, first=0):
     """Try so many inputs, the kinds in turn. Returns what went wrong, a list of texts."""
+    signal.signal(signal.SIGALRM, too_long)
     with tempfile.TemporaryDirectory() as material:
         prepare(Path(material))
         wrong = []
