@@ -1306,6 +1306,9 @@ def check_config(config):
             fine = nothing or least <= value <= LARGEST
             require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
 
+    episodes = config.tasks_per_step * config.group_size
+    fits = episodes <= 10**4 and config.eval_episodes <= 10**6
+    require(fits, "--tasks-per-step, --group-size, --eval-episodes: too many episodes at once")
     require(config.lr <= 1, "--lr: at most 1: every weight moves by about so much a step")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")

@@ -1779,6 +1779,19 @@ def test_webshops_crash_ends_its_own_episode_alone(shops):
     assert two.step("click[buy now]")[1:3] == (1.0, True)
 
 
+BAD_ROWS = (DATA / "bad_rows.txt").read_text().splitlines()
+
+
+@mark.parametrize("row, message", [line.split(" => ") for line in BAD_ROWS])
+def test_a_bad_row_is_named_with_its_line(row, message, tmp_path):
+    good = '{"id": 1, "question": "q", "golden_answers": ["a"], "split": null}'
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{good}\n{row}\n")
+    with raises(EnvUnavailable, match="line 2: not a row") as error:
+        make_env("search", data=str(path))
+    assert message in str(error.value)
+
+
 def test_search_splits_by_a_hash(search):
     world = make_env("search", **search)
     splits = [world.tasks(split) for split in ("train", "dev", "eval")]
