@@ -952,7 +952,8 @@ def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert sdar.is_whole(tmp_path / "run/checkpoint")
 
 
-def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+def test_an_update_whose_gradient_is_not_finite_is_said(tmp_path, monkeypatch, capsys):
+    """And skipped, and counted."""
     loss, calls = sdar.policy_loss, itertools.count()
 
     def bad(*args):
@@ -963,6 +964,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path,
     monkeypatch.setattr(sdar, "policy_loss", bad)
     rows = trained(tmp_path)[1]
     assert [row["skipped_updates"] for row in rows] == [0, 4]
+    assert "step 2: 4 updates skipped" in capsys.readouterr().err
     assert rows[1]["loss"] is None
     assert rows[1]["eval_success_skill"] > 0.5  # the weights are still good
 
@@ -1071,7 +1073,8 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 
 def test_fuzz():
     """SDAR_FUZZ=500 python -m pytest -k fuzz tries so many."""
-    code, said, _ = python(".lab/fuzz.py", os.environ.get("SDAR_FUZZ", "130"))
+    code, said, noise = python(".lab/fuzz.py", os.environ.get("SDAR_FUZZ", "130"))
+    assert "LOAD REPORT" not in noise  # transformers' table of tensors
     assert (code, said.splitlines()[-1:]) == (0, ["0 wrong"]), said
 
 
@@ -1279,7 +1282,9 @@ assert 'transformers' not in sys.modules"""
 def python(*args):
     """Run Python in the repository: (exit code, stdout, stderr)."""
     command = [sys.executable, *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    users = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    users.pop("TRANSFORMERS_VERBOSITY", None)  # of these tests
+    done = subprocess.run(command, cwd=ROOT, env=users, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -931,10 +931,12 @@ def test_blank_and_restore_keep_what_a_learner_wrote(tmp_path):
     exercise.blank("gate", tmp_path)
     path.write_text(path.read_text().replace("raise NotImplementedError(", "return my(answer"))
     assert "sdar.py.mine" in exercise.blank("gate", tmp_path)
-    assert "return my(answer" in (tmp_path / "sdar.py.mine").read_text()
-    path.write_text("# other work\n" + path.read_text())
+    again = path.read_text().replace("raise NotImplementedError(", "return my(second")
+    path.write_text("# other work\n" + again)
     exercise.restore("gate", tmp_path)
     assert path.read_text() == "# other work\n" + whole
+    kept = (tmp_path / "sdar.py.mine").read_text()
+    assert kept.index("return my(answer") < kept.index("return my(second")
     with raises(ValueError, match="not blanked"):
         exercise.restore("gate", tmp_path)
 
