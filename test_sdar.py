@@ -1315,13 +1315,13 @@ def test_token_logprobs_use_the_kernel_that_they_are_given():
 
 
 def test_a_kernel_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(
-        torch.cuda, "_compile_kernel", None, raising=False
-    )  # the private name, gone
+    gone = {"target": torch.cuda, "name": "_compile_kernel", "value": None}  # the private name
+    monkeypatch.setattr(**gone, raising=False)
     sdar.load_kernel.cache_clear()
     sdar.compiled.cache_clear()
     assert sdar.load_kernel("float32") is None
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    lines = capsys.readouterr().err.splitlines()  # PyTorch may have its own about a lone nvcc
+    assert sum(line.startswith("--kernel: not compiled") for line in lines) == 1
 
 
 # --- 5. Skills and the toy world ---------------------------------------------------------
