@@ -175,7 +175,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         sdar.os.chdir(folder)
         check_norms(Path(folder, "norms"))
-        (house,) = re.findall("```python\n(.*?)```", PAGES["EXERCISES"], re.DOTALL)
+        house, moving = re.findall("```python\n(.*?)```", PAGES["EXERCISES"], re.DOTALL)
         Path("house.py").write_text(house)
+        Path("moving.py").write_text(moving)
         for command in commands():
             run(command)

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import re
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -31,6 +32,9 @@ BLANKS = {  # {function to write again: its file}
     "kl_k3": "sdar.py",
     "retrieve": "envs.py",
     "gated_term": ".lab/trl_trainer.py",
+    "policy_loss": "sdar.py",
+    "view": "sdar.py",
+    "response_logprobs": "sdar.py",
 }
 EMPTY = 'NotImplementedError("exercise: write {} again")'
 PICTURE = ROOT / ".assets" / "gate.svg"
@@ -132,9 +136,10 @@ def blank(name, folder=ROOT):
         original.parent.mkdir(exist_ok=True)
         write_whole(original, text)
     text = original.read_text("utf-8")
-    signature = text[: text.index('    """')]
-    aim = f'    """{texts(name)["aim"]}\n    """\n'
-    write_whole(path, f"{before}{signature}{aim}    raise {EMPTY.format(name)}\n{after}")
+    margin = text[: text.index("def")]  # of a method
+    signature = text[: text.index(f'{margin}    """')]
+    body = f'    """{texts(name)["aim"]}\n    """\n    raise {EMPTY.format(name)}\n'
+    write_whole(path, before + signature + textwrap.indent(body, margin) + after)
     told = f"{path.name}: {name} is empty; its docstring says what it is for.{told}"
     return f"{told} Back: python sdar.py exercise restore {name}"
 
@@ -157,7 +162,7 @@ def find(name, folder):
     may be broken."""
     path = Path(folder, BLANKS[name])
     source = path.read_text("utf-8")
-    parts = re.split(rf"(?m)(^def {name}\((?:.*\n)(?:[ \t)].*\n|\n(?=\n*[ \t)]))*)", source)
+    parts = re.split(rf"(?m)(^ *def {name}\((?:.*\n)(?:[ \t)].*\n|\n(?=\n*[ \t)]))*)", source)
     if len(parts) != 3:
         raise ValueError(f"{path.name} has no function {name}, or several")
     return path, *parts

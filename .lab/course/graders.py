@@ -316,3 +316,136 @@ def grade_gated_term():
     (slope,) = torch.autograd.grad(term, student)
     message = "gate, beta and entropy must reach sdar_loss"
     check_near(-slope[0, 1] * 8, torch.sigmoid(torch.tensor(0.6)), message)
+
+
+# Tokens of policy_loss: (log of the ratio, advantage, loss, slope by the log-prob, what it is).
+CLIPPED = [
+    (0.1, 1, -1.105171, -1.105171, "the ratio is e to the difference of log-probs, new less old"),
+    (0.5, 1, -1.2, 0, "A > 0 and far above 1: clipped, nothing more is earned"),
+    (-0.5, 1, -0.606531, -0.606531, "A > 0 but far below 1: not clipped, or it never comes back"),
+    (-0.5, -1, 0.8, 0, "A < 0 and far below 1: clipped"),
+    (0.5, -1, 1.648721, 1.648721, "A < 0 but far above 1: not clipped"),
+    (
+        1.5,
+        -1,
+        3,
+        0,
+        "A < 0 and a ratio of 4.5: the loss stops at -A dual_clip, and so does the slope",
+    ),
+    (1.5, 2, -2.4, 0, "dual_clip is for negative advantages"),
+]
+
+
+def grade_policy_loss():
+    for log_ratio, advantage, expected, expected_slope, message in CLIPPED:
+        new, old = tensor(log_ratio - 1).requires_grad_(), tensor(-1.0).requires_grad_()
+        loss, _ = sdar.policy_loss(new, old, tensor(advantage), torch.ones(1, 1))
+        check_near(loss, expected, message)
+        with meaning("the loss must keep the gradient of the new log-probs"):
+            slopes = torch.autograd.grad(loss, [new, old], allow_unused=True)
+        check_near(slopes[0], [[expected_slope]], message)
+        assert not slopes[1], "the old log-probs are numbers: no gradient goes there"
+
+    new = torch.cat([tensor(-0.5, -1, -1, torch.nan), tensor(0.5, 9, 9, 9)]).requires_grad_()
+    old = torch.cat([tensor(-1, -1, -1.5, 9), tensor(-1, 9, 9, 9)])
+    mask, advantages = torch.tensor(MASK), torch.tensor([[1.0], [-1]]).double()
+    loss, stats = sdar.policy_loss(new, old, advantages, mask)
+    message = (
+        "one mean over all tokens of the mask, not of the rows' means; NaN behind it is nothing"
+    )
+    check_near(loss, (-1.2 - 1 - 1.2 + 3) / 4, message)
+    (slope,) = torch.autograd.grad(loss, new)
+    assert slope.isfinite().all(), "NaN behind the mask must not reach the gradient: visible()"
+    check_near(stats["ratio_mean"], (2 * 1.648721 + 1 + 4.481689) / 4, message)
+    check_near(
+        stats["clip_fraction"], 0.5, "clip_fraction: the share of tokens that the clip changed"
+    )
+    loss, _ = sdar.policy_loss(new, old, advantages, mask, clip_eps=0.5, dual_clip=None)
+    message = "clip_eps is an argument, and dual_clip=None switches it off"
+    check_near(loss, (-1.5 - 1 - 1.5 + 4.481689) / 4, message)
+    low, _ = sdar.policy_loss(
+        tensor(-2.0), tensor(-1.0), tensor(-1), torch.ones(1, 1), clip_eps=0.5
+    )
+    check_near(low, 0.5, "the lower bound is 1 - clip_eps")
+    high, _ = sdar.policy_loss(tensor(0.5), tensor(-1.0), tensor(-1), torch.ones(1, 1), dual_clip=2)
+    check_near(high, 2, "dual_clip is an argument")
+
+
+def an_episode(ids, mask, skill_at=1, skill_ids=()):
+    return sdar.Episode("put a mug", "put", 0, list(ids), list(mask), skill_at, [], list(skill_ids))
+
+
+def grade_view():
+    episode = an_episode([1, 2, 3, 4, 5], [0, 0, 1, 0, 1], skill_at=1, skill_ids=[8, 9])
+    for _ in range(2):
+        with meaning("view returns two lists"):
+            (ids, mask), student = episode.view(True), episode.view(False)
+        message = "the student never sees the skill, and the episode stays as it is"
+        assert tuple(student) == ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]), message
+        message = "the teacher reads the skill from place skill_at on, between the halves"
+        assert ids == [1, 8, 9, 2, 3, 4, 5], message
+        message = "the skill was not sampled: 0 on it, and the ones move with their ids"
+        assert mask == [0, 0, 0, 0, 1, 0, 1], message
+    alone = an_episode([1, 2, 3], [0, 0, 1])
+    assert tuple(alone.view(True)) == ([1, 2, 3], [0, 0, 1]), "no skill fits: both read the same"
+
+
+class Counting:
+    """A model of four words that finds likely what it has read often: the state at a position is
+    how often each id has come up, that position's included, and the head is the identity."""
+
+    device = torch.device("cpu")
+    head = torch.eye(4, requires_grad=True)
+
+    def base_model(self, input_ids, attention_mask, use_cache=False):
+        seen = torch.nn.functional.one_hot(input_ids, 4) * attention_mask[..., None]
+        return SimpleNamespace(last_hidden_state=seen.cumsum(1).float())
+
+    def get_output_embeddings(self):
+        return SimpleNamespace(weight=self.head)
+
+
+def counted(chosen, *counts, temperature=1.0):
+    """Counting's log-prob of an id after so many of each."""
+    return torch.log_softmax(torch.tensor(counts) / temperature, -1)[chosen]
+
+
+def grade_response_logprobs():
+    episodes = [
+        an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], skill_ids=[3, 3]),
+        an_episode([2, 2, 3], [0, 0, 1]),
+    ]
+    config = SimpleNamespace(temperature=2.0, dtype="float32", kernel=False)
+
+    def both(**flags):
+        with meaning("ids, states and mask must be cut and chosen alike"):
+            logprobs, entropy = sdar.response_logprobs(Counting(), episodes, config, **flags)
+        assert logprobs.shape == (2, 3), "as many columns as the longest episode has sampled ids"
+        return logprobs, entropy
+
+    student, entropy = both()
+    assert entropy is None, "entropies are given when they are asked for"
+    first = counted(1, 1.0, 1, 0, 0, temperature=2)
+    check_near(
+        student[0, 0],
+        first,
+        "the first sampled id is predicted by the state before it, which has read two ids; the "
+        "logits are divided by config.temperature",
+    )
+    more = [counted(2, 1.0, 2, 0, 0, temperature=2), counted(1, 1.0, 2, 1, 1, temperature=2)]
+    check_near(student[0, 1:], more, "an observation has no column, but what follows has read it")
+    check_near(student[1, 0], counted(3, 0.0, 0, 2, 0, temperature=2), "each episode by itself")
+    check_near(student[1, 1:], [0, 0], "0 behind an episode's last sampled id")
+
+    teacher, _ = both(with_skill=True)
+    expected = counted(1, 1.0, 1, 0, 2, temperature=2)
+    check_near(teacher[0, 0], expected, "with_skill: the same id, whose reader has seen the skill")
+    check_near(teacher[1], student[1], "no skill: teacher and student are one reader")
+
+    logprobs, entropy = both(with_entropy=True)
+    p = torch.softmax(torch.tensor([1.0, 1, 0, 0]) / 2, -1)
+    assert entropy is not None, "with_entropy: entropies, too"
+    check_near(entropy[0, 0], -(p * p.log()).sum(), "the entropy of all four words, not of one")
+    with meaning("the log-probs must keep their gradient"):
+        (slope,) = torch.autograd.grad(logprobs.sum(), Counting.head)
+    assert slope.abs().sum() > 0, "the log-probs must keep their gradient"
