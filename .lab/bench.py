@@ -1,5 +1,7 @@
 """Where the time and the memory of a training step go: python sdar.py bench [flags]
 
+With `trl` as its first word: the same steps on TRL beside them (.lab/trl_bench.py).
+
 First a step's parts, then token_logprobs on each of its paths: in chunks, in one piece, and by the
 kernel (--kernel). Nothing is written. Timings are medians of runs on this machine, now: compare
 those of one call, not of two.
@@ -21,7 +23,12 @@ NO_CHUNKS = 2**62  # logits at once
 
 
 def main(argv):
-    """Time a step, then the log-probs."""
+    """Time a step, then the log-probs; or the step beside TRL's."""
+    if argv[:1] == ["trl"]:
+        import trl_bench
+
+        return trl_bench.main(argv[1:])
+
     config = sdar.Config(**sdar.parse_flags("bench", __doc__, argv, (), sdar.OF_TRAINING))
     envs = sdar.make_envs(config)
     model, chat = sdar.load_policy(config)

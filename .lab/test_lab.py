@@ -53,6 +53,7 @@ from test_sdar import (
     play,
     policy,
     pytestmark,
+    python,
     search,
     small,
     table,
@@ -841,6 +842,18 @@ def test_trl_trainer_refuses_in_one_line(flags, message, on_trl, tmp_path, capsy
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_bench_trl_times_the_same_tokens_on_both(on_trl):
+    size = "--steps 3 --tasks-per-step 2 --group-size 2 --max-turns 3".split()
+    code, printed, _ = python(".lab/bench.py", "trl", *size)
+    assert code == 0
+    assert len(re.findall(r"teacher: here [\d.]+, TRL [\d.]+, ratio [\d.]+", printed)) == 6
+
+
+def test_bench_trl_refuses_what_it_cannot_time(on_trl, capsys):
+    assert main(["bench", "trl", "--steps", "2"]) == 2
+    assert "--steps: 3 or more" in capsys.readouterr().err
 
 
 @mark.parametrize("name, message", [("trl", "pip install trl"), ("peft", "untested here")])

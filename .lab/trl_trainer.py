@@ -97,8 +97,9 @@ def settings(config, changes, processes, known):
     return given
 
 
-def make_trainer(config, changes=(), lora=0, vllm=""):
-    """An SDARTrainer for a Config. UserError for settings that TRL refuses."""
+def make_trainer(config, changes=(), lora=0, vllm="", kind=None):
+    """An SDARTrainer, or another kind of it, for a Config. UserError for settings that TRL
+    refuses."""
     import datasets
     from trl import GRPOConfig
 
@@ -120,7 +121,8 @@ def make_trainer(config, changes=(), lora=0, vllm=""):
 
         adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
     tasks = datasets.Dataset.from_dict({"prompt": envs[0].tasks("train")})
-    return SDARTrainer(config, chat, envs, model, arguments, tasks, adapters)
+    kind = kind or SDARTrainer
+    return kind(config, chat, envs, model, arguments, tasks, adapters)
 
 
 class SDARTrainer(GRPOTrainer):
@@ -157,6 +159,9 @@ class SDARTrainer(GRPOTrainer):
         if self.run.teacher == "frozen" and not self.frozen:
             off = self.accelerator.unwrap_model(self.model).disable_adapter()
         return self.frozen or self.policy(), off
+
+    def begin_step(self, starts, stream):
+        """Called before a step's episodes are played; for a trainer that notes them."""
 
     def sampler_class(self):
         """What samples: our Sampler, or TRL's client of a vLLM server, whose weights TRL keeps up
@@ -285,10 +290,12 @@ def play(prompts, trainer):
 
     was_training = policy.training
     policy.eval()
+    stream = (3, config.seed, step)
+    trainer.begin_step(starts, stream)
     own = (policy, trainer.chat, trainer.envs, starts, config)
     episodes = sdar.rollout(
         *own,
-        stream=(3, config.seed, step),
+        stream=stream,
         temperature=config.temperature,
         first=trainer.accelerator.process_index * len(prompts),
         sampler_class=trainer.sampler_class(),
