@@ -14,7 +14,7 @@ Write your own environment: a class with a text for the model, tasks, skills, an
 
     class Guess(TextEnv):
         name = "guess"
-        instructions = "Name the colour that is asked for. Answer with one word."
+        instructions = "Guess a colour. Every answer is one line: <action>a colour</action>"
         default_turns = 3
         skills = [Skill(c, f"The {c} is {COLOURS[c]}.", keywords=(c,)) for c in COLOURS]
         goals = {c: ("colour", ("train", "dev", "eval")) for c in COLOURS}  # type, splits
@@ -136,7 +136,7 @@ class Skill:
 # What the real environments tell their players: {environment: {"instructions", "skills"}}.
 TEXTS = HERE / ".assets" / "environments.json"
 TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
-SKILLS = {name: [Skill(**row) for row in texts["skills"]] for name, texts in TEXTS.items()}
+SKILLS = {name: [Skill(**row) for row in text.get("skills", ())] for name, text in TEXTS.items()}
 
 
 def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
@@ -240,17 +240,23 @@ class TextEnv:
 
     name = ""
     instructions = ""  # the system message
+    examples = ()  # turns before the episode that show the form: (observation, response) pairs
+    reminder = "Your next action, in <action></action>:"  # a language model reads it every turn
     skills = None  # the skill bank
     goals = {}
     takes = ()  # options beside max_turns: "data", "url"
     default_turns = 10
-    show_admissible = False
+    tagged = True  # the player writes tags, as language models do; the tiny policy does not
+    show_admissible = False  # under each observation; sdar.py shows them to language models
+    brief = True  # what was listed in turn 1 is not listed again
     slow = False  # a step waits for something: it is worth a thread
     stop_strings = ("</action>",)  # a response also ends where one of these does
 
     def __init__(self, max_turns=0, max_obs_chars=4000):
-        if not self.instructions:
-            self.instructions = TEXTS.get(self.name, {}).get("instructions")
+        texts = TEXTS.get(self.name, {})
+        self.instructions = self.instructions or texts.get("instructions")
+        self.examples = self.examples or texts.get("examples", ())
+        self.reminder = texts.get("reminder", self.reminder)
         if self.skills is None:
             self.skills = SKILLS.get(self.name)
         message = f"no instructions or skills for {self.name!r}: it brings its own, or they are in "
@@ -308,13 +314,15 @@ class TextEnv:
         return observation, reward, terminated, truncated, info
 
     def parse(self, response):
-        """Text of the model -> (action, valid): what the first <action>...</action> holds, or a
-        text of one line; valid is False where the tag is not closed."""
-        tagged = re.search(r"<action>(.*?)</action>", response, re.DOTALL | re.IGNORECASE)
-        text = tagged.group(1) if tagged else response
+        """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
+        tags in any case; without one "", False. Where nobody writes tags (`tagged`), as the tiny
+        policy, a text of one line without any."""
+        found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
+        text = found[1] if found else ""
+        if not (found or self.tagged or re.search("[\n<]", response.strip())):
+            text = response
         action = " ".join(text.split())
-        readable = tagged or not re.search(r"\n|<action>", response.strip(), re.IGNORECASE)
-        return action, bool(action and readable)
+        return action, bool(action)
 
     def panel(self, split, episodes):
         """The evaluation episodes, a list of (task, seed): always the same ones, every task type
@@ -336,20 +344,22 @@ class TextEnv:
 
     def _result(self, text, state):
         text = self.cut(text) + state.get("tail", "")
-        if self.show_admissible and self._running:
-            text += "\nAdmissible actions: " + ", ".join(self._news(state["admissible"]))
+        if self.show_admissible and self._running and state["admissible"]:
+            text += "\nAdmissible actions: " + self._listing(state["admissible"])
         info = {"task": self.task, "task_type": self.kind, "score": float(state["won"]), **state}
         wanted = ("task", "task_type", "admissible", "won", "score", "valid")
         return text, {key: info[key] for key in wanted}
 
-    def _news(self, admissible):
-        """The actions to list. Most of the first list, every "go to", is there in all turns: once
-        is enough."""
+    def _listing(self, admissible):
+        """The actions that are admissible. Most of the first list, every "go to", is there in all
+        turns: from then on it is said in a few words, which are no action."""
         news = [action for action in admissible if action not in self._listed]
-        if self._listed:
-            return news + ["those listed first"]
-        self._listed = news
-        return news
+        gone = [action for action in self._listed if action not in admissible]
+        if not (self.brief and self._listed) or len(gone) > 3:
+            self._listed = self._listed or admissible
+            return ", ".join(admissible)
+        without = f", without {' and '.join(gone)}" if gone else ""
+        return ", ".join([*news, f"(all that turn 1 listed{without})"])
 
 
 def call_all(calls, in_threads):
@@ -447,13 +457,10 @@ class ToyEnv(TextEnv):
     """
 
     name = "toy"
+    tagged = False  # sdar.py sets it for its player
     instructions = (
-        "You act in a household. Places: " + ", ".join(PLACES) + ". Cabinets and drawers must be "
-        "opened before you see what they hold. You carry one object at a time. Answer with your "
-        "reasoning in <think></think>, then one action in <action></action>. Actions: go to PLACE, "
-        "open PLACE, take OBJECT from PLACE, put OBJECT in/on PLACE, clean OBJECT with SINKBASIN, "
-        "heat OBJECT with MICROWAVE, cool OBJECT with FRIDGE, use desklamp 1, look, inventory. "
-        "Objects and places have a number, as in: go to desk 1."
+        "Play a text game. Every answer is exactly one line:\n"
+        "<action>an action from the list</action>"
     )
     GRAMMAR = re.compile(
         r"(?P<short>(?P<verb>go to|open|take|put|clean|heat|cool|use) (?P<what>[a-z]+ \d+))"
@@ -764,6 +771,7 @@ class WebShopEnv(TextEnv):
     takes = ("data",)
     default_turns = 15
     show_admissible = True
+    brief = False  # another page, other links
     first = {}  # {root: its first environment}, whose server (products, index) is everyone's
 
     def __init__(self, data="", **options):

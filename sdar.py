@@ -251,18 +251,22 @@ class Chat:
     def __init__(self, tokenizer, eos=None):
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
+        self.whole_words = bool(tokenizer.init_kwargs.get("whole_words"))  # the tiny policy's
         self.encode = lru_cache(maxsize=256)(self._encode)  # environments repeat themselves
 
         # Three turns, each text a mark; what stands between two marks is a frame.
         roles = "system user assistant user assistant user".split()
         marks = "SYSTEMTEXT FIRSTTEXT ANSWERTEXT NEXTTEXT ANSWERTEXT NEXTTEXT".split()
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
+        messages = [{"role": role, "content": f" {mark} "} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        parts = re.split(f"({'|'.join(marks)})", rendered)
-        frames, found = parts[::2], parts[1::2]
+        parts = re.split(f"( ?(?:{'|'.join(marks)}) ?)", rendered)
+        frames, texts = parts[::2], parts[1::2]
+        found = [text.strip() for text in texts]
         require(found in (marks, marks[1:]), "its chat template moves, repeats or drops a message")
+        kept = [f" {mark} " for mark in found] == texts
+        require(kept, "its chat template strips the blanks around a message")
         self.takes_instructions = found == marks  # else it has no place for a system message
         *before_first, answer, between, answer_again, between_again, after = frames
         alike = (answer, between) == (answer_again, between_again) and after.startswith(answer)
@@ -297,11 +301,14 @@ class Chat:
         parts = self._tokenize(pieces, split_special_tokens=True)
         return [id for ids in parts for id in ids if id not in self._control]
 
-    def first(self, instructions, observation):
-        """Ids of the first prompt, and where in it the skill goes: before the first observation."""
+    def first(self, instructions, observation, examples=()):
+        """Ids of the first prompt, and where in it the skill goes: before the first observation.
+        examples: (observation, response) pairs, turns that stand before it as if they had been."""
         head = list(self._before_first[0])
         if self.takes_instructions:
             head += self.encode(instructions) + self._before_first[1]
+        for seen, said in examples:
+            head += self.encode(seen) + self._after + self.encode(said) + self._between
         return head + self.encode(observation) + self._after, len(head)
 
     def next(self, observation, ended):
@@ -516,6 +523,8 @@ def rollout(
     EnvUnavailable if that was half of them or more."""
     for env in envs:
         env.cut = partial(cut_text, chat, config.max_obs_tokens)
+        env.tagged = not chat.whole_words
+        env.show_admissible |= env.tagged
 
     # Start. Where an engine fails, its episode is left out, and the others play as if nothing was.
     resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, starts)]
@@ -550,7 +559,8 @@ def start_episode(chat, env, start, begun, config, with_skill, bandit):
     observation, info = begun
     task, task_type = info["task"], info["task_type"]
     skills = retrieve(env.skills, task, task_type, config.retrieval, seed, bandit)
-    ids, at = chat.first(env.instructions, observation)
+    examples = env.examples if env.tagged else ()
+    ids, at = chat.first(env.instructions, as_read(observation, env, turn=1), examples)
     mask, skill_ids = [0] * len(ids), chat.encode(skill_text(skills))
     episode = Episode(task, task_type, group, ids, mask, at, skills, skill_ids)
     episode.transcript.append(observation)
@@ -558,6 +568,13 @@ def start_episode(chat, env, start, begun, config, with_skill, bandit):
         episode.ids, episode.mask = episode.view(with_skill)
         episode.skill_ids = []
     return episode
+
+
+def as_read(observation, env, turn):
+    """An observation as the policy reads it. A language model is told the turn, and the form."""
+    if not env.tagged:
+        return observation
+    return f"{observation}\nTurn {turn} of {env.max_turns}. {env.reminder}"
 
 
 def take_turn(sampler, chat, players, config):
@@ -603,7 +620,8 @@ def record_turn(player, chat, response, text, valid, result, room):
     episode.won = info["won"]
 
     # Only what is added here, and the responses, the policy ever reads; nothing of it is sampled.
-    between = chat.next(observation, ended=ids[-1] == chat.end_id)
+    prompt = as_read(observation, player.env, turn=episode.turns + 1)
+    between = chat.next(prompt, ended=ids[-1] == chat.end_id)
     fits = len(episode.ids) + len(between) + len(episode.skill_ids) <= room
     player.running = fits and not (terminated or truncated)
     episode.overflowed = not (fits or terminated or truncated)
@@ -1409,10 +1427,10 @@ def load_policy(config):
             enable_checkpointing(model)
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         read = tokenizer.decode(chat.encode(PROBE)).strip()
-        words = tokenizer.init_kwargs.get("whole_words")  # as the tiny policy's
-        require(read == PROBE or words, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
-        if not (chat.takes_instructions or words):
-            say("Its chat template has no place for instructions: the model does not read them.")
+        fine = read == PROBE or chat.whole_words
+        require(fine, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
+        message = "its chat template has no place for a system message: it would miss the rules"
+        require(chat.takes_instructions or chat.whole_words, message)
         return model, chat
     except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
         reason = (str(error) or repr(error)).strip().split("\n")[0]

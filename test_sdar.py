@@ -315,8 +315,30 @@ def test_chats_frames_are_the_template(hub):
     assert decode(chat.stop_ids) == "<|endoftext|><|im_end|>"
     after = prompt.split("A mug.")[1]
     finished = chat.next("Nothing.", ended=True)
-    assert decode([chat.end_id, *finished]) == f"<|im_end|>\n<|im_start|>user\nNothing.{after}"
+    between = "<|im_end|>\n<|im_start|>user\n"
+    assert decode([chat.end_id, *finished]) == f"{between}Nothing.{after}"
     assert chat.next("Nothing.", ended=False) == [chat.end_id, *finished]  # it was cut
+
+    shown, at = chat.first("Rules.", "A mug.", [("A cup.", "look")])
+    head, tail = prompt.split("A mug.")
+    assert decode(shown[:at]) == f"{head}A cup.{tail}look{between}"
+    assert decode(shown[at:]) == f"A mug.{tail}"
+
+
+def test_a_language_model_reads_examples_the_list_and_the_turn(hub):
+    config = Config(group_size=2, max_new_tokens=4)
+    episode = play(hub, config, episodes=2)[0]
+    text = hub[1].tokenizer.decode(episode.ids)
+    assert text.index("put a fork in desk 2") < text.index(episode.task)
+    assert text.count("Admissible actions: ") == 2 + episode.turns
+    assert f"Turn {episode.turns} of 10. Your next action, as in <action>" in text
+    head = hub[1].tokenizer.decode(episode.ids[: episode.skill_at])
+    assert head.endswith("<|im_start|>user\n")
+
+
+def test_the_tiny_policy_reads_neither(policy):
+    text = policy[1].tokenizer.decode(play(policy, Config(group_size=2), episodes=2)[0].ids)
+    assert re.findall("fork|Admissible|Turn", text) == []
 
 
 @mark.parametrize("retrieval", ["keyword", "wrong"])
@@ -1442,9 +1464,13 @@ RESPONSES = r"""
 "toy"     ""                                          ("", False)
 "toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
 "toy"     "<think>hm</think><action> look </action>"  ("look", True)
-"toy"     "I will look\naround"                       ("I will look around", False)
+"toy"     "I will look\naround"                       ("", False)
 "toy"     "<Action>look</ACTION>"                     ("look", True)
-"toy"     "a <action>go to desk 1"                    ("a <action>go to desk 1", False)
+"toy"     "a <action>go to desk 1"                    ("", False)
+"toy"     "<think>I should look for the cd"           ("", False)
+"alfworld"  "go to desk 1"                            ("", False)
+"alfworld"  "<action>go <ACTION>look</action> a</action>"  ("look", True)
+"webshop"   "<action>buy</action><action>x</action>"  ("buy", True)
 "search"  "<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", 1)
 "search"  "a"                                         ("", False)
 "search"  "<ANSWER>c</ANSWER><search>a</search>"      ("<answer>c</answer>", True)
@@ -1539,12 +1565,40 @@ def check_infos(env, log):
     for observation, *_, info in log:
         kinds = [type(value) for key, value in info.items() if key != "admissible"]
         assert kinds == [str, str, bool, float, bool]
-        actions = info["admissible"] or ()
-        if info is not first:
-            actions = [action for action in actions if action not in first["admissible"]]
-            actions.append("those listed first")
-        line = "\nAdmissible actions: " + ", ".join(actions)
-        assert observation.endswith(line) == (env.show_admissible and not info["won"])
+        shown = shown_actions(observation, first["admissible"])
+        whole = {*", ".join(info["admissible"] or ()).split(", ")}
+        assert shown == (whole if env.show_admissible and not info["won"] else None)
+
+
+def shown_actions(observation, first):
+    """What an observation says can be done, in full; None if it does not say."""
+    _, shown, listed = observation.partition("\nAdmissible actions: ")
+    brief = re.fullmatch(r"(.*?)(?:, )?\(all that turn 1 listed(?:, without (.*))?\)", listed)
+    if not brief:
+        return {*listed.split(", ")} if shown else None
+    news, gone = (brief[1] or "").split(", "), (brief[2] or "").split(" and ")
+    return ({*news} | {*first}) - {*gone} - {""}
+
+
+LISTINGS = """
+"a b c d e"  "a b c d e"  "(all that turn 1 listed)"
+"a b c d e"  "b c d e"    "(all that turn 1 listed, without a)"
+"a b c d e"  "c d e f"    "f, (all that turn 1 listed, without a and b)"
+"a b c d e"  "e f"        "e, f"
+"a b c d e"  ""           None
+"""
+
+
+@mark.parametrize("first, now, said", table(LISTINGS))
+def test_what_turn_1_listed_is_not_listed_again(first, now, said):
+    world = make_env("toy")
+    world.show_admissible = True
+    world.reset(world.tasks("eval")[0])
+    world._listed = []  # as after a reset that listed nothing
+    state = {"admissible": first.split(), "won": False, "valid": True}
+    world._result("A.", state)
+    observation, _ = world._result("A.", state | {"admissible": now.split()})
+    assert observation == ("A." if said is None else f"A.\nAdmissible actions: {said}")
 
 
 @mark.parametrize("name", envs.ENVS)
@@ -1775,8 +1829,7 @@ def test_webshops_crash_ends_its_own_episode_alone(shops):
     crash, other = together(shops, "step", ["search[crash]", "search[lamp]"])
     assert isinstance(crash, EnvUnavailable)
     assert "search[crash]" in str(crash)
-    listed = "click[back to search], click[b01], those listed first"
-    assert other[0] == f"results\nAdmissible actions: {listed}"
+    assert other[0] == "results\nAdmissible actions: click[back to search], click[b01]"
     with raises(RuntimeError, match="no episode"):
         one.step("search[lamp]")
     two.step("click[b01]")

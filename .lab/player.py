@@ -55,6 +55,7 @@ def play(name, split="eval", task=None, skill=False, **options):
     """A person plays an episode in the terminal and sees what the model sees: the first task of the
     split, or that of an id. skill: and what the teacher sees."""
     env = envs.make_env(name, **options)
+    env.tagged = False  # people need no tags
     first = env.tasks(split)[0]
     observation, info = env.reset(task or first)
     read = envs.retrieve(env.skills, info["task"], info["task_type"], "keyword")
