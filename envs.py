@@ -50,10 +50,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -161,6 +163,43 @@ def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
         typed = [skill for skill in bank if skill.task_types]
         pool = [skill for skill in typed if task_type not in skill.task_types]
     return rng.sample(pool, min(len(pool), max(1, len(found))))
+
+
+def load_skills(file, env):
+    """The skill bank in a file: a list of rows with name and text, perhaps task_types and keywords;
+    or skill_mapping.json of the official repository, beside its Markdown files. UserError for
+    anything else."""
+    with naming(f"--skill-bank {file}: a list of name, text, task_types, keywords", UserError):
+        rows = json.loads(Path(file).read_text("utf-8-sig"))
+        if isinstance(rows, dict):
+            rows = official_skills(Path(file).parent, rows, env)
+        bank = [Skill(**row) for row in rows]
+        require(bank, "it is empty")
+        for skill in bank:
+            texts = (skill.name, skill.text, *skill.task_types, *skill.keywords)
+            lists = {type(skill.task_types), type(skill.keywords)} <= {list, tuple}
+            require(lists and {*map(type, texts)} == {str}, f"the skill {skill.name!r:.50}")
+        return [replace(s, task_types=(*s.task_types,), keywords=(*s.keywords,)) for s in bank]
+
+
+def official_skills(folder, mapping, env):
+    """Rows of a bank out of skill_files {skill: Markdown}, task_to_skill {task type: skill} and
+    perhaps task_keywords {task type: texts}. The file general_skills is for every task. Types that
+    this environment does not have are told by their keywords."""
+    ours = TEXTS.get(env.name, {}).get("official_types", {})  # {their type: our name of it}
+    types = {env.goals[task][0] for task in env.goals}
+    rows = []
+    for name, file in mapping["skill_files"].items():
+        text = re.sub(r"^#.*\n", "", (folder / file).read_text("utf-8-sig")).strip()
+        row = {"name": name, "text": text, "task_types": [], "keywords": []}
+        for kind, skill in mapping["task_to_skill"].items():
+            if skill == name and ours.get(kind, kind) in types:
+                row["task_types"].append(ours.get(kind, kind))
+            elif skill == name:
+                row["keywords"] += mapping.get("task_keywords", {}).get(kind, [])
+        if name == "general_skills" or row["task_types"] or row["keywords"]:
+            rows.append(row)
+    return rows
 
 
 def skill_text(skills):
@@ -277,8 +316,8 @@ class TextEnv:
     def tasks(self, split):
         """Task ids of a split ("train", "dev", "eval"), in a fixed order; else EnvUnavailable."""
         found = [task for task, goal in self.goals.items() if split in goal[1]]
-        message = f"{self.name}: no task is in the split {split!r}; splits are train, dev, eval"
-        require(found, message, EnvUnavailable)
+        known = sorted({name for goal in self.goals.values() for name in goal[1]})
+        require(found, unknown(f"split of {self.name}", split, known), EnvUnavailable)
         return found
 
     def reset(self, task, seed=0):
@@ -324,12 +363,18 @@ class TextEnv:
         action = " ".join(text.split())
         return action, bool(action)
 
+    def label(self, task):
+        """Under which name the success of a task, an id, is reported: its type."""
+        return self.goals[task][0]
+
     def panel(self, split, episodes):
         """The evaluation episodes, a list of (task, seed): always the same ones, every task type
-        equally often."""
+        equally often. episodes: how many; "all": each task of the split once."""
+        if episodes == "all":
+            return [(task, 10**6) for task in dict.fromkeys(self.tasks(split))]
         pools = {}
         for task in self.tasks(split):
-            pools.setdefault(self.goals[task][0], []).append(task)
+            pools.setdefault(self.label(task), []).append(task)
         kinds = sorted(pools)
         panel = []
         for i in range(episodes):
@@ -709,7 +754,8 @@ class AlfworldEnv(TextEnv):
         official loader leaves out: not solvable, with a movable receptacle, with something sliced.
         EnvUnavailable if there are none: the engine would hang."""
         found, left_out = [], 0
-        for path in sorted(Path(folder).rglob("*.tw-pddl")):
+        paths = sorted(Path(folder).rglob("*.tw-pddl"))
+        for path in tqdm(paths, "reading games", unit="game", delay=2, leave=False):
             name, text = str(path.relative_to(folder)), path.read_text("utf-8", "replace")
             if re.search("movable|Sliced", name) or re.search(r'"solvable":\s*false', text):
                 left_out += 1
@@ -787,8 +833,10 @@ class WebShopEnv(TextEnv):
         before = random.getstate()
         if root not in sys.path:
             sys.path.append(root)
-        message = f"WebShop does not start: WEBSHOP_ROOT={root} must be a checkout of its code "
-        with naming(message + "after its setup.sh"):
+        message = (
+            f"WebShop does not start: {self._missing(root)} (.lab/ENVIRONMENTS.md has a recipe)"
+        )
+        with naming(message):
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
@@ -800,6 +848,20 @@ class WebShopEnv(TextEnv):
             )
         random.setstate(before)
         return shop
+
+    @staticmethod
+    def _missing(root):
+        """The first piece that WebShop needs and that is not there, in words."""
+        if not os.path.isdir(os.path.join(root, "web_agent_site")):
+            return f"WEBSHOP_ROOT={root} is no checkout of its code"
+        packages = "pyserini jnius faiss pandas bs4 cleantext flask rich thefuzz rank_bm25 gym "
+        for name in (packages + "selenium spacy sklearn en_core_web_sm").split():
+            if not find_spec(name):
+                return f"the Python package {name} is missing"
+        for folder in ("data", "search_engine/indexes"):
+            if not os.path.isdir(os.path.join(root, folder)):
+                return f"{root} has no folder {folder}"
+        return f"its code in {root} failed"
 
     def _goals(self):
         goals = self.shop.server.goals
@@ -844,26 +906,50 @@ class WebShopEnv(TextEnv):
         return observation.replace(f"Instruction: [SEP] {self.task} [SEP] ", ""), self.state
 
 
-def read_rows(file, check=None, **types):
-    """The rows of a JSON-lines file: dicts with an id, each once, and values of these types.
-    check(row) may raise more. EnvUnavailable names the line that is no such row."""
-    wanted = "a JSON-lines file with " + ", ".join(types)
+def file_rows(file, wanted):
+    """(number, row) of a JSON-lines or parquet file of dicts, in order. EnvUnavailable, named with
+    its line, for what is none. wanted: what the rows should hold, in words."""
+    if str(file).endswith(".parquet"):
+        yield from enumerate(parquet_rows(file), 1)
+        return
     with naming(f"{file!r} must be {wanted}"):
         require(os.path.isfile(file), "there is no such file")
-        lines = Path(file).read_text("utf-8").split("\n")
-    rows, places = [], {}
+        lines = Path(file).read_text("utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+        if line.strip():
+            with naming(f"{file}, line {number}: not a row of {wanted}"):
+                row = json.loads(line)
+                require(isinstance(row, dict), "it is no object")
+            yield number, row
+
+
+def parquet_rows(file):
+    """The rows of a parquet file, dicts, by pyarrow or pandas. EnvUnavailable without them."""
+    message = f"{file}: a parquet file needs pyarrow (pip install pyarrow), or a conversion to JSON"
+    reader = next((name for name in ("pyarrow", "pandas") if find_spec(name)), None)
+    require(reader, f"{message} lines elsewhere: pandas' read_parquet, to_json", EnvUnavailable)
+    with naming(f"{file!r} must be a parquet file"):
+        if reader == "pyarrow":
+            from pyarrow.parquet import read_table
+
+            return read_table(file).to_pylist()
+        import pandas
+
+        return json.loads(pandas.read_parquet(file).to_json(orient="records"))
+
+
+def read_rows(file, **types):
+    """The rows of a file: dicts with an id, each once, and values of these types. EnvUnavailable
+    names the line that is no such row."""
+    wanted = "a JSON-lines file with " + ", ".join(types)
+    rows, places = [], {}
+    for number, row in file_rows(file, wanted):
         with naming(f"{file}, line {number}: not a row of {wanted}"):
-            row = json.loads(line)
             for key, kinds in types.items():
-                fine = type(row[key]) in kinds and row[key] not in ("", [])
+                fine = type(row[key]) in kinds and row[key] != ""
                 require(fine, f"{key} is {row[key]!r:.50}")
             place = places.setdefault(str(row["id"]), number)
             require(place == number, f"its id is that of line {place}")
-            if check:
-                check(row)
             rows.append(row)
     return rows
 
@@ -931,12 +1017,12 @@ def post(url, body, end, answer):
 class SearchEnv(TextEnv):
     """Questions to answer with a search server, as in Search-R1.
 
-    A task id is a question's id; `seed` changes nothing. Won: a golden answer but for case,
-    punctuation, articles and blanks. At the last turn a search is not executed.
+    A task id is a question's id, with data sets set/id; `seed` changes nothing. Won: a golden
+    answer but for case, punctuation, articles and blanks. At the last turn a search is not
+    executed.
 
-    data: a JSON-lines file with id, question, golden_answers (str or list) and perhaps data_source
-    and split; without split, a hash of the id puts 3/5 into train, 1/5 into dev and 1/5 into eval.
-    url: of the server."""
+    data: a JSON-lines or parquet file: see `question_of`. Without a split, a hash of the id puts
+    3/5 into train, 1/5 into dev and 1/5 into eval. url: of the server."""
 
     name = "search"
     takes = ("data", "url")
@@ -962,28 +1048,34 @@ class SearchEnv(TextEnv):
     @classmethod
     @lru_cache(maxsize=None)
     def questions(cls, file, url):
-        """{id: (task type, splits, (question, golden answers))} of a file; the server was tried."""
-        goals = {}
-        types = {"id": (str, int), "question": (str,), "golden_answers": (str, list)}
-        for row in read_rows(file, cls.check_row, **types):
-            text = f"{row['question'][:2000]} {row.get('data_source', '')}"
+        """{task id: (task type, splits, (question, golden answers, data set))} of a file; the
+        server was tried."""
+        require(url.startswith(("http://", "https://")), f"{url}: a server's http:// address")
+        wanted = "questions, with id, question and golden_answers"
+        goals, places, empty = {}, {}, 0
+        for number, row in file_rows(file, wanted):
+            with naming(f"{file}, line {number}: not a row of {wanted}"):
+                name, question, golden, source, split = question_of(row, number)
+                name = f"{source}/{name}" if source else name
+                place = places.setdefault(name, number)
+                require(place == number, f"its id is that of line {place}")
+            if not (question and golden):
+                empty += 1
+                continue
+            text = f"{question[:2000]} {source}"
             kinds = [kind for kind, words in cls.TYPES.items() if re.search(words, text, re.I)]
-            name = str(row["id"])
             draw = random.Random(name.encode(errors="replace"))
             of_hash = draw.choice(("eval", "dev", "train", "train", "train"))
-            split = row.get("split") or of_hash
-            goals[name] = (kinds[0], (split,), (row["question"], row["golden_answers"]))
+            goals[name] = (kinds[0], (split or of_hash,), (question, golden, source))
+        if empty:
+            print(f"{file}: {empty} rows without question or answer left out", file=sys.stderr)
+        require(goals, f"{file}: no row can be answered", EnvUnavailable)
         ask(url, "probe")
         return goals
 
-    @staticmethod
-    def check_row(row):
-        """UserError unless the fields that not every data set has are of use where they are."""
-        texts = {type(text) for text in row["golden_answers"]} == {str}
-        require(texts, "golden_answers must be texts")
-        split = row.get("split") or "train"
-        require(split in SPLITS, unknown("split", split, SPLITS))
-        require(isinstance(row.get("data_source", ""), str), "data_source must be a text")
+    def label(self, task):
+        """With data sets success is reported by set, as in the paper's table."""
+        return self.goals[task][2][2] or self.goals[task][0]
 
     def parse(self, response):
         """Text of the model -> (action, valid): the first <search> or <answer> in it, without line
@@ -996,7 +1088,7 @@ class SearchEnv(TextEnv):
         return f"<{tag}>{text}</{tag}>", True
 
     def _reset(self, task, seed):
-        self.task, self.golden = self.goals[task][2]
+        self.task, self.golden, _ = self.goals[task][2]
         return self.task, {"admissible": None, "won": False, "valid": True}
 
     def _step(self, action):
@@ -1019,15 +1111,42 @@ class SearchEnv(TextEnv):
     @staticmethod
     def matches(answer, golden):
         """True if the answer is a golden one (a str or a list) but for case, punctuation, articles
-        and blanks."""
+        and blanks. Of "A" or "The" these leave nothing: there but for case and blanks."""
 
         def plain(text):
-            text = re.sub(r"[!-/:-@[-`{-~]", "", str(text).lower())
-            return re.sub(r"\b(a|an|the)\b", " ", text).split()
+            text = str(text).lower()
+            letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
+            return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
 
         if isinstance(golden, str):
             golden = [golden]
         return any(plain(text) == plain(answer) for text in golden if plain(text))
+
+
+def question_of(row, number):
+    """(id, question, golden answers, data set or "", split or "") of a row as FlashRAG, Search-R1
+    or SDAR write it. number: the row's, its id where it brings none. UserError for another type."""
+    of_env, extra = row.get("env_kwargs") or {}, row.get("extra_info") or {}
+    truth = (row.get("reward_model") or of_env).get("ground_truth") or {}
+    golden = row.get("golden_answers")
+    if golden is None:
+        golden = truth.get("target", ()) if isinstance(truth, dict) else truth
+    golden = [golden] if isinstance(golden, str) else golden
+    named = row.get("id", extra.get("index"))
+    require(named is not None or of_env, "it has no id")
+    found = {
+        "id": number if named is None else named,
+        "question": row.get("question", of_env.get("question")) or "",
+        "data_source": row.get("data_source") or of_env.get("data_source") or "",
+        "split": row.get("split") or extra.get("split") or "",
+    }
+    for key, value in found.items():
+        kinds = (str, int) if key == "id" else (str,)
+        require(type(value) in kinds and (value != "" or key != "id"), f"{key} is {value!r:.50}")
+    fine = isinstance(golden, (list, tuple)) and all(isinstance(text, str) for text in golden)
+    require(fine, "golden_answers must be texts")
+    golden = [text for text in golden if text.strip()]
+    return str(found["id"]), found["question"].strip(), golden, *list(found.values())[2:]
 
 
 # --- Environments by name, the command line ----------------------------------------------

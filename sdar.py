@@ -75,6 +75,7 @@ from envs import (
     UserError,
     as_typed,
     call_all,
+    load_skills,
     make_env,
     naming,
     require,
@@ -131,6 +132,15 @@ PRESETS = {
         "eval_every": 5,
         "eval_episodes": 128,
     },
+    "small": {  # a language model of 0.1 to 3 billion parameters on the toy, on one card
+        "steps": 100,
+        "dtype": "bfloat16",
+        "micro_tokens": 16384,
+        "max_new_tokens": 64,
+        "lr": 1e-5,
+        "sdar_coef": 0.1,
+        "eval_episodes": 60,
+    },
 }
 METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on `dev`
     ("toy", "grpo"): {"lr": 1e-3},
@@ -150,7 +160,6 @@ CHOICES = {
     "gate": GATES,
     "teacher": ("live", "lagged", "frozen"),
     "retrieval": ("keyword", "ucb", "full", "random", "wrong", "none"),
-    "eval_split": ("dev", "eval"),
 }
 
 
@@ -162,13 +171,15 @@ class Config:
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
     env_data: str = ""  # the environment's games, checkout or questions; the toy has none
+    skill_bank: str = ""  # skills in a file, ours or official (skill_mapping.json); empty: built in
     search_url: str = ""  # retrieval server of search; empty: on this machine, port 8000
     model: str = "tiny"  # tiny (carried along), a name on the hub, or a checkpoint's folder
-    preset: str = ""  # defaults: toy or paper; empty: toy for the tiny model, paper for others
+    preset: str = ""  # toy, paper or small; empty: toy for the tiny model, paper for others
     method: str = "sdar"  # grpo, opsd, grpo_opsd, skill_grpo, skill_sd, rlsd, sdar: Table 1's rows
     seed: int = 0  # of tasks, sampling and order; never of the evaluation panel
     steps: int = 60  # training steps, each one batch of episodes; paper: 150
     out: str = ""  # folder of the run; empty: runs/<env>-<method>-s<seed>
+    anyway: bool = False  # train even if the first evaluation says that nothing will be learned
     resume: bool = False  # go on with the run in --out from its checkpoint
     overwrite: bool = False  # replace the run in --out
     save_every: int = 10  # steps between checkpoints
@@ -212,7 +223,7 @@ class Config:
 
     # evaluation
     eval_every: int = 10  # steps between evaluations; 0: before and after only; paper: 5
-    eval_episodes: int = 300  # episodes of the fixed panel; paper: 128
+    eval_episodes: int = 300  # episodes of the fixed panel; all: each task once; paper: 128
     eval_temperature: float = 0.4  # of sampling in evaluation
     eval_split: str = "eval"  # held-out tasks: dev to choose settings, eval to report
 
@@ -364,6 +375,9 @@ class Episode:
 #              fed: . . p p p            sampled: a <end>        . a hole: padding, on the left
 #     turn 2   fed: <end> o o o          sampled: ...            o the next observation
 #              fed: . <end> o o          (the last sampled id is fed with what follows it)
+
+
+LATE = {"delay": 2, "leave": False}  # a bar for what takes more than two seconds, gone afterwards
 
 
 def padded(rows, device="cpu", side="right"):
@@ -538,15 +552,21 @@ def rollout(
     check_context(model, envs[0], [player.episode for player in players], config)
 
     # Play, as many at once as the memory allows. Who has ended leaves the batch, and its cache.
+    progress = tqdm(desc="evaluation" if stream[0] == 1 else "playing", unit="token", **LATE)
     for start in range(0, len(players), config.rollout_batch):
         playing = players[start : start + config.rollout_batch]
         sampler = (sampler_class or Sampler)(model, temperature)
         while playing:
-            take_turn(sampler, chat, playing, config)
+            tokens = take_turn(sampler, chat, playing, config)
             rows = [row for row, player in enumerate(playing) if player.running]
             playing = [playing[row] for row in rows]
             if playing:
                 sampler.keep(rows)
+            progress.set_postfix(
+                turns=max(player.episode.turns for player in players), refresh=False
+            )
+            progress.update(tokens)
+    progress.close()
 
     failures += [player.failure for player in players if player.failure]
     report_failures(failures, len(starts))
@@ -578,7 +598,8 @@ def as_read(observation, env, turn):
 
 
 def take_turn(sampler, chat, players, config):
-    """One turn of each episode: the policy answers, the environment replies, both are recorded."""
+    """One turn of each episode: the policy answers, the environment replies, both are recorded.
+    Returns how many tokens were sampled."""
     # The policy: what is new since its last turn is fed, then a response is sampled.
     size = config.max_new_tokens
     uniforms = np.stack([player.random.random(size, dtype=np.float32) for player in players])
@@ -602,6 +623,7 @@ def take_turn(sampler, chat, players, config):
             player.failure, player.running = result, False
         else:
             record_turn(player, chat, response, text, valid, result, room)
+    return sum(len(ids) for ids, _ in responses)
 
 
 def record_turn(player, chat, response, text, valid, result, room):
@@ -1091,8 +1113,9 @@ EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random 
 def evaluate(model, chat, envs, config, bandit=None):
     """Play the panel without and with the skill in the prompt: plain n/N of single tries.
 
-    Returns success, success_skill, episodes, and by_type {task type: [episodes, won without, won
-    with the skill]}."""
+    Returns success, success_skill, episodes, by_type {task type or data set: [episodes, won
+    without, won with the skill]}, and of those without: valid_rate, the share of answers with an
+    action that could be read; response_tokens, tokens an answer."""
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(task, seed, number) for number, (task, seed) in enumerate(panel)]
 
@@ -1108,16 +1131,19 @@ def evaluate(model, chat, envs, config, bandit=None):
     plain, skilled = play(False), play(True)
     by_type = {}
     for number in sorted(plain.keys() & skilled.keys()):  # a failing environment may cost some
-        counts = by_type.setdefault(plain[number].task_type, [0, 0, 0])
+        counts = by_type.setdefault(envs[0].label(panel[number][0]), [0, 0, 0])
         counts[0] += 1
         counts[1] += plain[number].won
         counts[2] += skilled[number].won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
+    answers = sum(episode.turns for episode in plain.values())
     return {
         "success": won / episodes,
         "success_skill": won_skill / episodes,
         "episodes": episodes,
         "by_type": by_type,
+        "valid_rate": 1 - sum(episode.invalid for episode in plain.values()) / answers,
+        "response_tokens": sum(len(one.logprobs) for one in plain.values()) / answers,
     }
 
 
@@ -1137,6 +1163,7 @@ def train(config):
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
     and resumed: nothing is drawn from a generator that lives longer than a step."""
     envs = make_envs(config)
+    envs[0].tasks("train")  # none? say so now
     check_out(config)
     model, chat = load_policy(config)
     lock = only_writer(config.out)
@@ -1161,7 +1188,9 @@ def train(config):
 
     done, before = load_checkpoint(config, model, optimizer, teacher, bandit)
     if before is None:
+        begun = time.perf_counter()
         before = evaluate(model, chat, envs, config, bandit)
+        preflight(config, before, time.perf_counter() - begun)
         begin_run(config, model, envs[0], before)
         save(done)
 
@@ -1194,9 +1223,11 @@ def train(config):
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 after = evaluate(model, chat, envs, config, bandit)
                 metrics |= {f"eval_{name}": value for name, value in after.items()}
-                say(f"step {step}: held-out success, alone: {after['success']:.3f}")
+                alone, skilled = after["success"], after["success_skill"]
+                say(f"step {step}: held-out success {alone:.2f} (with the skill {skilled:.2f})")
             metrics = log_step(config, step, episodes, metrics, clock)
-            progress.set_postfix(success=metrics["success"], gap_mean=metrics["gap_mean"])
+            shown = {"success": "success", "gap": "gap_mean", "gate": "gate_mean"}
+            progress.set_postfix({word: metrics[name] for word, name in shown.items()})
             if step == config.steps or step % config.save_every == 0 or stop:
                 save(step)
             if stop and step < config.steps:
@@ -1325,7 +1356,9 @@ def check_config(config):
             require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
 
     episodes = config.tasks_per_step * config.group_size
-    fits = episodes <= 10**4 and config.eval_episodes <= 10**6
+    panel = 0 if config.eval_episodes == "all" else config.eval_episodes
+    require(type(panel) is int, f"--eval-episodes {panel}: a number, or all")
+    fits = episodes <= 10**4 and panel <= 10**6
     require(fits, "--tasks-per-step, --group-size, --eval-episodes: too many episodes at once")
     require(config.lr <= 1, "--lr: at most 1: every weight moves by about so much a step")
     require(config.group_size > 1, "--group-size must be at least 2: an advantage compares")
@@ -1344,8 +1377,11 @@ def make_envs(config):
     options = {name: value for name, value in options.items() if value}
     number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
     envs = [make_env(config.env, max_turns=config.max_turns, **options) for _ in range(number)]
-    for split in ("train", config.eval_split):  # no tasks in it? say so now
-        envs[0].tasks(split)
+    envs[0].tasks(config.eval_split)  # none in it? say so now
+    if config.skill_bank:
+        bank = load_skills(config.skill_bank, envs[0])
+        for env in envs:
+            env.skills = bank
     return envs
 
 
@@ -1395,7 +1431,6 @@ def load_policy(config):
     chooses what forward passes compute in."""
     import transformers  # here, since it takes seconds
 
-    transformers.utils.logging.disable_progress_bar()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
         transformers.utils.logging.set_verbosity_error()
     path = Path(TINY_FOLDER if config.model == "tiny" else config.model)
@@ -1406,6 +1441,8 @@ def load_policy(config):
             f"--model {path}: no folder with a config.json (the tiny one: `git checkout "
             ".assets/tiny-policy` or `python sdar.py warmstart`)",
         )
+        if sum(file.stat().st_size for file in path.glob("*.safetensors")) < 5e8:
+            transformers.utils.logging.disable_progress_bar()  # it takes no two seconds
         merged = not (path / "adapter_config.json").exists()
         require(merged, f"--model {path}: merge its LoRA adapter first (peft: merge_and_unload)")
 
@@ -1520,7 +1557,7 @@ def check_computation(model):
 PLACES = ("checkpoint", "checkpoint.new", "checkpoint.old")  # the newest first
 MAY_DIFFER = (  # between a run and its continuation; nothing else may
     *("steps", "out", "search_url", "resume", "overwrite", "save_every", "eval_every", "device"),
-    *("micro_tokens", "rollout_batch", "gradient_checkpointing", "kernel"),
+    *("micro_tokens", "rollout_batch", "gradient_checkpointing", "kernel", "anyway"),
 )
 
 
@@ -1560,6 +1597,47 @@ def write_whole(path, text):
     fresh.replace(path)
 
 
+ENOUGH = 16  # episodes of an evaluation that may stop a run
+
+
+def preflight(config, before, seconds):
+    """Say what the evaluation before training tells of the run. before: what evaluate returned,
+    after so many seconds. UserError, unless --anyway, if nothing will be learned."""
+    n, method = before["episodes"], METHODS[config.method]
+    an_episode = seconds / (2 * n)
+    episodes = config.steps * config.tasks_per_step * config.group_size
+    text = (
+        f"{before['valid_rate']:.0%} of the answers are valid; {before['response_tokens']:.1f} "
+        f"tokens an answer, {an_episode:.2g} s an episode: playing the run's {episodes} episodes "
+        f"takes about {an_episode * episodes / 60:.1f} minutes, learning as long again or longer"
+    )
+    print(text)
+
+    alone = before["success_skill" if method.skilled else "success"]
+    taught = method.teacher and before["success_skill"] > before["success"]
+    problems = []
+    if before["valid_rate"] < 0.5:
+        problems.append(
+            "fewer than half of the answers are valid: `python sdar.py warmstart --model` teaches "
+            "the toy's format; prompts are in .assets/environments.json"
+        )
+    if method.teacher and not taught:
+        problems.append(
+            "the skill helps nothing, so there is no teacher: other skills, a larger model, or "
+            "--method grpo"
+        )
+    if alone in (0, 1) and not taught:
+        outcome = "won" if alone else "lost"
+        problems.append(
+            f"no group has two different scores, all are {outcome}: other tasks, more --max-turns "
+            "or a warm start"
+        )
+    if problems and n >= ENOUGH and not config.anyway:
+        raise UserError("; ".join(problems) + " (--anyway: train nevertheless)")
+    for problem in problems:
+        print(f"Nothing may be learned: {problem}.")
+
+
 def begin_run(config, model, env, before):
     """Say where training starts from, and empty the folder of what is overwritten.
 
@@ -1572,8 +1650,6 @@ def begin_run(config, model, env, before):
     print(text.format(size=model.num_parameters(), **vars(config)))
     if {*env.tasks("train")} & {*env.tasks(config.eval_split)}:
         print("Nothing is held out: these are training tasks, the data has no other split.")
-    if before["success_skill"] <= before["success"]:
-        print("The teacher is not better than the student: there is nothing to distil.")
     print_success("before", before)
 
     folder = Path(config.out)
@@ -1760,7 +1836,7 @@ GROUPS = {  # the field at which a group of flags begins
     "sdar_coef": "SDAR",
     "eval_every": "evaluation",
 }
-OF_TRAINING = ("steps", "out", "resume", "overwrite", "save_every", "eval_every")
+OF_TRAINING = ("steps", "out", "anyway", "resume", "overwrite", "save_every", "eval_every")
 COMMANDS = """commands
   train      train a policy; what `python sdar.py` does
   evaluate   play the held-out panel with a model
@@ -1778,6 +1854,11 @@ INSTRUMENTS = {  # {command: its script in the folder .lab}
     "warmstart": "warmstart.py",
     "exercise": "course/exercise.py",
 }
+
+
+def number_or_all(text):
+    """An int, or "all"."""
+    return text if text == "all" else int(text)
 
 
 def parse_flags(command, description, argv, own=(), without=()):
@@ -1808,6 +1889,8 @@ def parse_flags(command, description, argv, own=(), without=()):
             continue
         names = [flag(f.name), *SYMBOLS.get(f.name, [])]
         kind = {"type": as_typed if f.type is str else f.type, "metavar": "VALUE"}
+        if f.name == "eval_episodes":
+            kind["type"] = number_or_all
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f"{help[f.name]} [{f.default}]"

@@ -845,7 +845,45 @@ def test_a_checkpoint_goes_through_the_same_code(checkpoint, tmp_path, capsys):
     assert (row["turns"], row["invalid_rate"]) == (3, 1)
     assert math.isfinite(row["loss"])
     assert row["gap_mean"] != 0
-    assert "not better than the student: there is nothing to distil" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Nothing may be learned: fewer than half of the answers are valid" in printed
+    assert "Nothing may be learned: the skill helps nothing" in printed
+
+
+PREFLIGHTS = """
+"sdar"        0.9  0.1  1.0  ""
+"sdar"        0.9  0.0  1.0  ""
+"sdar"        0.4  0.1  1.0  "fewer than half of the answers are valid"
+"sdar"        0.9  0.3  0.2  "the skill helps nothing"
+"grpo"        0.9  0.3  0.2  ""
+"grpo"        0.9  0.0  1.0  "no group has two different scores, all are lost"
+"grpo"        0.9  1.0  1.0  "no group has two different scores, all are won"
+"skill_grpo"  0.9  0.0  0.5  ""
+"opsd"        0.1  0.0  0.0  "fewer.*; the skill helps nothing.*; no group has two.*anyway"
+"""
+
+
+@mark.parametrize("method, valid, alone, skilled, said", table(PREFLIGHTS))
+def test_preflight_stops_what_will_not_learn(method, valid, alone, skilled, said, capsys):
+    before = {"valid_rate": valid, "success": alone, "success_skill": skilled}
+    before |= {"response_tokens": 3.04, "episodes": 20}
+    sdar.preflight(Config(method=method, anyway=True, steps=10), before, seconds=80.0)
+    printed = capsys.readouterr().out
+    assert "3.0 tokens an answer, 2 s an episode: playing the run's 640 episodes takes" in printed
+    assert "about 21.3 minutes" in printed
+    assert printed.count("Nothing may be learned: ") == (said.count(";") + 1 if said else 0)
+    if said:
+        with raises(envs.UserError, match=said):
+            sdar.preflight(Config(method=method), before, seconds=80.0)
+    sdar.preflight(Config(method=method), before | {"episodes": 15}, seconds=80.0)
+
+
+def test_a_run_that_will_not_learn_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = f"--max-turns 2 --eval-episodes 18 --out {folder}".split()
+    assert main(flags) == 2
+    assert "sdar.py: the skill helps nothing" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_memory_flags_never_change_a_run(tmp_path):
@@ -1848,6 +1886,132 @@ def test_a_bad_row_is_named_with_its_line(row, message, tmp_path):
     with raises(EnvUnavailable, match="line 2: not a row") as error:
         make_env("search", data=str(path))
     assert message in str(error.value)
+
+
+PUBLIC_ROWS = (DATA / "public_rows.jsonl").read_text()
+
+
+@fixture
+def public_rows(tmp_path, search):
+    """Options of search with rows as the public data sets have them, in UTF-8 with a mark."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(PUBLIC_ROWS, "utf-8-sig")
+    return {**search, "data": str(path)}
+
+
+def test_search_reads_rows_of_the_public_data_sets(public_rows, capsys):
+    world = make_env("search", **public_rows)
+    assert [*world.goals] == ["test_0", "nq/test_0", "hotpotqa/0", "popqa/4"]
+    assert world.tasks("test") == ["nq/test_0", "hotpotqa/0"]
+    assert {goal[2][1][0] for goal in world.goals.values()} == {"a"}
+    assert [world.label(task) for task in world.goals][1:] == ["nq", "hotpotqa", "popqa"]
+    assert "2 rows without question or answer left out" in capsys.readouterr().err
+    with raises(EnvUnavailable, match="unknown split of search 'tset': did you mean 'test'"):
+        world.tasks("tset")
+
+
+def test_search_reads_parquet_or_says_what_does(public_rows, tmp_path, monkeypatch):
+    path = str(tmp_path / "rows.parquet")
+    found = find_spec("pyarrow")
+    monkeypatch.setattr(envs, "find_spec", lambda name: None)
+    with raises(EnvUnavailable, match="needs pyarrow .pip install pyarrow."):
+        make_env("search", **{**public_rows, "data": path})
+    monkeypatch.undo()
+    if not found:
+        pytest.skip("pyarrow is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in PUBLIC_ROWS.split("\n") if "golden" in line]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[1:2]), path)
+    world = make_env("search", **{**public_rows, "data": path})
+    assert world.goals["nq/test_0"][2] == ("q", ["a"], "nq")
+
+
+@mark.parametrize("answer, golden, won", [("the", "The", 1), ("a", ["the"], 0), ("", "A", 0)])
+def test_an_answer_of_articles_alone_must_be_the_same(answer, golden, won):
+    assert envs.SearchEnv.matches(answer, golden) == bool(won)
+
+
+def test_all_is_every_task_of_the_split_once(policy):
+    config = Config(eval_episodes="all", max_turns=1, eval_split="dev")
+    worlds = sdar.make_envs(config)
+    panel = worlds[0].panel("dev", "all")
+    assert sorted(task for task, _ in panel) == sorted({*worlds[0].tasks("dev")})
+    assert sdar.evaluate(*policy, worlds, config)["episodes"] == len(panel)
+
+
+def test_success_is_reported_by_data_set(policy, public_rows):
+    config = Config(env="search", env_data=public_rows["data"], search_url=public_rows["url"])
+    config.eval_split, config.eval_episodes = "test", 6
+    result = sdar.evaluate(*policy, sdar.make_envs(config), config)
+    assert {name: counts[0] for name, counts in result["by_type"].items()} == {
+        "nq": 3,
+        "hotpotqa": 3,
+    }
+
+
+OFFICIAL = {
+    "skill_files": {"general_skills": "g.md", "pick": "p.md", "shoes": "s.md", "other": "o.md"},
+    "task_to_skill": {"put": "pick", "two": "pick", "footwear": "shoes", "other": "other"},
+    "task_keywords": {"put": ["put"], "footwear": ["boot", "sandal"], "other": []},
+}
+
+
+@fixture
+def official_bank(tmp_path):
+    """A skill_mapping.json with its Markdown files, as in the official repository."""
+    for name in "gpso":
+        (tmp_path / f"{name}.md").write_text(f"### TASK: {name} ###\n1. Title {name}: look.\n")
+    path = tmp_path / "skill_mapping.json"
+    path.write_text(json.dumps(OFFICIAL))
+    return str(path)
+
+
+def test_official_skills_are_a_bank(official_bank, policy):
+    (world,) = {*sdar.make_envs(Config(skill_bank=official_bank))[:1]}
+    found = {skill.name: (skill.task_types, skill.keywords) for skill in world.skills}
+    expected = {"general_skills": ((), ()), "pick": (("put", "two"), ())}
+    assert found == {**expected, "shoes": ((), ("boot", "sandal"))}
+    assert world.skills[1].text == "1. Title p: look."
+    read = envs.retrieve(world.skills, "put two mug in desk 1", "two", "keyword")
+    assert [skill.name for skill in read] == ["general_skills", "pick"]
+
+
+BANKS = """
+'[{"name": "a", "text": "b", "keywords": ["mug"]}]'  None
+'[]'                                                 "it is empty"
+'[{"name": "a"}]'                                    "missing 1 required"
+'[{"name": "a", "text": 3}]'                         "the skill 'a'"
+'[{"name": "a", "text": "b", "keywords": "mug"}]'    "the skill 'a'"
+'{"skill_files": {"a": "none.md"}}'                  "No such file"
+'[3]'                                                "must be a mapping"
+'{'                                                  "Expecting"
+"""
+
+
+@mark.parametrize("text, message", table(BANKS))
+def test_a_bank_from_a_file_is_one_or_refused(text, message, tmp_path, capsys):
+    path = tmp_path / "bank.json"
+    path.write_text(text)
+    if message is None:
+        bank = envs.load_skills(path, make_env("toy"))
+        assert bank == [envs.Skill("a", "b", (), ("mug",))]
+        return
+    folder = tmp_path / "run"
+    assert main(["--skill-bank", str(path), "--out", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"--skill-bank {path}" in error
+    assert message in error
+    assert not folder.exists()
+
+
+def test_webshop_names_its_first_missing_piece(tmp_path):
+    missing = envs.WebShopEnv._missing
+    assert "is no checkout" in missing(str(tmp_path))
+    (tmp_path / "web_agent_site").mkdir()
+    assert "package pyserini is missing" in missing(str(tmp_path))
 
 
 def test_search_splits_by_a_hash(search):

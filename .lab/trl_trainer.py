@@ -54,7 +54,7 @@ SETTINGS = {  # {field of our Config: field of GRPOConfig}; the others are set i
     "minibatches": "steps_per_generation",
     "gradient_checkpointing": "gradient_checkpointing",
 }
-NOT_HERE = {"overwrite", "resume", "save_every", "eval_every", "rollout_batch", "kernel"}
+NOT_HERE = {"anyway", "overwrite", "resume", "save_every", "eval_every", "rollout_batch", "kernel"}
 NOT_HERE |= {"micro_tokens", "turn_weights", "teacher_refresh", "rlsd_decay"}
 
 

@@ -2,6 +2,7 @@
 
     python sdar.py warmstart                    # into .assets/tiny-policy, in some minutes
     python sdar.py warmstart --folder elsewhere --steps 300
+    python sdar.py warmstart --model Qwen/Qwen2.5-0.5B-Instruct --out FOLDER    # any language model
 
 Reinforcement learning needs a policy that sometimes wins, and SDAR one that can read a skill. For a
 language model pretraining has done both. Here imitation does. Every demonstration is played in a
@@ -10,6 +11,9 @@ explore, and to believe what a skill says; but not where this toy's household ke
 is left to learn.
 
 Then the policy is played with and without skills: it should win nearly always, and seldom.
+
+A language model imitates the same player in its own chat template, with tags, examples, and the
+list of actions: what --env toy shows it. Only what the player says is learned, not the world.
 """
 
 import hashlib
@@ -113,12 +117,14 @@ OBSERVATIONS = 0.2  # weight of an observation's tokens: knowing the world helps
 
 
 def demonstration(chat, rng):
-    """One scripted episode in a fresh random household. chat: of toy_tokenizer; rng: random.Random.
-    Returns (ids, weight of each id in the loss), lists.
+    """One scripted episode in a fresh random household, as this chat's model reads it. rng:
+    random.Random. Returns (ids, weight of each id in the loss), lists.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
-    env = ToyEnv(Household.random(rng), max_turns=12)
+    tagged = not chat.whole_words
+    env = ToyEnv(Household.random(rng), max_turns=0 if tagged else 12)
+    env.tagged = env.show_admissible = tagged
     kind = rng.choice(sorted(TASK_TEXT))
     task = rng.choice([task for task, goal in env.goals.items() if goal[0] == kind])
     observation, info = env.reset(task, rng.random())
@@ -129,7 +135,8 @@ def demonstration(chat, rng):
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, 8)
 
-    prompt, at = chat.first(env.instructions, observation)
+    examples = env.examples if tagged else ()
+    prompt, at = chat.first(env.instructions, sdar.as_read(observation, env, 1), examples)
     ids = prompt[:at] + chat.encode(skill_text(skills)) + prompt[at:]
     weights = [0.0] * len(ids)
     turn, over = 0, False
@@ -140,18 +147,22 @@ def demonstration(chat, rng):
         if noisy:
             action = rng.choice(info["admissible"])
             action = re.sub(r" (from|in/on|with) .*", "", action)  # as short as the player's
+        said = action
+        if tagged:  # as the list has it
+            whole = [one for one in info["admissible"] if f"{one} ".startswith(f"{action} ")]
+            said = f"<action>{whole[0] if whole else action}</action>"
         observation, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         turn += 1
 
-        response = chat.encode(action) + [chat.end_id]
+        response = chat.encode(said) + [chat.end_id]
         imitated = 0.0 if explores or noisy else 1.0
         ids += response
         weights += [imitated] * len(response)
         if not over:
-            between = chat.next(observation, ended=True)
+            between = chat.next(sdar.as_read(observation, env, turn + 1), ended=True)
             ids += between
-            weights += [OBSERVATIONS] * len(between)
+            weights += [0.0 if tagged else OBSERVATIONS] * len(between)
     return ids, weights
 
 
@@ -297,6 +308,35 @@ def warmstart(folder, chat, steps=900):
     save_policy(folder, fresh, model, chat)
 
 
+def imitate(model, chat, config):
+    """Teach a language model the same, in place: AdamW, the mean log-prob of what the player says.
+    A step's demonstrations are as many as the config's tasks times its group size."""
+    rng = random.Random(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    rows = range(config.tasks_per_step * config.group_size)
+    with tqdm(range(config.steps), desc=f"imitation by {config.model}", unit="step") as progress:
+        for step in progress:
+            optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / 10)
+            episodes = []
+            for ids, weights in (demonstration(chat, rng) for _ in rows):
+                mask = [int(weight) for weight in weights]
+                episodes.append(sdar.Episode("", "", 0, ids, mask, 0, [], []))
+            tokens = sum(sum(episode.mask) for episode in episodes)
+            total = 0.0
+            model.train(config.gradient_checkpointing)
+            for part in sdar.micro_batches(rows, episodes, config.micro_tokens):
+                micro = [episodes[row] for row in part]
+                logprobs, _ = sdar.response_logprobs(model, micro, config)
+                loss = -logprobs.sum() / tokens
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{total:.3f}")
+    model.eval()
+
+
 def save_policy(folder, fresh, model, chat):
     """Write the policy to `fresh`, which takes the place of `folder` when it is whole."""
     import transformers
@@ -316,11 +356,14 @@ def save_policy(folder, fresh, model, chat):
 
 
 def main(argv):
-    """Make the tiny policy and play the held-out panel with it. Returns None."""
-    about = "build the tiny policy again, in some minutes; --steps: of its training, 900"
-    where = {"type": Path, "default": sdar.TINY_FOLDER, "help": "of the policy, which is replaced"}
+    """Make the tiny policy, or teach a language model, and play the held-out panel with it. Returns
+    None."""
+    about = "build the tiny policy again, in some minutes; or with --model teach a language model"
+    where = {"type": Path, "default": sdar.TINY_FOLDER, "help": "of the tiny policy, replaced"}
     flags = sdar.parse_flags("warmstart", about, argv, [("--folder", where)])
     folder = flags.pop("folder")
+    if flags.get("model", "tiny") != "tiny":
+        return teach(flags)
     ours = (folder / "sums.json").is_file() or not folder.exists()
     fine = ours and folder.absolute().parent.is_dir()
     sdar.require(fine, f"--folder {folder}: something else is there, or there is no folder for it")
@@ -331,6 +374,24 @@ def main(argv):
     model, chat = sdar.load_policy(config)
     result = sdar.evaluate(model, chat, sdar.make_envs(config), config)
     sdar.print_success(str(folder), result)
+
+
+IMITATION = {"steps": 200, "lr": 2e-5, "tasks_per_step": 8, "group_size": 2}
+
+
+def teach(flags):
+    """Imitation for a language model: a checkpoint in --out that `--model` takes."""
+    sdar.require(flags.get("out"), "--out: the folder for the checkpoint")
+    sdar.require(flags.get("env", "toy") == "toy", "--env: the scripted player knows the toy alone")
+    config = sdar.Config(**{"preset": "small"} | IMITATION | flags)
+    sdar.check_out(config)
+    envs = sdar.make_envs(config)
+    model, chat = sdar.load_policy(config)
+    sdar.print_success("before", sdar.evaluate(model, chat, envs, config))
+    imitate(model, chat, config)
+    model.save_pretrained(config.out)
+    chat.tokenizer.save_pretrained(config.out)
+    sdar.print_success(config.out, sdar.evaluate(model, chat, envs, config))
 
 
 if __name__ == "__main__":
