@@ -133,11 +133,10 @@ PRESETS = {
         "eval_episodes": 128,
     },
     "small": {  # a language model of 0.1 to 3 billion parameters on the toy, on one card
-        "steps": 100,
         "dtype": "bfloat16",
         "micro_tokens": 16384,
         "max_new_tokens": 64,
-        "lr": 1e-5,
+        "lr": 5e-6,
         "sdar_coef": 0.1,
         "eval_episodes": 60,
     },

@@ -336,6 +336,15 @@ def test_a_language_model_reads_examples_the_list_and_the_turn(hub):
     assert head.endswith("<|im_start|>user\n")
 
 
+def test_what_takes_longer_than_two_seconds_has_a_bar(policy, capsys, monkeypatch):
+    assert sdar.LATE["delay"] == 2
+    play(policy, Config(group_size=2), episodes=2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sdar, "LATE", {"delay": 1e-9, "mininterval": 0, "leave": False})
+    play(policy, Config(group_size=2), episodes=2, stream=(1,))
+    assert re.search(r"evaluation: .*token/s, turns=\d", capsys.readouterr().err)
+
+
 def test_the_tiny_policy_reads_neither(policy):
     text = policy[1].tokenizer.decode(play(policy, Config(group_size=2), episodes=2)[0].ids)
     assert re.findall("fork|Admissible|Turn", text) == []
@@ -2012,6 +2021,11 @@ def test_webshop_names_its_first_missing_piece(tmp_path):
     assert "is no checkout" in missing(str(tmp_path))
     (tmp_path / "web_agent_site").mkdir()
     assert "package pyserini is missing" in missing(str(tmp_path))
+
+
+def test_a_search_servers_address_is_of_http(search):
+    with raises(envs.UserError, match="file:///etc/hosts: a server's http"):
+        make_env("search", **{**search, "url": "file:///etc/hosts"})
 
 
 def test_search_splits_by_a_hash(search):

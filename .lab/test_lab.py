@@ -45,9 +45,11 @@ from sdar import Config, main
 from test_sdar import (
     DATA,
     ROOT,
+    checkpoint,
     deprecations,
     finished,
     grad_of,
+    hub,
     lines,
     nothing_is_deprecated,
     play,
@@ -270,6 +272,49 @@ def test_the_kernel_on_a_gpu(dtype, tolerance, rows, width):
     ids, ones = torch.arange(rows, device="cuda"), torch.ones(rows, device="cuda")
     errors = kernel_on_cpu.largest_errors(logits, ids, 0.7, ones, -0.3 * ones)
     assert max(errors) < tolerance
+
+
+# --- Imitation for any language model ----------------------------------------------------
+
+
+def test_a_demonstration_for_a_language_model_is_tagged_and_admissible(hub):
+    chat, rng = hub[1], random.Random(0)
+    for _ in range(5):
+        ids, weights = warmstart.demonstration(chat, rng)
+        text = chat.tokenizer.decode(ids)
+        said = chat.tokenizer.decode([id for id, weight in zip(ids, weights) if weight])
+        actions = re.findall("<action>(.*?)</action><.im_end.>", said)
+        assert said == "".join(f"<action>{action}</action><|im_end|>" for action in actions)
+        assert all(text.count(action) > 1 for action in actions)  # the list had it
+        assert text.count("put a fork in desk 2") == 1
+
+
+def test_imitation_raises_the_players_log_prob(hub):
+    model, chat = copy.deepcopy(hub[0]), hub[1]
+    config = Config(model="x", preset="small", lr=3e-3, steps=6, tasks_per_step=2, group_size=2)
+    config.dtype, config.device = "float32", "cpu"
+    ids, weights = warmstart.demonstration(chat, random.Random(7))
+    held_out = [sdar.Episode("", "", 0, ids, [int(weight) for weight in weights], 0, [], [])]
+    before = sdar.score(model, held_out, config).mean()
+    warmstart.imitate(model, chat, config)
+    assert sdar.score(model, held_out, config).mean() > before + 0.3
+
+
+def test_a_warm_started_checkpoint_is_a_model(checkpoint, tmp_path, capsys):
+    small = "--steps 1 --tasks-per-step 1 --eval-episodes 2 --max-turns 2 --max-new-tokens 4"
+    flags = [*small.split(), "--device", "cpu", "--dtype", "float32"]
+    out = str(tmp_path / "warm")
+    assert main(["warmstart", "--model", str(checkpoint), "--out", out, *flags]) == 0
+    assert f"{out}, with the skill: won" in capsys.readouterr().out
+    assert sdar.load_policy(Config(model=out, device="cpu"))[1].takes_instructions
+    assert main(["warmstart", "--model", str(checkpoint), "--out", out, *flags]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@mark.parametrize("flags, message", [("", "--out: the folder"), ("--env search --out x", "--env:")])
+def test_warmstart_of_a_model_refuses_in_one_line(flags, message, capsys):
+    assert main(["warmstart", "--model", "nobody/model", *flags.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 # --- Bench, intervals --------------------------------------------------------------------
