@@ -745,7 +745,8 @@ def micro_batches(rows, episodes, budget):
 def score(model, episodes, config, with_skill=False):
     """response_logprobs of all of a step's episodes, without a graph: (B, T)."""
     scored = []
-    for rows in micro_batches(range(len(episodes)), episodes, config.micro_tokens):
+    parts = micro_batches(range(len(episodes)), episodes, config.micro_tokens)
+    for rows in tqdm(parts, "scoring", **LATE):
         micro = [episodes[row] for row in rows]
         logprobs, _ = response_logprobs(model, micro, config, with_skill)
         scored += logprobs.cpu()  # waits for the GPU, whose time is being taken
@@ -1065,7 +1066,8 @@ def update(model, optimizer, episodes, batch, config, rng):
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows.
         tokens = batch["mask"][chosen].sum().item()
-        for rows in micro_batches(chosen, episodes, config.micro_tokens):
+        parts = micro_batches(chosen, episodes, config.micro_tokens)
+        for rows in tqdm(parts, "learning", **LATE):
             micro = [episodes[row] for row in rows]
             model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
