@@ -795,6 +795,21 @@ def test_without_a_skill_the_update_is_grpo_opsd(retrieval, tmp_path, monkeypatc
         assert row["policy_loss"] == approx(other["policy_loss"], abs=1e-6)
 
 
+def test_with_beta_0_another_teacher_gives_the_same_bits(policy):
+    """GRPO+OPSD as the official scripts run it: the teacher is not in the gradient at all."""
+    config = Config(method="grpo_opsd", group_size=4, minibatches=2, lr=1e-3)
+    episodes, weights = play(policy, config), []
+    right = sdar.score(policy[0], episodes, config, with_skill=True)
+    for teacher in (right, right.flip(1) - 3):
+        model = copy.deepcopy(policy[0])
+        batch = sdar.step_batch(model, model, teacher, episodes, config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+        sdar.update(model, optimizer, episodes, batch, config, np.random.default_rng(0))
+        weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], torch.cat([w.flatten() for w in policy[0].parameters()]))
+
+
 def test_a_frozen_teacher_without_a_skill_is_no_teacher(tmp_path):
     final, _ = trained(tmp_path, retrieval="none", teacher="frozen", lr=3e-3)
     assert (final["gap_mean"], final["gate_mean"]) == (0, 0.5)

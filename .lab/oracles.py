@@ -143,6 +143,33 @@ def oracle_small_gaps(_):
     same(expected / (5 / 4 * size), exact / size, 1e-3)
 
 
+def oracle_tanh(world):
+    """On policy the half in sigmoid(x) = 1/2 + tanh(x/2)/2 is a constant gate, and drops out: the
+    expected gradient is -1/2 E[tanh(beta gap / 2) grad log pi]. Appendix C of MemFold and appendix C
+    of Continuous Context Management state it; this is the check."""
+
+    def loss(s, t, _):
+        weight = torch.tanh(5 / 2 * (t - s)).detach() / 2
+        return -(weight * s).mean()
+
+    same(world.expected_gradient(gated("gap"))[0], world.expected_gradient(loss)[0])
+
+
+def oracle_distance(world):
+    """From beta/4 of the reverse KL's gradient it is at most beta^3/48 E[|gap|^3 |grad log pi|]
+    away (the same appendices), since tanh(x/2)/2 is x/4 up to x^3/48."""
+    for beta in (0.5, 1.0, 5.0):
+        gated_gradient = world.expected_gradient(gated("gap", beta))[0]
+        apart = gated_gradient - beta / 4 * world.prefix_gradient(reverse_kl)
+        scores = torch.log_softmax(world.logits, -1)
+        gap = (world.teacher - scores)[world.rows, world.ids]  # (27, 3)
+        # d log softmax(z)_i / dz is e_i - p
+        slopes = torch.eye(3, dtype=torch.float64)[world.ids] - scores.exp()[world.rows]
+        sizes = gap.abs() ** 3 * slopes.norm(dim=-1)
+        bound = beta**3 / 48 * (world.probability() * sizes.mean(1)).sum()
+        assert apart.norm() <= bound, f"beta {beta}: {apart.norm():.3g} apart, bound {bound:.3g}"
+
+
 def oracle_reverse_kl(world):
     """With the gap itself as the gate it is the reverse KL's gradient; so is Skill-SD's, on
     policy."""
@@ -242,6 +269,10 @@ def beta_forgotten(kind, gap, *rest):
     return GATE(kind, gap, None, 1.0)
 
 
+def beta_doubled(kind, gap, entropy=None, beta=5.0, *rest):
+    return torch.sigmoid(2 * beta * gap).detach()
+
+
 def gap_clamped(kind, gap, *rest):
     return gap.detach().clamp(-0.5, 0.5)
 
@@ -283,6 +314,8 @@ BUGS = [  # (the oracle that must see it, the function of sdar.py, what is put i
     (oracle_gap_gate, "gate", gap_turned),
     (oracle_gap_gate, "masked_mean", loss_turned),
     (oracle_small_gaps, "gate", beta_forgotten),
+    (oracle_tanh, "gate", gap_clamped),
+    (oracle_distance, "gate", beta_doubled),
     (oracle_reverse_kl, "gate", gap_clamped),
     (oracle_reverse_kl, "gate", gap_without_sign),
     (oracle_reverse_kl, "skill_sd_loss", skill_sd_ratio_detached),
