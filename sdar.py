@@ -157,7 +157,9 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "dtype": ("float32", "bfloat16"),
     "gate": GATES,
-    "teacher": ("live", "lagged", "frozen"),
+    "distil": ("loss", "advantage"),
+    "divergence": ("sampled", "reverse", "forward", "jsd"),
+    "teacher": ("live", "lagged", "frozen", "ema"),
     "retrieval": ("keyword", "ucb", "full", "random", "wrong", "none"),
 }
 
@@ -215,9 +217,12 @@ class Config:
     sdar_coef: float = 1.0  # lambda, weight of the distillation loss; paper: 0.01
     gate: str = "gap"  # gap, entropy, soft_or, none; reverse_kl, constant, shuffled, centred
     gate_beta: float = 5.0  # beta, the sharpness of the gate
-    teacher: str = "live"  # weights that read the skill: live, lagged or frozen (the start's)
-    teacher_refresh: int = 10  # steps between copies of the lagged teacher
+    distil: str = "loss"  # gate or gap: in a loss of its own, or in PPO's clipped advantage
+    divergence: str = "sampled"  # sampled: of the sampled token; reverse, forward, jsd: of all
+    teacher: str = "live"  # weights that read the skill: live, lagged, frozen (the start's) or ema
+    teacher_refresh: int = 10  # steps between copies of the lagged teacher; ema: its horizon
     retrieval: str = "keyword"  # keyword, ucb, full, random, none; control: wrong
+    skill_accuracy: float = 1.0  # share of groups with these skills; the others' are wrong ones
     rlsd_decay: int = 40  # steps until RLSD's teacher has lost its share; paper: 100
 
     # evaluation
@@ -577,7 +582,11 @@ def start_episode(chat, env, start, begun, config, with_skill, bandit):
     _, seed, group = start
     observation, info = begun
     task, task_type = info["task"], info["task_type"]
-    skills = retrieve(env.skills, task, task_type, config.retrieval, seed, bandit)
+    strategy = config.retrieval
+    draw = np.random.default_rng([seed, *task.encode(errors="replace")])  # alike in a group
+    if draw.random() >= config.skill_accuracy:
+        strategy = "wrong"
+    skills = retrieve(env.skills, task, task_type, strategy, seed, bandit)
     examples = env.examples if env.tagged else ()
     ids, at = chat.first(env.instructions, as_read(observation, env, turn=1), examples)
     mask, skill_ids = [0] * len(ids), chat.encode(skill_text(skills))
@@ -702,6 +711,18 @@ def response_mask(episodes, device="cpu"):
     return padded([[1.0] * sum(episode.mask) for episode in episodes], device)
 
 
+def predicting_states(model, episodes, with_skill):
+    """The states (N, H) that predict the N sampled ids of all episodes, and these ids (N,)."""
+    views = [episode.view(with_skill) for episode in episodes]
+    ids = padded([ids for ids, _ in views], model.device)  # (B, S)
+    mask = padded([mask for _, mask in views], model.device)  # (B, S) 1: sampled
+    real = padded([[1] * len(ids) for ids, _ in views], model.device)  # (B, S) 0: padding
+
+    sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
+    output = model.base_model(input_ids=ids, attention_mask=real, use_cache=False)
+    return output.last_hidden_state[:, :-1][sampled], ids[:, 1:][sampled]
+
+
 def response_logprobs(model, episodes, config, with_skill=False, with_entropy=False):
     """Log-probs (B, T), and entropies or None, of the sampled ids as one of the two readers sees
     them.
@@ -711,18 +732,12 @@ def response_logprobs(model, episodes, config, with_skill=False, with_entropy=Fa
         mask     0  0  0  1  1  0  1  1  1
         column            0  1     2  3  4      the same for the teacher, whose S is longer
     """
-    views = [episode.view(with_skill) for episode in episodes]
-    ids = padded([ids for ids, _ in views], model.device)  # (B, S)
-    mask = padded([mask for _, mask in views], model.device)  # (B, S) 1: sampled
-    real = padded([[1] * len(ids) for ids, _ in views], model.device)  # (B, S) 0: padding
-
-    sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
     with forward_dtype(model, config):
-        output = model.base_model(input_ids=ids, attention_mask=real, use_cache=False)
+        states, ids = predicting_states(model, episodes, with_skill)
         logprobs, entropy = token_logprobs(
-            output.last_hidden_state[:, :-1][sampled],
+            states,
             model.get_output_embeddings().weight,
-            ids[:, 1:][sampled],
+            ids,
             config.temperature,
             with_entropy,
             load_kernel(config.dtype) if config.kernel else None,
@@ -739,6 +754,29 @@ def micro_batches(rows, episodes, budget):
     longest = max(len(episodes[row].ids) + len(episodes[row].skill_ids) for row in rows)
     at_once = max(1, budget // longest)
     return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+
+
+def full_divergence(model, teacher, episodes, config):
+    """divergence() of the whole next-token distributions of student and teacher at each sampled id,
+    (B, T), exactly, in chunks like token_logprobs. The gradient goes through the student."""
+    heads = [one.get_output_embeddings().weight for one in (model, teacher)]
+    with forward_dtype(model, config):
+        own, _ = predicting_states(model, episodes, with_skill=False)
+        with torch.no_grad():
+            told, _ = predicting_states(teacher, episodes, with_skill=True)
+
+        def chunk(own, told):
+            logits = F.linear(own, heads[0]), F.linear(told, heads[1].detach())
+            student, skilled = (
+                torch.log_softmax(x.float() / config.temperature, -1) for x in logits
+            )
+            return divergence(student, skilled, config.divergence)
+
+        rows = max(1, LOGITS_AT_ONCE // len(heads[0]))
+        parts = zip(own.split(rows), told.split(rows))
+        values = torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    inside = response_mask(episodes, model.device).bool()
+    return torch.zeros(inside.shape, device=model.device).masked_scatter(inside, values)
 
 
 @torch.no_grad()
@@ -909,6 +947,29 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
     return masked_mean(g * gap, mask), stats
 
 
+def divergence(student, teacher, kind):
+    """Between log-distributions (..., V), over all tokens, not the sampled one alone: "reverse",
+    KL(student || teacher), which the sampled form estimates; "forward", KL(teacher || student),
+    which also teaches what the student never samples; "jsd", between the two."""
+    if kind == "jsd":
+        middle = torch.logaddexp(student, teacher) - math.log(2)
+        to_middle = [divergence(x, middle, "reverse") for x in (student, teacher)]
+        return sum(to_middle) / 2
+    if kind == "forward":
+        student, teacher = teacher, student
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def distil_advantages(advantages, gap, mask, kind="gap", beta=5.0, coef=1.0):
+    """A + lambda w, (B, T): distillation as an advantage, under PPO's ratio and clip, as trainers
+    elsewhere do it. w is the gap itself for "reverse_kl", else the gate less its mean: a mean
+    pushes nowhere on average, and would only add noise."""
+    weight = gate(kind, gap, None, beta, mask)
+    if kind != "reverse_kl":
+        weight = weight - masked_mean(weight, mask)
+    return advantages + coef * weight
+
+
 def skill_sd_loss(logprobs, teacher_logprobs, old_logprobs, mask):
     """Skill-SD (arXiv 2604.10674, a baseline of section 4): mean of rho k3(l), a scalar, and stats:
     gap_mean. l = student - teacher; rho = exp(student - old), not detached.
@@ -1007,6 +1068,11 @@ def step_batch(model, start, teacher_logprobs, episodes, config, step=1, bandit=
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
         batch["advantages"] = rlsd_advantages(batch["advantages"], teacher, old, mask, mix)
 
+    if config.distil == "advantage":
+        own = method.policy_weight * batch["advantages"]
+        more = config.gate, config.gate_beta, config.sdar_coef
+        batch["advantages"] = distil_advantages(own, gap, mask, *more)
+
     # A control that needs the whole batch takes the gaps of now, once. The other gates follow the
     # student through the optimiser steps: they are computed in the loss.
     if method.teacher == "gate" and config.gate in BATCH_GATES:
@@ -1039,21 +1105,29 @@ def objective(logprobs, entropy, batch, config):
             distillation, more = sdar_loss(logprobs, teacher, mask, kind, config.gate_beta, entropy)
         else:
             distillation, more = skill_sd_loss(logprobs, teacher, old, mask)
+        if "divergence" in batch:
+            gap = (teacher - logprobs).detach()
+            weight = (
+                gate(kind, gap, entropy, config.gate_beta, mask) if isinstance(kind, str) else kind
+            )
+            distillation = masked_mean(batch["taught"] * weight * batch["divergence"], mask)
         terms["sdar_loss"] = distillation
         stats |= more
 
+    in_advantage = config.distil == "advantage"
     loss = (
-        method.policy_weight * policy  # L_GRPO: the clipped policy loss,
+        (method.policy_weight or in_advantage) * policy  # L_GRPO: the clipped policy loss,
         - config.entropy_coef * mean_entropy  # the official code's entropy bonus,
         + config.kl_coef * kl  # the pull to the start policy;
-        + config.sdar_coef * distillation  # lambda L_SDAR
+        + (not in_advantage) * config.sdar_coef * distillation  # lambda L_SDAR
     )
     terms["loss"] = loss
     return loss, stats | {name: term.item() for name, term in terms.items()}
 
 
-def update(model, optimizer, episodes, batch, config, rng):
+def update(model, optimizer, episodes, batch, config, rng, teacher=None):
     """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics.
+    teacher: the model, for a --divergence of whole distributions.
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
     and PPO's clip does nothing. From the second one on it has moved. The ratio corrects for that,
@@ -1071,10 +1145,13 @@ def update(model, optimizer, episodes, batch, config, rng):
             micro = [episodes[row] for row in rows]
             model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
+            whole = {}
+            if config.divergence != "sampled":
+                whole["divergence"] = full_divergence(model, teacher, micro, config)
             model.eval()
 
             # Rows of these episodes, as many columns as their longest one has.
-            part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()}
+            part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()} | whole
             if not norms:
                 drift = masked_mean((logprobs - part["old"]).abs(), part["mask"])
                 message = "before any update the ratio must be 1"
@@ -1157,6 +1234,20 @@ def draw_starts(env, config, rng):
     return starts
 
 
+COPIES = ("lagged", "ema")  # teachers with weights of their own, which a checkpoint keeps
+
+
+@torch.no_grad()
+def follow(teacher, model, config, step):
+    """Before a step's scoring, move a teacher that is a copy to where the student is: a part of the
+    way (ema), or all of it, every `teacher_refresh` steps (lagged) or each (live)."""
+    if config.teacher == "ema":
+        for weight, target in zip(teacher.parameters(), model.parameters()):
+            weight.lerp_(target, 1 / config.teacher_refresh)
+    elif config.teacher == "live" or (step - 1) % config.teacher_refresh == 0:
+        teacher.load_state_dict(model.state_dict())
+
+
 def train(config):
     """A whole run, written below config.out alone. Returns the last step's metrics, and start_*
     from before training.
@@ -1176,14 +1267,14 @@ def train(config):
     start, teacher = copy.deepcopy(model), model
     if config.teacher == "frozen":
         teacher = start
-    if config.teacher == "lagged":
+    elif config.teacher in COPIES or config.divergence != "sampled":
         teacher = copy.deepcopy(model)
 
     def save(step):
         """All randomness comes from (seed, step), so there is no generator to keep."""
         state = {"step": step, "before": before, "optimizer": optimizer.state_dict()}
         state |= {"arms": bandit.arms, "config": vars(config)}
-        if config.teacher == "lagged":
+        if config.teacher in COPIES:
             state["teacher"] = teacher.state_dict()
         save_checkpoint(config, model, chat, state)
 
@@ -1208,8 +1299,8 @@ def train(config):
 
             # Score: the sampled tokens as the teacher reads them, with the skill.
             clock.append(time.perf_counter())
-            if config.teacher == "lagged" and (step - 1) % config.teacher_refresh == 0:
-                teacher.load_state_dict(model.state_dict())
+            if teacher not in (model, start):
+                follow(teacher, model, config, step)
             teacher_logprobs = None
             if method.teacher:
                 teacher_logprobs = score(teacher, episodes, config, with_skill=True)
@@ -1217,7 +1308,7 @@ def train(config):
             # Learn: some optimiser steps on this one batch.
             clock.append(time.perf_counter())
             batch = step_batch(model, start, teacher_logprobs, episodes, config, step, bandit)
-            metrics = update(model, optimizer, episodes, batch, config, rng)
+            metrics = update(model, optimizer, episodes, batch, config, rng, teacher)
             clock.append(time.perf_counter())
 
             # Look: the held-out panel, the log, a checkpoint.
@@ -1330,7 +1421,7 @@ SMALLEST, LARGEST = {int: 1, float: 1e-9}, 1e9  # of a setting: float32 can squa
 PROBE = "Où est the Mug?\n<action>go to drawer 12</action>"  # a tokenizer must give it back
 MAY_BE_ZERO = (
     *("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef"),
-    *("entropy_coef", "invalid_penalty", "sdar_coef", "gate_beta"),
+    *("entropy_coef", "invalid_penalty", "sdar_coef", "gate_beta", "skill_accuracy"),
 )
 
 
@@ -1366,6 +1457,20 @@ def check_config(config):
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     learns = METHODS[config.method].teacher or config.retrieval != "ucb"
     require(learns, f"--retrieval ucb learns from a teacher, --method {config.method} has none")
+    gated = METHODS[config.method].teacher == "gate"
+    for name, plain in (("distil", "loss"), ("divergence", "sampled")):
+        value = getattr(config, name)
+        message = (
+            f"{flag(name)} {value} is for methods with a gate, --method {config.method} has none"
+        )
+        require(gated or value == plain, message)
+    both = config.distil == "advantage" and config.divergence != "sampled"
+    require(not both, "--distil advantage is of the sampled token: leave --divergence out")
+    knows_gap = config.gate not in ("entropy", "soft_or", *BATCH_GATES)
+    require(
+        knows_gap or config.distil == "loss", f"--distil advantage: not with --gate {config.gate}"
+    )
+    require(config.skill_accuracy <= 1, "--skill-accuracy: a share, from 0 to 1")
     on_cpu = config.device == "cpu"
     require(on_cpu or torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
     require(not (on_cpu and config.kernel), "--kernel is for CUDA: it needs --device cuda")
@@ -1780,7 +1885,7 @@ def load_checkpoint(config, model, optimizer, teacher, bandit):
         for weights, moments in optimizer.state.items():
             shapes = {moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
             require(shapes == {weights.shape}, "its optimizer is of another model")
-        if config.teacher == "lagged":
+        if config.teacher in COPIES:
             teacher.load_state_dict(state["teacher"])
         bandit.arms = dict(state["arms"])
     for name, value in vars(config).items():

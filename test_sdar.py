@@ -795,6 +795,101 @@ def test_without_a_skill_the_update_is_grpo_opsd(retrieval, tmp_path, monkeypatc
         assert row["policy_loss"] == approx(other["policy_loss"], abs=1e-6)
 
 
+# Two distributions over two tokens: (1/2, 1/2) and (1/4, 3/4), and what is between them.
+DIVERGENCES = """
+"reverse"  0.5*log(2)+0.5*log(2/3)
+"forward"  0.25*log(1/2)+0.75*log(3/2)
+"jsd"      (0.5*log(4/3)+0.5*log(4/5)+0.25*log(2/3)+0.75*log(6/5))/2
+"""
+
+
+@mark.parametrize("line", DIVERGENCES.strip().splitlines())
+def test_divergence_by_hand(line):
+    kind, formula = line.split(maxsplit=1)
+    student, teacher = tensor([0.5, 0.5]).log(), tensor([0.25, 0.75]).log()
+    value = sdar.divergence(student, teacher, kind.strip('"'))
+    assert value.item() == approx(eval(formula, {"log": math.log}))
+    assert sdar.divergence(student, student, kind.strip('"')).item() == approx(0)
+
+
+@mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_full_divergence_is_that_of_the_two_readers(kind, policy, monkeypatch):
+    config = Config(group_size=2, divergence=kind, temperature=0.7)
+    episodes = play(policy, config, episodes=4)
+    teacher = copy.deepcopy(policy[0])
+    expected = []
+    for episode in episodes:
+        readers = []
+        for ids, mask in (episode.view(False), episode.view(True)):
+            logits = policy[0](torch.tensor([ids])).logits[0, :-1] / 0.7
+            readers.append(torch.log_softmax(logits, -1)[torch.tensor(mask[1:]) > 0])
+        expected.append(sdar.divergence(*readers, kind))
+    monkeypatch.setattr(sdar, "LOGITS_AT_ONCE", 1000)  # several chunks
+    found = sdar.full_divergence(policy[0], teacher, episodes, config)
+    for row, numbers in zip(found, expected):
+        assert row[: len(numbers)].tolist() == approx(numbers.tolist(), abs=1e-5)
+        assert not row[len(numbers) :].any()
+    found.sum().backward()
+    assert [weight.grad for weight in teacher.parameters() if weight.grad is not None] == []
+    assert policy[0].lm_head.weight.grad.abs().sum() > 0
+
+
+def test_a_divergence_of_all_tokens_is_trained_on(tmp_path):
+    final, _ = trained(tmp_path, divergence="forward", gate="none", method="opsd", kl_coef=0.0)
+    assert final["sdar_loss"] == approx(final["loss"])
+    assert final["sdar_loss"] > 0
+
+
+def test_distil_advantages_by_hand():
+    gap, mask = tensor([0.0, math.log(3) / 5, 7.0]), torch.tensor([[1, 1, 0]])
+    found = sdar.distil_advantages(tensor([2.0, 2, 2]), gap, mask, "gap", 5.0, coef=4.0)
+    assert found[0, :2].tolist() == approx([2 - 4 * 0.125, 2 + 4 * 0.125])  # gates 1/2 and 3/4
+    signed = sdar.distil_advantages(tensor([2.0, 2, 2]), gap, mask, "reverse_kl", 5.0, coef=4.0)
+    assert signed[0, :2].tolist() == approx([2, 2 + 4 * math.log(3) / 5])
+
+
+@mark.parametrize("method", ["sdar", "opsd"])
+def test_on_policy_an_advantage_has_the_gradient_of_the_centred_gate(method, policy):
+    """At ratio 1, before the clip does anything."""
+    slopes = []
+    for changes in ({"gate": "centred"}, {"distil": "advantage"}):
+        config = Config(method=method, group_size=4, sdar_coef=0.5, kl_coef=0, **changes)
+        episodes = play(policy, config)
+        teacher = sdar.score(policy[0], episodes, config, with_skill=True)
+        batch = sdar.step_batch(policy[0], None, teacher, episodes, config)
+        logprobs, entropy = sdar.response_logprobs(policy[0], episodes, config, with_entropy=True)
+        loss, stats = sdar.objective(logprobs, entropy, batch, config)
+        slopes.append(grad_of(loss, logprobs))
+        assert stats["gap_mean"] < 0
+    assert torch.allclose(*slopes, atol=1e-6)
+    assert slopes[0].abs().max() > 1e-4
+
+
+def test_an_ema_teacher_follows_slowly(policy):
+    teacher, model = copy.deepcopy(policy[0]), policy[0]
+    before = [weight.clone() for weight in teacher.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1
+    sdar.follow(teacher, model, Config(teacher="ema", teacher_refresh=4), step=3)
+    for weight, was in zip(teacher.parameters(), before):
+        assert torch.allclose(weight, was + 0.25, atol=1e-6)
+
+
+def test_skill_accuracy_is_a_share_of_groups_that_read_alike(policy):
+    def right(accuracy):
+        episodes = play(policy, Config(group_size=2, skill_accuracy=accuracy), episodes=48)
+        groups = {}
+        for one in episodes:
+            matching = [skill.matches(one.task, one.task_type) for skill in one.skills]
+            groups.setdefault(one.group, set()).add(all(matching))
+        assert {len(seen) for seen in groups.values()} == {1}
+        return sum(seen == {True} for seen in groups.values()) / len(groups)
+
+    assert (right(0.0), right(1.0)) == (0, 1)
+    assert 0.2 < right(0.5) < 0.8
+
+
 def test_with_beta_0_another_teacher_gives_the_same_bits(policy):
     """GRPO+OPSD as the official scripts run it: the teacher is not in the gradient at all."""
     config = Config(method="grpo_opsd", group_size=4, minibatches=2, lr=1e-3)
@@ -842,14 +937,15 @@ def test_skill_grpo_reads_the_skill_in_training_only(tmp_path, monkeypatch):
 
 
 def test_teachers_differ_after_the_first_update(tmp_path):
-    """Live is the step's own weights; lagged and frozen are still the start's."""
+    """Live is the step's own weights; lagged and frozen are still the start's, ema is between."""
     gaps = []
-    for teacher in ("live", "lagged", "frozen"):
+    for teacher in ("live", "lagged", "frozen", "ema"):
         changes = {"teacher": teacher, "teacher_refresh": 2, "steps": 3, "lr": 3e-3}
         gaps.append([row["gap_mean"] for row in trained(tmp_path, teacher, **changes)[1]])
-    live, lagged, frozen = gaps
-    assert live[0] == lagged[0] == frozen[0]
+    live, lagged, frozen, ema = gaps
+    assert live[0] == lagged[0] == frozen[0] == ema[0]
     assert live[1] != lagged[1] == frozen[1]
+    assert ema[1] not in (live[1], frozen[1])
     assert lagged[2] != frozen[2]
 
 

@@ -145,8 +145,8 @@ def oracle_small_gaps(_):
 
 def oracle_tanh(world):
     """On policy the half in sigmoid(x) = 1/2 + tanh(x/2)/2 is a constant gate, and drops out: the
-    expected gradient is -1/2 E[tanh(beta gap / 2) grad log pi]. Appendix C of MemFold and appendix C
-    of Continuous Context Management state it; this is the check."""
+    expected gradient is -1/2 E[tanh(beta gap / 2) grad log pi]. MemFold and Continuous Context
+    Management state it, each in an appendix C; this is the check."""
 
     def loss(s, t, _):
         weight = torch.tanh(5 / 2 * (t - s)).detach() / 2

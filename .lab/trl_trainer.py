@@ -55,7 +55,14 @@ SETTINGS = {  # {field of our Config: field of GRPOConfig}; the others are set i
     "gradient_checkpointing": "gradient_checkpointing",
 }
 NOT_HERE = {"anyway", "overwrite", "resume", "save_every", "eval_every", "rollout_batch", "kernel"}
-NOT_HERE |= {"micro_tokens", "turn_weights", "teacher_refresh", "rlsd_decay"}
+NOT_HERE |= {
+    "micro_tokens",
+    "turn_weights",
+    "teacher_refresh",
+    "rlsd_decay",
+    "distil",
+    "divergence",
+}
 
 
 def settings(config, changes, processes, known):

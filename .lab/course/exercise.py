@@ -34,7 +34,7 @@ BLANKS = {  # {function to write again: its file}
     "gated_term": ".lab/trl_trainer.py",
     "policy_loss": "sdar.py",
     "view": "sdar.py",
-    "response_logprobs": "sdar.py",
+    "predicting_states": "sdar.py",
 }
 EMPTY = 'NotImplementedError("exercise: write {} again")'
 PICTURE = ROOT / ".assets" / "gate.svg"

@@ -410,7 +410,7 @@ def counted(chosen, *counts, temperature=1.0):
     return torch.log_softmax(torch.tensor(counts) / temperature, -1)[chosen]
 
 
-def grade_response_logprobs():
+def grade_predicting_states():
     episodes = [
         an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], skill_ids=[3, 3]),
         an_episode([2, 2, 3], [0, 0, 1]),
