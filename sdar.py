@@ -1719,7 +1719,7 @@ def preflight(config, before, seconds):
     )
     print(text)
 
-    alone = before["success_skill" if method.skilled else "success"]
+    alone = before["success"]
     taught = method.teacher and before["success_skill"] > before["success"]
     problems = []
     if before["valid_rate"] < 0.5:
@@ -1732,7 +1732,7 @@ def preflight(config, before, seconds):
             "the skill helps nothing, so there is no teacher: other skills, a larger model, or "
             "--method grpo"
         )
-    if alone in (0, 1) and not taught:
+    if alone in (0, 1) and not (taught or method.skilled):
         outcome = "won" if alone else "lost"
         problems.append(
             f"no group has two different scores, all are {outcome}: other tasks, more --max-turns "

@@ -978,7 +978,7 @@ PREFLIGHTS = """
 "grpo"        0.9  0.3  0.2  ""
 "grpo"        0.9  0.0  1.0  "no group has two different scores, all are lost"
 "grpo"        0.9  1.0  1.0  "no group has two different scores, all are won"
-"skill_grpo"  0.9  0.0  0.5  ""
+"skill_grpo"  0.9  0.0  1.0  ""
 "opsd"        0.1  0.0  0.0  "fewer.*; the skill helps nothing.*; no group has two.*anyway"
 """
 

@@ -147,6 +147,7 @@ def launch(config):
     """Train from the first step, in a process of its own. Returns "" or what went wrong."""
     command = [sys.executable, str(sdar.HERE / "sdar.py"), "train"]
     settings = {**vars(config), "overwrite": True}  # what is left of a run that did not finish
+    settings["anyway"] = True  # a hopeless setting is a row of the table, too
     for name, value in settings.items():
         flag = sdar.flag(name)
         if type(value) is bool:

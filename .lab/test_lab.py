@@ -330,6 +330,19 @@ def test_bench_names_its_parts_and_writes_nothing(tmp_path, capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_compare_trains_hopeless_settings_too(monkeypatch):
+    ran = []
+
+    def run(command, **more):
+        ran.extend(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    assert compare.launch(Config(retrieval="none")) == ""
+    assert "--anyway" in ran
+    assert "--retrieval=none" in ran
+
+
 QUANTILES = """
 2   12.706
 3   4.303
