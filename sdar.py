@@ -138,6 +138,7 @@ PRESETS = {
         "max_new_tokens": 64,
         "lr": 5e-6,
         "sdar_coef": 0.1,
+        "teacher": "frozen",
         "eval_episodes": 60,
     },
 }
