@@ -833,10 +833,7 @@ class WebShopEnv(TextEnv):
         before = random.getstate()
         if root not in sys.path:
             sys.path.append(root)
-        message = (
-            f"WebShop does not start: {self._missing(root)} (.lab/ENVIRONMENTS.md has a recipe)"
-        )
-        with naming(message):
+        try:
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
@@ -846,6 +843,10 @@ class WebShopEnv(TextEnv):
                 server=server,
                 session_prefix=f"{id(self)}-",  # else equal goals share a session
             )
+        except Exception as error:  # whatever a half-installed engine raises
+            reason = f"{self._missing(root)} ({type(error).__name__}: {error})"
+            recipe = ".lab/ENVIRONMENTS.md has a recipe"
+            raise EnvUnavailable(f"WebShop does not start: {reason}; {recipe}") from error
         random.setstate(before)
         return shop
 

@@ -855,6 +855,7 @@ def test_on_policy_an_advantage_has_the_gradient_of_the_centred_gate(method, pol
     for changes in ({"gate": "centred"}, {"distil": "advantage"}):
         config = Config(method=method, group_size=4, sdar_coef=0.5, kl_coef=0, **changes)
         episodes = play(policy, config)
+        episodes[0].reward = 1.0  # of these OPSD takes no notice
         teacher = sdar.score(policy[0], episodes, config, with_skill=True)
         batch = sdar.step_batch(policy[0], None, teacher, episodes, config)
         logprobs, entropy = sdar.response_logprobs(policy[0], episodes, config, with_entropy=True)
@@ -874,6 +875,37 @@ def test_an_ema_teacher_follows_slowly(policy):
     sdar.follow(teacher, model, Config(teacher="ema", teacher_refresh=4), step=3)
     for weight, was in zip(teacher.parameters(), before):
         assert torch.allclose(weight, was + 0.25, atol=1e-6)
+
+
+FOLLOWS = """
+"live"    2  True
+"lagged"  2  False
+"lagged"  3  True
+"""
+
+
+@mark.parametrize("kind, step, there", table(FOLLOWS))
+def test_a_copied_teacher_follows_when_it_should(kind, step, there, policy):
+    """Live is a copy where whole distributions are compared: of the weights before every step."""
+    teacher, model = copy.deepcopy(policy[0]), policy[0]
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    config = Config(teacher=kind, teacher_refresh=2, divergence="reverse")
+    sdar.follow(teacher, model, config, step)
+    assert torch.equal(teacher.lm_head.weight, model.lm_head.weight) == there
+
+
+def test_an_ema_teacher_goes_on_where_it_was(tmp_path):
+    flags = {"teacher": "ema", "teacher_refresh": 3, "lr": 3e-3}
+    whole = trained(tmp_path, "whole", steps=4, **flags)[1]
+    trained(tmp_path, steps=2, **flags)
+    resumed = trained(tmp_path, steps=4, resume=True, **flags)[1]
+    assert [row["gap_mean"] for row in resumed] == [row["gap_mean"] for row in whole]
+
+
+def test_a_divergence_teaches_nobody_without_a_skill(tmp_path):
+    final, _ = trained(tmp_path, divergence="reverse", retrieval="none", lr=3e-3)
+    assert final["sdar_loss"] == 0
 
 
 def test_skill_accuracy_is_a_share_of_groups_that_read_alike(policy):

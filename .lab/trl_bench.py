@@ -43,18 +43,13 @@ class Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
-class GenerateSampler:
-    """sdar.Sampler's methods by the library's generate(), without a cache between turns. Adds what
-    it samples to a list."""
+class GenerateSampler(trl_trainer.VllmSampler):
+    """The same by the library's generate(), without a cache between turns. Adds what it samples to
+    a list."""
 
     def __init__(self, sampled, model, temperature):
         self.sampled, self.model, self.temperature = sampled, model, temperature
         self.conversations = None
-
-    def feed_rows(self, rows):
-        """Append to each conversation its list of new ids."""
-        before = self.conversations or [[] for _ in rows]
-        self.conversations = [old + new for old, new in zip(before, rows)]
 
     def respond(self, uniforms, stop_ids, stop_text=None):
         """Sample a response to each conversation: [(ids, log-probs)], lists."""
@@ -80,10 +75,6 @@ class GenerateSampler:
             self.sampled += ids[:length]
             rows[row] += ids[: length - 1]  # the last one comes with what follows it
         return found
-
-    def keep(self, rows):
-        """The batch becomes these rows of it."""
-        self.conversations = [self.conversations[row] for row in rows]
 
 
 class TimedTrainer(trl_trainer.SDARTrainer):

@@ -321,7 +321,7 @@ def imitate(model, chat, config):
             for ids, weights in (demonstration(chat, rng) for _ in rows):
                 mask = [int(weight) for weight in weights]
                 episodes.append(sdar.Episode("", "", 0, ids, mask, 0, [], []))
-            tokens = sum(sum(episode.mask) for episode in episodes)
+            tokens = max(1, sum(sum(episode.mask) for episode in episodes))
             total = 0.0
             model.train(config.gradient_checkpointing)
             for part in sdar.micro_batches(rows, episodes, config.micro_tokens):
