@@ -54,7 +54,8 @@ def commands():
     text = "\n".join(PAGES.values())
     blocks = "\n".join(re.findall("```bash\n(.*?)```", text, re.DOTALL))
     found = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
-    found |= set(re.findall(r"`(python [^`]*)`", text))
+    # A command between backticks may go over the end of a line.
+    found |= {" ".join(span.split()) for span in re.findall(r"`(python [^`]*)`", text)}
     return sorted(found, key=lambda text: (text != "python sdar.py", text))
 
 
