@@ -92,7 +92,11 @@ def plan(given, methods, seeds, sweep, out):
     for values in (numbers, [row[name] for row in rows]):
         sdar.require(len({*values}) == len(values), f"compare: one of {values} is there twice")
     if sweep:
-        rows.insert(0, {"method": "grpo"})
+        # What needs a teacher is refused without one: GRPO's row goes without it.
+        grpo = {"method": "grpo", "distil": "loss", "divergence": "sampled"}
+        if given.get("retrieval") == "ucb":
+            grpo["retrieval"] = "keyword"
+        rows.insert(0, grpo)
 
     runs = {}
     for row in rows:

@@ -465,6 +465,12 @@ def test_a_sweep_is_compared_with_grpo(compared, tmp_path):
     assert (tmp_path / "compare-gate_beta.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["--distil=advantage", "--divergence=jsd", "--retrieval=ucb"])
+def test_a_sweep_gives_grpo_no_setting_of_the_teacher(compared, flag):
+    launched = compared("--sweep", "gate_beta=1", "--seeds", "0", flag)[2]
+    assert launched == ["grpo-s0", "sdar-gate_beta=1.0-s0"]
+
+
 def test_a_sweep_takes_the_method_and_refuses_mixed_settings(compared):
     compared("--methods", "sdar,grpo")
     flags = ("--method", "opsd", "--seeds", "0")
