@@ -112,6 +112,22 @@ def oracle_constant_gate_off_policy(world):
     same(expected, exact / 2 / 3)
 
 
+def oracle_constant_gate_drift(_):
+    """A constant gate has mean zero and yet no peace: its noise sharpens a policy. Of V equally
+    likely tokens the entropy falls by step size^2 / batch * (V - 1) / (8 V^2) in a step."""
+    step, tokens = 0.01, 3
+    for batch in (1, 2, 3):
+        entropy = 0.0
+        for sampled in itertools.product(range(tokens), repeat=batch):
+            logits = torch.zeros(tokens, dtype=torch.float64, requires_grad=True)
+            student = torch.log_softmax(logits, -1)[list(sampled)][:, None]
+            slope = grad_of(gated("gap", 0.0)(student, student.detach(), None), logits)
+            moved = torch.log_softmax(logits.detach() - step * slope, -1)
+            entropy -= (moved.exp() * moved).sum() / tokens**batch
+        fall = torch.tensor(float(tokens)).double().log() - entropy
+        same(fall / (step**2 / batch), torch.tensor((tokens - 1) / (8 * tokens**2)), 1e-3)
+
+
 def oracle_entropy_gate(world):
     """The student's entropy is the same whatever token was sampled: its gate, too, has expected
     gradient zero."""
@@ -309,6 +325,7 @@ def groups_shuffled(scores, groups, *rest):
 BUGS = [  # (the oracle that must see it, the function of sdar.py, what is put in its place)
     (oracle_constant_gate, "gate", no_constant_gate),
     (oracle_constant_gate_off_policy, "gate", twice_the_gate),
+    (oracle_constant_gate_drift, "gate", twice_the_gate),
     (oracle_entropy_gate, "gate", gap_in_the_entropy),
     (oracle_gap_gate, "sdar_loss", gate_not_detached),
     (oracle_gap_gate, "gate", gap_turned),
