@@ -236,7 +236,7 @@ def histogram(gaps):
 
 def show_run(folder, page):
     """Gaps of a batch of tasks, played by a run's start policy and by its last one: their
-    histogram, and gap and KL by turn and by position in a turn; as text and as a page."""
+    histogram, and gap, KL and gate by turn and by position in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
     known = {f.name for f in sdar.fields(sdar.Config)}
     settings = {name: value for name, value in settings.items() if name in known}
@@ -254,7 +254,7 @@ def show_run(folder, page):
         print(f"\n{when}: {mean}")
         texts[f"{when}_mean"] = mean
         texts[f"{when}_histogram"] = histogram(tokens[:, 0])
-        for name, column in (("turn", 2), ("position", 3)):
+        for name, column in (("turn", 3), ("position", 4)):
             rows = means_by(tokens, column)
             print_means(name, rows)
             texts[f"{when}_{name}"] = table_of(rows)
@@ -263,47 +263,53 @@ def show_run(folder, page):
 
 @torch.no_grad()
 def gaps_of(model, episodes, config):
-    """An array of (gap, k3 estimate of KL(student || teacher), turn, position in the turn), a row
-    a sampled token; turns and positions count from 1."""
+    """An array of (gap, KL(student || teacher), gate, turn, position in the turn), a row a sampled
+    token; the KL is exact, over the whole vocabulary; turns and positions count from 1."""
     student = sdar.score(model, episodes, config)
-    teacher = sdar.score(model, episodes, config, with_skill=True)
-    kl = sdar.kl_k3(student, teacher)
+    gap = sdar.score(model, episodes, config, with_skill=True) - student
+    gate = torch.sigmoid(config.gate_beta * gap)
+    exact = sdar.replace(config, method="sdar", distil="loss", divergence="reverse")
     rows = []
     for i, episode in enumerate(episodes):
+        (kl,) = sdar.full_divergence(model, model, [episode], exact)
         turn, position, column = 0, 0, 0
         for before, sampled in itertools.pairwise([0, *episode.mask]):
             if not sampled:
                 continue
             turn, position = (turn, position + 1) if before else (turn + 1, 1)
-            gap = teacher[i, column] - student[i, column]
-            rows.append((gap.item(), kl[i, column].item(), turn, position))
+            values = [x.item() for x in (gap[i, column], kl[column], gate[i, column])]
+            rows.append((*values, turn, position))
             column += 1
     return np.array(rows)
 
 
 def means_by(tokens, column):
-    """[(turn or position, tokens, mean gap, mean KL)], up to twelve."""
+    """[(turns or positions, tokens, mean gap, mean KL, mean gate)], at most twelve rows."""
     found = []
-    for number in range(1, int(tokens[:, column].max()) + 1)[:12]:
-        some = tokens[tokens[:, column] == number]
+    last = int(tokens[:, column].max())
+    width = -(-last // 12)
+    for first in range(1, last + 1, width):
+        in_row = (tokens[:, column] >= first) & (tokens[:, column] < first + width)
+        some = tokens[in_row]
         if len(some):
-            found.append((number, len(some), some[:, 0].mean(), some[:, 1].mean()))
+            name = f"{first}" if width == 1 else f"{first} to {first + width - 1}"
+            found.append((name, len(some), *some[:, :3].mean(0)))
     return found
 
 
 def print_means(name, rows):
     """The table of means_by, as text."""
-    print(f"{name:>10}{'tokens':>10}{'gap':>10}{'KL':>10}")
-    for number, tokens, gap, kl in rows:
-        print(f"{number:>10}{tokens:>10}{gap:>z10.3f}{kl:>z10.3f}")
+    print(f"{name:>10}{'tokens':>10}{'gap':>10}{'KL':>10}{'gate':>10}")
+    for number, tokens, *means in rows:
+        print(f"{number:>10}{tokens:>10}" + "".join(f"{mean:>z10.3f}" for mean in means))
 
 
 def table_of(rows):
     """The same, as HTML, with bars."""
-    largest = max(max(abs(gap), kl) for *_, gap, kl in rows) or 1.0
+    largest = max(max(abs(gap), kl) for *_, gap, kl, _ in rows) or 1.0
     lines = ""
-    for number, tokens, gap, kl in rows:
-        cells = f"<td>{number}</td><td>{tokens}</td>"
+    for number, tokens, gap, kl, gate in rows:
+        cells = f"<td>{number}</td><td>{tokens}</td><td>{gate:.2f}</td>"
         for value, kind in ((gap, "gap"), (kl, "kl")):
             width = f"--w:{abs(value) / largest:.3f}"
             cells += f'<td class="{kind}"><u style="{width}"></u>{value:z.3f}</td>'

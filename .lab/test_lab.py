@@ -579,12 +579,28 @@ def test_gaps_and_kl_by_turn_and_position(policy):
     episodes = play(policy, config)
     tokens = microscope.gaps_of(policy[0], episodes, config)
     assert len(tokens) == sum(sum(episode.mask) for episode in episodes)
-    assert tokens[:, 2].max() == max(episode.turns for episode in episodes)
-    assert (tokens[:, 3] == 1).sum() == sum(episode.turns for episode in episodes)
+    assert tokens[:, 3].max() == max(episode.turns for episode in episodes)
+    assert (tokens[:, 4] == 1).sum() == sum(episode.turns for episode in episodes)
+    rows = microscope.means_by(tokens, 4)
+    assert sum(n * gap for _, n, gap, *_ in rows) == approx(tokens[:, 0].sum())
+    gap, kl, gate = torch.tensor(tokens[:, :3]).T
+    assert torch.allclose(gate, torch.sigmoid(5 * gap), atol=1e-5)
+
+    # The KL of a token's whole distribution, by hand.
+    logits = []
+    for with_skill in (False, True):
+        ids, mask = episodes[0].view(with_skill)
+        at = mask.index(1) - 1
+        logits.append(policy[0](torch.tensor([ids])).logits[0, at].double().log_softmax(-1))
+    student, teacher = logits
+    assert kl[0] == approx((student.exp() * (student - teacher)).sum().item(), abs=1e-4)
+
+
+def test_a_long_episode_is_shown_by_some_turns_a_row():
+    tokens = np.array([(-turn, 0, 0, turn, 1) for turn in range(1, 41)])
     rows = microscope.means_by(tokens, 3)
-    assert sum(n * gap for _, n, gap, _ in rows) == approx(tokens[:, 0].sum())
-    gap = torch.tensor(tokens[:, 0])
-    assert torch.allclose(torch.tensor(tokens[:, 1]), sdar.kl_k3(-gap, 0 * gap), atol=1e-4)
+    assert len(rows) == 10
+    assert rows[1] == ("5 to 8", 4, -6.5, 0, 0)
 
 
 def test_inspect_shows_hostile_text_as_text(inspect, tiny, monkeypatch):
