@@ -239,21 +239,26 @@ class Bandit:
         return sorted(bank, key=index, reverse=True)[: self.SLOTS]
 
     def learn(self, episodes, advantages, gaps):
-        """advantages, gaps: of each episode. A group without variation says nothing."""
-        from statistics import correlation
-
+        """advantages, gaps: of each episode."""
         for group in {episode.group for episode in episodes}:
             rows = [i for i, episode in enumerate(episodes) if episode.group == group]
-            its_advantages = [advantages[i] for i in rows]
-            its_gaps = [gaps[i] for i in rows]
-            if len(set(its_advantages)) == 1 or len(set(its_gaps)) == 1:
+            its_own = [[values[i] for i in rows] for values in (episodes, advantages, gaps)]
+            reward = self.reward(*its_own)
+            if reward is None:
                 continue
-            reward = correlation(its_advantages, its_gaps)
             first = episodes[rows[0]]
             for skill in first.skills:
                 name = self.arm(skill, first.task, first.task_type)
                 plays, rewards = self.arms.get(name, (0, 0.0))
                 self.arms[name] = [plays + 1, rewards + reward]
+
+    def reward(self, episodes, advantages, gaps):
+        """Of a group; None if it says nothing, since nothing varies."""
+        from statistics import correlation
+
+        if len(set(advantages)) == 1 or len(set(gaps)) == 1:
+            return None
+        return correlation(advantages, gaps)
 
 
 # --- What every environment shares -------------------------------------------------------

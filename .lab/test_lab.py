@@ -30,6 +30,7 @@ from pytest import approx, fixture, mark, raises
 
 LAB = Path(__file__).resolve().parent
 sys.path[:0] = [str(LAB), str(LAB.parent)]
+import bandits
 import bench
 import compare
 import kernel_on_cpu
@@ -120,6 +121,20 @@ def test_demonstrations_teach_actions_and_not_the_prompt(demonstrations):
         assert not any(weights[: ids.index(chat.encode("Your task is to")[0])])
     mixed = [1.0 in weights and 0.0 in weights[20:] for _, weights in rows]
     assert 0.1 < np.mean(mixed) < 0.9
+
+
+def test_a_player_with_a_habit_looks_into_the_first_cupboard_first(tiny):
+    def first_actions(habit):
+        rng, actions = random.Random(1), []
+        for _ in range(60):
+            ids, _ = warmstart.demonstration(tiny[1], rng, habit)
+            text = tiny[1].tokenizer.decode(ids)
+            actions.append(re.search(r"<.assistant.> ?(.*?) ?<.end", text)[1])
+        return actions
+
+    assert first_actions(0.0).count("go to cabinet 1") < 15
+    assert first_actions(1.0).count("go to cabinet 1") > 20  # who has not read a skill
+    assert {warmstart.Habit(seed, 0.0).choice("abc") for seed in range(20)} == set("abc")
 
 
 def test_the_warm_start_is_deterministic(tmp_path):
@@ -311,10 +326,48 @@ def test_a_warm_started_checkpoint_is_a_model(checkpoint, tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
-@mark.parametrize("flags, message", [("", "--out: the folder"), ("--env search --out x", "--env:")])
+REFUSED = [
+    ("", "--out: the folder"),
+    ("--env search --out x", "--env:"),
+    ("--habit 0.5 --out x", "--habit"),
+    ("--habit 2", "--habit 2.0: a share"),
+]
+
+
+@mark.parametrize("flags, message", REFUSED)
 def test_warmstart_of_a_model_refuses_in_one_line(flags, message, capsys):
     assert main(["warmstart", "--model", "nobody/model", *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- Other bandits -----------------------------------------------------------------------
+
+
+@mark.parametrize(
+    "kind, arm, reward", [("success", "mug found", 0.75), ("type", "mug for put", -1.0)]
+)
+def test_other_bandits_have_their_reward_and_arms(kind, arm, reward):
+    skills = [skill for skill in envs.HOME.skills() if skill.name == "mug"]
+    task = "put a mug in desk 1"
+    group = [sdar.Episode(task, "put", 0, [], [], 0, skills, []) for _ in range(4)]
+    for episode in group[:3]:
+        episode.won = True
+    bandit = bandits.BANDITS[kind]()
+    bandit.learn(group, [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0])
+    ((name, (plays, rewards)),) = bandit.arms.items()
+    assert (name, plays, rewards) == (arm, 1, approx(reward))
+
+
+def test_a_run_with_another_bandit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sdar, "Bandit", sdar.Bandit)  # put back afterwards
+    assert bandits.main(["best"]) == 2
+    assert "success,type" in capsys.readouterr().err
+    flags = "--retrieval ucb --steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6"
+    out = tmp_path / "run"
+    flags = [*flags.split(), "--max-turns", "2", "--anyway", "--out", str(out)]
+    assert bandits.main(["success,type", *flags]) == 0
+    arms = torch.load(out / "checkpoint/trainer.pt", weights_only=True)["arms"]
+    assert all(" for " in name for name in arms)
 
 
 # --- Bench, intervals --------------------------------------------------------------------
@@ -465,7 +518,7 @@ def test_a_sweep_is_compared_with_grpo(compared, tmp_path):
     assert (tmp_path / "compare-gate_beta.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["--distil=advantage", "--divergence=jsd", "--retrieval=ucb"])
+@mark.parametrize("flag", ["--distil=advantage", "--divergence=jsd", "--retrieval=ucb"])
 def test_a_sweep_gives_grpo_no_setting_of_the_teacher(compared, flag):
     launched = compared("--sweep", "gate_beta=1", "--seeds", "0", flag)[2]
     assert launched == ["grpo-s0", "sdar-gate_beta=1.0-s0"]

@@ -116,9 +116,22 @@ NOISE = 0.05  # share of random actions: played, so that other states are seen, 
 OBSERVATIONS = 0.2  # weight of an observation's tokens: knowing the world helps acting in it
 
 
-def demonstration(chat, rng):
+class Habit(random.Random):
+    """Random numbers of a player who takes the first of several choices in a `share` of cases. A
+    policy that imitates it is surer of itself: its entropy is lower."""
+
+    def __init__(self, seed, share):
+        super().__init__(seed)
+        self.share = share
+
+    def choice(self, options):
+        """The first of them, or one of all."""
+        return options[0] if self.random() < self.share else super().choice(options)
+
+
+def demonstration(chat, rng, habit=0.0):
     """One scripted episode in a fresh random household, as this chat's model reads it. rng:
-    random.Random. Returns (ids, weight of each id in the loss), lists.
+    random.Random; habit: see Habit. Returns (ids, weight of each id in the loss), lists.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
@@ -140,10 +153,11 @@ def demonstration(chat, rng):
     ids = prompt[:at] + chat.encode(skill_text(skills)) + prompt[at:]
     weights = [0.0] * len(ids)
     turn, over = 0, False
+    player_rng = Habit(rng.random(), habit) if habit else rng
     while not over:
         explores = turn < explored_turns
         noisy = rng.random() < NOISE
-        action = scripted_action(env, set() if explores else known, rng)
+        action = scripted_action(env, set() if explores else known, player_rng)
         if noisy:
             action = rng.choice(info["admissible"])
             action = re.sub(r" (from|in/on|with) .*", "", action)  # as short as the player's
@@ -282,9 +296,9 @@ def imitation_loss(model, rows):
     return (losses * weights).sum() / weights.sum()
 
 
-def warmstart(folder, chat, steps=900):
-    """Train the tiny policy by imitation and save it in `folder`, a Path. Deterministic on one
-    machine and PyTorch. OSError if the folder cannot be written."""
+def warmstart(folder, chat, steps=900, habit=0.0):
+    """Train the tiny policy by imitation and save it in `folder`, a Path. habit: see Habit.
+    Deterministic on one machine and PyTorch. OSError if the folder cannot be written."""
     fresh = folder.with_name(f".{folder.name}-unfinished")
     fresh.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
     rng = random.Random(0)
@@ -299,7 +313,7 @@ def warmstart(folder, chat, steps=900):
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
     for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
-        rows = [demonstration(chat, rng) for _ in range(BATCH)]
+        rows = [demonstration(chat, rng, habit) for _ in range(BATCH)]
         imitation_loss(model, rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for item in (*optimizers, *schedulers):
@@ -360,9 +374,13 @@ def main(argv):
     None."""
     about = "build the tiny policy again, in some minutes; or with --model teach a language model"
     where = {"type": Path, "default": sdar.TINY_FOLDER, "help": "of the tiny policy, replaced"}
-    flags = sdar.parse_flags("warmstart", about, argv, [("--folder", where)])
-    folder = flags.pop("folder")
+    sure = {"type": float, "default": 0.0, "help": "share of the player's first choices [0]"}
+    own = [("--folder", where), ("--habit", sure)]
+    flags = sdar.parse_flags("warmstart", about, argv, own)
+    folder, habit = flags.pop("folder"), flags.pop("habit")
+    sdar.require(0 <= habit <= 1, f"--habit {habit}: a share, from 0 to 1")
     if flags.get("model", "tiny") != "tiny":
+        sdar.require(not habit, "--habit is for the tiny policy's player, not for --model")
         return teach(flags)
     ours = (folder / "sums.json").is_file() or not folder.exists()
     fine = ours and folder.absolute().parent.is_dir()
@@ -370,7 +388,7 @@ def main(argv):
     toy = {"env": "toy", "model": str(folder), "preset": "toy", "device": "cpu"}
     config = sdar.Config(**{"steps": 900} | flags | toy)
 
-    warmstart(folder, sdar.Chat(toy_tokenizer()), config.steps)
+    warmstart(folder, sdar.Chat(toy_tokenizer()), config.steps, habit)
     model, chat = sdar.load_policy(config)
     result = sdar.evaluate(model, chat, sdar.make_envs(config), config)
     sdar.print_success(str(folder), result)

@@ -1,0 +1,52 @@
+"""--retrieval ucb with another reward or other arms, since the paper names neither:
+
+    python .lab/bandits.py success,type --retrieval ucb [flags of train]
+
+success: the share of the group's episodes that were won, instead of how well the teacher's gaps
+agree with the reward. type: an arm is a skill and a task type, instead of a skill and whether
+keyword retrieval would find it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+import sdar
+
+
+class BySuccess(envs.Bandit):
+    """The student's success is the reward of the skills that its teacher read."""
+
+    def reward(self, episodes, advantages, gaps):
+        """The share of the group's episodes that were won."""
+        return sum(episode.won for episode in episodes) / len(episodes)
+
+
+class ByType(envs.Bandit):
+    """A skill's worth is another one for each task type, whatever the task's words."""
+
+    def arm(self, skill, task, task_type):
+        """The skill and the task type."""
+        return f"{skill.name} for {task_type}"
+
+
+class BySuccessByType(BySuccess, ByType):
+    """Both."""
+
+
+BANDITS = {"success": BySuccess, "type": ByType, "success,type": BySuccessByType}
+
+
+def main(argv):
+    """Train with the bandit that the first word names."""
+    kind, *flags = argv or [""]
+    if kind not in BANDITS:
+        print(f"{kind!r}: choose from {' '.join(BANDITS)}", file=sys.stderr)
+        return 2
+    sdar.Bandit = BANDITS[kind]
+    return sdar.main(["train", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
