@@ -2,11 +2,13 @@
 
     python sdar.py compare --methods grpo,sdar --seeds 0,1,2,3,4
     python sdar.py compare --sweep gate_beta=1,5,20 --seeds 0,1
+    python sdar.py compare --sweep "teacher=live,frozen lr=3e-4,6e-4"
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
 so a comparison that was stopped goes on with the same command. All other flags go to every run.
 """
 
+import itertools
 import json
 import math
 import os
@@ -26,7 +28,7 @@ import sdar
 OWN = (
     ("--methods", {"help": f"rows of the table [{','.join(sdar.METHODS)}]"}),
     ("--seeds", {"help": "each method runs with each of them [0,1,2,3,4]"}),
-    ("--sweep", {"help": "NAME=VALUE,...: rows are values of this setting, and grpo"}),
+    ("--sweep", {"help": "NAME=VALUE,... [more of them]: rows are all combinations, and grpo"}),
     ("--jobs", {"type": int, "help": "runs at once [one a core]"}),
 )
 
@@ -57,7 +59,7 @@ def main(argv):
 
     done = {label: evaluations(row) for label, row in runs.items()}
     out.mkdir(parents=True, exist_ok=True)
-    report = out / "-".join(["compare", *sweep.split("=")[:1]]).strip("-")
+    report = out / "-".join(["compare", *(axis.split("=")[0] for axis in sweep.split())])
     text = json.dumps({"start": start, "evaluations": done})
     sdar.write_whole(report.with_suffix(".json"), text + "\n")
     print_comparison(runs, done, start, reasons)
@@ -77,9 +79,12 @@ def typed(name, text):
 
 def plan(given, methods, seeds, sweep, out):
     """What is run: {label: {seed: Config}}. given: the flags that every run gets."""
-    name, _, values = (sweep or f"method={methods}").partition("=")
-    name = name.replace("-", "_")
-    clash = {"seed", "resume"} & {name, *given} or name == "out"
+    choices = {}  # {setting: its values}
+    for axis in (sweep or f"method={methods}").split():
+        name, _, values = axis.partition("=")
+        name = name.replace("-", "_")
+        choices[name] = [typed(name, value) for value in values.split(",")]
+    clash = {"seed", "resume"} & {*choices, *given} or "out" in choices
     if not sweep and "method" in given:
         clash = True
     sdar.require(
@@ -87,10 +92,10 @@ def plan(given, methods, seeds, sweep, out):
         "compare takes --seeds, --methods (--method with --sweep) and one --out, and goes on "
         "without --resume",
     )
-    rows = [{name: typed(name, value)} for value in values.split(",")]
     numbers = [typed("seed", seed) for seed in seeds.split(",")]
-    for values in (numbers, [row[name] for row in rows]):
+    for values in (numbers, *choices.values()):
         sdar.require(len({*values}) == len(values), f"compare: one of {values} is there twice")
+    rows = [dict(zip(choices, row)) for row in itertools.product(*choices.values())]
     if sweep:
         # What needs a teacher is refused without one: GRPO's row goes without it.
         grpo = {"method": "grpo", "distil": "loss", "divergence": "sampled"}

@@ -1,7 +1,9 @@
-"""Learning curves for the pages, light and dark: python .lab/pictures.py runs/compare
+"""Pictures for the pages, light and dark, into .assets. Needs matplotlib.
 
-Reads compare.json in that folder, writes learning*.svg (grpo and sdar) and compare*.svg (all
-methods) into .assets. Needs matplotlib.
+    python .lab/pictures.py runs/compare    # learning*.svg (grpo and sdar), compare*.svg (all)
+    python .lab/pictures.py map runs/map    # map*.svg: lambda, learning rate and teacher
+
+They read what `compare` has written.
 """
 
 import json
@@ -10,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare
+import numpy as np
 import plots
 
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
@@ -32,5 +35,46 @@ def main(folder="runs/compare", place=ASSETS):
     return written
 
 
+def draw_map(folder="runs/map", place=ASSETS):
+    """Success of the student, and below it with the skill, which is the teacher's: a panel a
+    teacher, a row a lambda, a column a learning rate. Returns the paths of the pictures."""
+    rows = {}  # {(teacher, lambda, learning rate): (student, teacher)}
+    for path in Path(folder).glob("sdar*/config.json"):
+        config, log = plots.read_run(path.parent)
+        key = config["teacher"], config["sdar_coef"], config["lr"]
+        ends = log[-1]["eval_success"], log[-1]["eval_success_skill"]
+        rows.setdefault(key, []).append(ends)
+    teachers, lambdas, rates = (sorted({key[i] for key in rows}) for i in range(3))
+    written = []
+    for dark in (False, True):
+        path = Path(place, f"map{'-dark' if dark else ''}.svg")
+        with plots.figure(path, dark, (2.6 * len(teachers) + 1, 5.6)) as figure:
+            places = figure.subplots(2, len(teachers), squeeze=False)
+            for (reader, column), axes in np.ndenumerate(places):
+                cells = np.full((len(lambdas), len(rates)), np.nan)
+                for (teacher, coef, rate), ends in rows.items():
+                    if teacher == teachers[column]:
+                        at = lambdas.index(coef), rates.index(rate)
+                        cells[at] = np.mean(ends, 0)[reader]
+                title = f"{teachers[column]}, {('alone', 'with the skill')[reader]}"
+                draw_cells(axes, title, cells, lambdas, rates)
+        written.append(path)
+    return written
+
+
+def draw_cells(axes, title, cells, lambdas, rates):
+    """A panel of the map: cells (lambdas, learning rates), from 0 to 1, coloured and written."""
+    axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    for (y, x), value in np.ndenumerate(cells):
+        ink = "black" if value > 0.6 else "white"
+        axes.text(x, y, f"{value:.2f}", color=ink, ha="center", va="center")
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(lambdas)), [f"{coef:g}" for coef in lambdas])
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("lambda")
+
+
 if __name__ == "__main__":
-    print(*main(*sys.argv[1:]), sep="\n")
+    what = draw_map if sys.argv[1:2] == ["map"] else main
+    print(*what(*[word for word in sys.argv[1:] if word != "map"]), sep="\n")

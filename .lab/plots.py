@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -146,21 +147,28 @@ DARK = {  # matplotlib's settings for a picture on a dark page
 def picture(panels, path, dark=False, bands=True):
     """Write the picture of draw; of many curves sdar and grpo are strong. ImportError without
     matplotlib."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
     wide = min(len(panels), 3)
     high = -(-len(panels) // 3)
-    with rc_context({"font.size": 12, "svg.hashsalt": "sdar", **(DARK if dark else {})}):
-        figure = Figure(figsize=(max(6.4, 4 * wide), max(4, 3 * high)), layout="constrained")
-        places = figure.subplots(high, wide, squeeze=False).flat
+    with figure(path, dark, (max(6.4, 4 * wide), max(4, 3 * high))) as drawn:
+        places = drawn.subplots(high, wide, squeeze=False).flat
         for (title, curves), axes in zip(panels.items(), places):
             draw_panel(axes, title, curves, bands)
         for axes in places:  # of a last row that is not full
             axes.remove()
+
+
+@contextmanager
+def figure(path, dark, size):
+    """A matplotlib figure, size (width, height) in inches, that is written to `path` at the end."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    fresh = Path(path).with_name(f"new-{Path(path).name}")  # what is there is kept until then
+    with rc_context({"font.size": 12, "svg.hashsalt": "sdar", **(DARK if dark else {})}):
+        drawn = Figure(figsize=size, layout="constrained")
+        yield drawn
         date = {"Date": None} if Path(path).suffix == ".svg" else {}
-        figure.savefig(fresh, metadata=date)
+        drawn.savefig(fresh, metadata=date)
     fresh.replace(path)
 
 

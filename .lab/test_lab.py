@@ -524,6 +524,17 @@ def test_a_sweep_gives_grpo_no_setting_of_the_teacher(compared, flag):
     assert launched == ["grpo-s0", "sdar-gate_beta=1.0-s0"]
 
 
+def test_a_sweep_of_two_settings_runs_all_combinations(compared, tmp_path):
+    sweep = "gate_beta=1,2 lr=1e-4,2e-4"
+    launched = compared("--sweep", sweep, "--seeds", "0")[2]
+    assert len(launched) == 5
+    assert launched[0] == "grpo-s0"
+    assert "sdar-gate_beta=1.0-lr=0.0002-s0" in launched
+    assert (tmp_path / "compare-gate_beta-lr.json").exists()
+    assert compared("--sweep", "gate_beta=1,1 lr=1e-4")[0] == 2
+    assert compared("--sweep", "gate_beta=1 out=2")[0] == 2
+
+
 def test_a_sweep_takes_the_method_and_refuses_mixed_settings(compared):
     compared("--methods", "sdar,grpo")
     flags = ("--method", "opsd", "--seeds", "0")
@@ -727,6 +738,24 @@ def test_the_pages_pictures_are_drawn_from_a_comparison(tmp_path):
     assert ["#0d1117" in text for text in texts] == [False, True, False, True]
     assert pictures.main(tmp_path, tmp_path) == paths
     assert [path.read_text("utf-8") for path in paths] == texts  # the same bytes again
+
+
+def test_a_map_shows_student_and_teacher_of_each_setting(tmp_path):
+    pytest.importorskip("matplotlib")
+    import pictures
+
+    for i, (teacher, lr) in enumerate([("live", 1e-3), ("frozen", 1e-3), ("frozen", 2e-3)]):
+        run = tmp_path / f"sdar-{i}"
+        run.mkdir()
+        settings = vars(Config(teacher=teacher, lr=lr, steps=1))
+        (run / "config.json").write_text(json.dumps(settings))
+        line = {"step": 1, "eval_success": i / 10, "eval_success_skill": 0.5 + i / 10}
+        line["eval_by_type"] = {"put": [10, i, 5 + i]}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    path, dark = pictures.draw_map(tmp_path, tmp_path)
+    assert dark.name == "map-dark.svg"
+    shown = re.findall(r"<!-- (0\.\d\d) -->", path.read_text("utf-8"))
+    assert sorted(shown) == ["0.00", "0.10", "0.20", "0.50", "0.60", "0.70"]
 
 
 def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
