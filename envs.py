@@ -350,6 +350,8 @@ class TextEnv:
         observation, state = self._step(action)
         self._turns += 1
 
+        # terminated: the world has ended the episode; truncated: our limit has. The reward comes
+        # once, at the end, for the whole: which of the actions earned it nobody says.
         terminated = state.get("over", state["won"])
         truncated = not terminated and self._turns >= self.max_turns
         self._running = not (terminated or truncated)
@@ -361,6 +363,8 @@ class TextEnv:
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
         tags in any case; without one "", False. Where nobody writes tags (`tagged`), as the tiny
         policy, a text of one line without any."""
+        # The first complete pair counts. What stands before it is reasoning, what stands after it
+        # was never waited for.
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
         if not (found or self.tagged or re.search("[\n<]", response.strip())):
@@ -377,6 +381,8 @@ class TextEnv:
         equally often. episodes: how many; "all": each task of the split once."""
         if episodes == "all":
             return [(task, 10**6) for task in dict.fromkeys(self.tasks(split))]
+        # Round after round one task of each type; when a type has no more, its first one again,
+        # from another seed.
         pools = {}
         for task in self.tasks(split):
             pools.setdefault(self.label(task), []).append(task)
@@ -522,6 +528,7 @@ class ToyEnv(TextEnv):
         self.household = household
         self.skills = household.skills()
         self.goals = {}  # {sentence: (task type, splits, class of object, target)}
+        # Every type, object and target, but for targets where the object is already.
         for kind, text in TASK_TEXT.items():
             for c in CLASSES:
                 for target in STORAGES:
@@ -578,6 +585,7 @@ class ToyEnv(TextEnv):
         if not match:
             return "Nothing happens.", self._state(valid=False)
 
+        # Understood, but perhaps impossible: then nothing happens, as in ALFWorld, and no penalty.
         # "take mug 1" is short for the admissible "take mug 1 from desk 1".
         short = match["short"] or match["alone"]
         admissible = any(is_a(one, short) for one in self._admissible())
@@ -639,6 +647,8 @@ class ToyEnv(TextEnv):
     # What can be asked of a state: is the task done, and what could be done next?
 
     def _won(self):
+        # Look: the lamp is lit, and the object in the hand, in one place. Else the target must hold
+        # the object, two of them for "two", heated, cooled or cleaned where the task says so.
         if self.kind == "look":
             holds_it = self.hand is not None and is_a(self.hand, self.goal_class)
             lamp_is_here = "desklamp 1" in self.contents.get(self.where, [])
@@ -649,6 +659,8 @@ class ToyEnv(TextEnv):
         return len(there) >= (2 if self.kind == "two" else 1)
 
     def _admissible(self):
+        # Everywhere one can go; what is here can be opened, taken, put down or used. What does not
+        # work here (a broken microwave) is not told: it must be tried, or read in the skill.
         actions = [f"go to {place}" for place in PLACES if place != self.where]
         here = []
         if self.where in self.opened:

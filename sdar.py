@@ -686,6 +686,7 @@ def token_logprobs(
     backward pass computes again: the float32 logits of all rows never exist at once (16,384 rows
     of Qwen's 151,936 tokens would take 10 GB)."""
 
+    # Only one of V log-probs a row is wanted, but all V logits are needed for its denominator.
     def chunk(hidden, head_weight, ids):
         logits = F.linear(hidden, head_weight)  # of a view like .T, autocast would keep no copy
         if kernel and len(ids):
@@ -714,6 +715,8 @@ def response_mask(episodes, device="cpu"):
 
 def predicting_states(model, episodes, with_skill):
     """The states (N, H) that predict the N sampled ids of all episodes, and these ids (N,)."""
+    # One pass reads a whole conversation: attention is causal, so the state at each place is what
+    # the policy had there when it sampled.
     views = [episode.view(with_skill) for episode in episodes]
     ids = padded([ids for ids, _ in views], model.device)  # (B, S)
     mask = padded([mask for _, mask in views], model.device)  # (B, S) 1: sampled
@@ -760,6 +763,8 @@ def micro_batches(rows, episodes, budget):
 def full_divergence(model, teacher, episodes, config):
     """divergence() of the whole next-token distributions of student and teacher at each sampled id,
     (B, T), exactly, in chunks like token_logprobs. The gradient goes through the student."""
+    # Student and teacher stand at different places of different sequences, but predict the same N
+    # sampled ids: row i of the one belongs to row i of the other.
     heads = [one.get_output_embeddings().weight for one in (model, teacher)]
     with forward_dtype(model, config):
         own, _ = predicting_states(model, episodes, with_skill=False)
@@ -768,7 +773,7 @@ def full_divergence(model, teacher, episodes, config):
 
         def chunk(own, told):
             logits = F.linear(own, heads[0]), F.linear(told, heads[1].detach())
-            student, skilled = (
+            student, skilled = (  # each (rows, V)
                 torch.log_softmax(x.float() / config.temperature, -1) for x in logits
             )
             return divergence(student, skilled, config.divergence)
@@ -829,10 +834,12 @@ def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6)
     weights = torch.as_tensor(weights).to(scores)
 
     advantages = torch.empty_like(scores)
+    # The mean is what the policy can do at this task today: an episode is good or bad against it.
+    # The deviation makes tasks that few win, or few lose, as loud as the others.
     for group in groups.unique():
         rows = groups == group
         x, w = scores[rows], weights[rows]
-        n = w.sum()
+        n = w.sum()  # how many rows these count as
         mean = (w * x).sum() / n
         std = ((w * (x - mean) ** 2).sum() / (n - 1)).sqrt()
 
@@ -853,10 +860,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
     advantages = torch.as_tensor(advantages).to(logprobs).expand_as(logprobs)
     logprobs, old_logprobs, advantages = visible(mask, logprobs, old_logprobs.detach(), advantages)
 
+    # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
+    # the two losses counts: where a token has moved by more than eps in the direction that its
+    # advantage asks for, it is a constant, and pushes no further. Moving back is never clipped.
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     loss = torch.maximum(plain, clipped)
+
+    # A bad token that has become many times likelier would have a loss without bound.
     if dual_clip:
         capped = torch.minimum(loss, -advantages * dual_clip)
         loss = torch.where(advantages < 0, capped, loss)
@@ -871,7 +883,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_cli
 def kl_k3(logprobs, ref_logprobs):
     """The k3 estimate of KL(policy || reference) on each token (section 2.2), (B, T):
     exp(d) - d - 1 with d = reference - policy, clamped to [-10, 10] as in the official code. Its
-    gradient is finite however far the two are apart."""
+    gradient is finite however far the two are apart.
+
+    On the policy's own samples -d has the KL as its mean, but either sign on a token. exp(d) - 1
+    has mean 0 there: added to it, the mean stays, the noise shrinks, and no token is below 0."""
     d = (ref_logprobs - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -898,7 +913,9 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     if entropy is not None:
         entropy = entropy.detach()
 
-    # The paper's three.
+    # The paper's three. The entropy is the same whichever token was sampled: its gate weighs
+    # places, and says nothing for or against a token. Soft-OR is "a or b" of two shares; a gap is
+    # no share, and neither is an entropy: above one nat it turns the gap's sign.
     if kind == "gap":
         return torch.sigmoid(beta * gap)
     if kind == "entropy":
@@ -965,6 +982,8 @@ def distil_advantages(advantages, gap, mask, kind="gap", beta=5.0, coef=1.0):
     """A + lambda w, (B, T): distillation as an advantage, under PPO's ratio and clip, as trainers
     elsewhere do it. w is the gap itself for "reverse_kl", else the gate less its mean: a mean
     pushes nowhere on average, and would only add noise."""
+    # Under the clip a token that has moved by eps is left alone until it is sampled again. A loss
+    # of its own has no such stop.
     weight = gate(kind, gap, None, beta, mask)
     if kind != "reverse_kl":
         weight = weight - masked_mean(weight, mask)
@@ -1007,6 +1026,8 @@ def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, c
 def check_scored(episodes, old_logprobs, config):
     """AssertionError unless both readers score exactly what was sampled, the teacher with its
     skill, and the policy gives the sampled ids the log-probs with which it sampled them."""
+    # Three mistakes that no curve would show: a shift by one, a text that was tokenised again, a
+    # teacher without its skill.
     sampled_logprobs = []
     for episode in episodes:
         student = [i for i, sampled in zip(*episode.view(False)) if sampled]
@@ -1137,6 +1158,8 @@ def update(model, optimizer, episodes, batch, config, rng, teacher=None):
     metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))
     total = batch["mask"].sum().item()
     norms = []
+    # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
+    # group.
     order = rng.permutation(len(episodes))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows.
@@ -1195,6 +1218,8 @@ def evaluate(model, chat, envs, config, bandit=None):
     Returns success, success_skill, episodes, by_type {task type or data set: [episodes, won
     without, won with the skill]}, and of those without: valid_rate, the share of answers with an
     action that could be read; response_tokens, tokens an answer."""
+    # The panel, and what is sampled on it, is the same at every call, and for every run: two runs
+    # differ in their policies alone.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(task, seed, number) for number, (task, seed) in enumerate(panel)]
 
@@ -1228,6 +1253,7 @@ def evaluate(model, chat, envs, config, bandit=None):
 
 def draw_starts(env, config, rng):
     """A step's (task, seed, group): each task drawn is played group_size times, from one state."""
+    # Each entry of the list at most once, where it is long enough.
     tasks, n = env.tasks("train"), config.tasks_per_step
     starts = []
     for group, task in enumerate(rng.choice(len(tasks), n, replace=len(tasks) < n)):
@@ -1242,6 +1268,8 @@ COPIES = ("lagged", "ema")  # teachers with weights of their own, which a checkp
 def follow(teacher, model, config, step):
     """Before a step's scoring, move a teacher that is a copy to where the student is: a part of the
     way (ema), or all of it, every `teacher_refresh` steps (lagged) or each (live)."""
+    # Of what the student was n steps ago an ema keeps (1 - 1/refresh)^n: a memory of about
+    # `refresh` steps.
     if config.teacher == "ema":
         for weight, target in zip(teacher.parameters(), model.parameters()):
             weight.lerp_(target, 1 / config.teacher_refresh)
@@ -1255,6 +1283,7 @@ def train(config):
 
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
     and resumed: nothing is drawn from a generator that lives longer than a step."""
+    # What can be wrong is found before anything is written, and before the first episode.
     envs = make_envs(config)
     envs[0].tasks("train")  # none? say so now
     check_out(config)
@@ -1973,8 +2002,8 @@ def parse_flags(command, description, argv, own=(), without=()):
     typed is not in it, so that a preset can fill it in.
 
     own: (flag, keywords of add_argument) pairs; without: fields of Config that the command would
-    ignore. UserError for an unknown flag names its
-    neighbour; argparse.ArgumentError for a value of another type."""
+    ignore. UserError for an unknown flag, which names its neighbour; argparse.ArgumentError for a
+    value of another type."""
     parser = argparse.ArgumentParser(
         usage=f"python sdar.py {command} [flags]",
         description=description,
