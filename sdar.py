@@ -1283,7 +1283,7 @@ def train(config):
 
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
     and resumed: nothing is drawn from a generator that lives longer than a step."""
-    # What can be wrong is found before anything is written, and before the first episode.
+    # Bad input is found before anything is written.
     envs = make_envs(config)
     envs[0].tasks("train")  # none? say so now
     check_out(config)

@@ -83,6 +83,7 @@ def plan(given, methods, seeds, sweep, out):
     for axis in (sweep or f"method={methods}").split():
         name, _, values = axis.partition("=")
         name = name.replace("-", "_")
+        sdar.require(name not in choices, f"--sweep: {name} is there twice")
         choices[name] = [typed(name, value) for value in values.split(",")]
     clash = {"seed", "resume"} & {*choices, *given} or "out" in choices
     if not sweep and "method" in given:

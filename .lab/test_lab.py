@@ -144,6 +144,8 @@ def test_the_warm_start_is_deterministic(tmp_path):
         weights.add((tmp_path / name / "model.safetensors").read_bytes())
     assert len(weights) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    warmstart.warmstart(tmp_path / "c", chat, steps=3, habit=1.0)
+    assert (tmp_path / "c/model.safetensors").read_bytes() not in weights
 
 
 def test_the_carried_policy_is_of_this_recipe_and_as_it_was_written():
@@ -533,6 +535,7 @@ def test_a_sweep_of_two_settings_runs_all_combinations(compared, tmp_path):
     assert (tmp_path / "compare-gate_beta-lr.json").exists()
     assert compared("--sweep", "gate_beta=1,1 lr=1e-4")[0] == 2
     assert compared("--sweep", "gate_beta=1 out=2")[0] == 2
+    assert compared("--sweep", "gate_beta=1 gate-beta=2")[0] == 2
 
 
 def test_a_sweep_takes_the_method_and_refuses_mixed_settings(compared):
