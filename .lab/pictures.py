@@ -15,12 +15,26 @@ import compare
 import numpy as np
 import plots
 
+import sdar
+
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 TITLE = "held-out success without the skill"
 
 
-def main(folder="runs/compare", place=ASSETS):
-    """Draw the four pictures. Returns their paths."""
+def main(argv):
+    """Draw what the command line names. Returns 2 if it is not there."""
+    draw, folders = draw_curves, argv
+    if argv[:1] == ["map"]:
+        draw, folders = draw_map, argv[1:]
+    try:
+        print(*draw(*folders[:1]), sep="\n")
+    except (sdar.UserError, OSError, ModuleNotFoundError) as error:
+        print(f"pictures.py: {error}", file=sys.stderr)
+        return 2
+
+
+def draw_curves(folder="runs/compare", place=ASSETS):
+    """Success over steps, of grpo and sdar, and of all methods. Returns the pictures' paths."""
     report = json.loads(Path(folder, "compare.json").read_text("utf-8"))
     curves = {}
     for label, row in report["evaluations"].items():
@@ -41,9 +55,12 @@ def draw_map(folder="runs/map", place=ASSETS):
     rows = {}  # {(teacher, lambda, learning rate): (student, teacher)}
     for path in Path(folder).glob("sdar*/config.json"):
         config, log = plots.read_run(path.parent)
+        if len(log) < config["steps"]:  # it is not finished
+            continue
         key = config["teacher"], config["sdar_coef"], config["lr"]
         ends = log[-1]["eval_success"], log[-1]["eval_success_skill"]
         rows.setdefault(key, []).append(ends)
+    sdar.require(rows, f"{folder} holds no runs of a map: compare --sweep makes them")
     teachers, lambdas, rates = (sorted({key[i] for key in rows}) for i in range(3))
     written = []
     for dark in (False, True):
@@ -76,5 +93,4 @@ def draw_cells(axes, title, cells, lambdas, rates):
 
 
 if __name__ == "__main__":
-    what = draw_map if sys.argv[1:2] == ["map"] else main
-    print(*what(*[word for word in sys.argv[1:] if word != "map"]), sep="\n")
+    sys.exit(main(sys.argv[1:]))

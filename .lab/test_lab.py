@@ -735,30 +735,66 @@ def test_the_pages_pictures_are_drawn_from_a_comparison(tmp_path):
     row = {"0": [{"step": 10, "eval_success": 0.5}], "1": [{"step": 10, "eval_success": 0.7}]}
     report = {"start": {"success": 0.1}, "evaluations": {"sdar": row, "grpo": row, "rlsd": row}}
     (tmp_path / "compare.json").write_text(json.dumps(report))
-    paths = pictures.main(tmp_path, tmp_path)
+    paths = pictures.draw_curves(tmp_path, tmp_path)
     texts = [path.read_text("utf-8") for path in paths]
     assert len(texts) == 4
     assert ["#0d1117" in text for text in texts] == [False, True, False, True]
-    assert pictures.main(tmp_path, tmp_path) == paths
+    assert pictures.draw_curves(tmp_path, tmp_path) == paths
     assert [path.read_text("utf-8") for path in paths] == texts  # the same bytes again
+
+
+MAP = """
+"live"    1.0  1e-3  0.10
+"frozen"  1.0  1e-3  0.20
+"frozen"  1.0  2e-3  0.30
+"frozen"  2.0  1e-3  0.40
+"""
+
+
+def run_of_a_map(folder, teacher, coef, lr, success, steps=1):
+    """A finished run, if steps is 1: its teacher wins half of the games more."""
+    folder.mkdir()
+    settings = vars(Config(teacher=teacher, sdar_coef=coef, lr=lr, steps=steps))
+    (folder / "config.json").write_text(json.dumps(settings))
+    line = {"step": 1, "eval_success": success, "eval_success_skill": 0.5 + success}
+    line["eval_by_type"] = {"put": [10, 1, 5]}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
 def test_a_map_shows_student_and_teacher_of_each_setting(tmp_path):
     pytest.importorskip("matplotlib")
     import pictures
 
-    for i, (teacher, lr) in enumerate([("live", 1e-3), ("frozen", 1e-3), ("frozen", 2e-3)]):
-        run = tmp_path / f"sdar-{i}"
-        run.mkdir()
-        settings = vars(Config(teacher=teacher, lr=lr, steps=1))
-        (run / "config.json").write_text(json.dumps(settings))
-        line = {"step": 1, "eval_success": i / 10, "eval_success_skill": 0.5 + i / 10}
-        line["eval_by_type"] = {"put": [10, i, 5 + i]}
-        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for i, row in enumerate(table(MAP)):
+        run_of_a_map(tmp_path / f"sdar-{i}", *row)
+    run_of_a_map(tmp_path / "sdar-unfinished", "live", 1.0, 1e-3, 0.45, steps=2)
     path, dark = pictures.draw_map(tmp_path, tmp_path)
     assert dark.name == "map-dark.svg"
-    shown = re.findall(r"<!-- (0\.\d\d) -->", path.read_text("utf-8"))
-    assert sorted(shown) == ["0.00", "0.10", "0.20", "0.50", "0.60", "0.70"]
+
+    drawn = path.read_text("utf-8")
+    number = r"<!-- (0\.\d\d|nan) -->\s*<g [^>]*translate\(([\d.]+) ([\d.]+)\)"
+    places = {text: (float(x), float(y)) for text, x, y in re.findall(number, drawn)}
+    shown = {*places} - {"nan"}
+    assert shown == {"0.10", "0.20", "0.30", "0.40", "0.60", "0.70", "0.80", "0.90"}
+
+    def place(text):
+        """In a picture, y grows downwards."""
+        return np.array(places[text])
+
+    right, up = place("0.30") - place("0.20"), place("0.40") - place("0.20")
+    assert right[0] > 9 and abs(right[1]) < 1  # a larger learning rate is to the right
+    assert up[1] < -9 and abs(up[0]) < 1  # a larger lambda is above
+    assert place("0.10")[0] > place("0.30")[0]  # live comes after frozen
+    assert place("0.70")[1] > place("0.20")[1] + 9  # the teacher's success is below
+
+
+@mark.parametrize("kind", ["", "map"])
+def test_a_picture_of_nothing_is_refused(kind, tmp_path, capsys):
+    import pictures
+
+    assert pictures.main([*kind.split(), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and error.count("\n") == 1
 
 
 def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
