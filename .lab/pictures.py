@@ -1,6 +1,7 @@
 """Pictures for the pages, light and dark, into .assets. Needs matplotlib.
 
     python .lab/pictures.py runs/compare    # learning*.svg (grpo and sdar), compare*.svg (all)
+    python .lab/pictures.py long runs/long/compare-method-teacher.json  # long*.svg
     python .lab/pictures.py map runs/map    # map*.svg: lambda, learning rate and teacher
 
 They read what `compare` has written.
@@ -24,8 +25,8 @@ TITLE = "held-out success without the skill"
 def main(argv):
     """Draw what the command line names. Returns 2 if it is not there."""
     draw, folders = draw_curves, argv
-    if argv[:1] == ["map"]:
-        draw, folders = draw_map, argv[1:]
+    if argv and argv[0] in OTHERS:
+        draw, folders = OTHERS[argv[0]], argv[1:]
     try:
         print(*draw(*folders[:1]), sep="\n")
     except (sdar.UserError, OSError, ModuleNotFoundError) as error:
@@ -33,20 +34,35 @@ def main(argv):
         return 2
 
 
-def draw_curves(folder="runs/compare", place=ASSETS):
-    """Success over steps, of grpo and sdar, and of all methods. Returns the pictures' paths."""
-    report = json.loads(Path(folder, "compare.json").read_text("utf-8"))
+def read_curves(report):
+    """{label: its runs' learning curves} of a file that compare has written."""
+    report = json.loads(Path(report).read_text("utf-8"))
     curves = {}
     for label, row in report["evaluations"].items():
         curves[label] = compare.learning_curves(row, report["start"])
-    two = {label: curves[label] for label in ("sdar", "grpo")}
+    return curves
+
+
+def draw_panel(name, curves, place):
+    """One panel, light and dark. Returns the paths of the pictures."""
     written = []
-    for name, shown in (("learning", two), ("compare", curves)):
-        for dark in (False, True):
-            path = Path(place, f"{name}{'-dark' if dark else ''}.svg")
-            plots.picture({TITLE: shown}, path, dark)
-            written.append(path)
+    for dark in (False, True):
+        path = Path(place, f"{name}{'-dark' if dark else ''}.svg")
+        plots.picture({TITLE: curves}, path, dark)
+        written.append(path)
     return written
+
+
+def draw_curves(folder="runs/compare", place=ASSETS):
+    """Success over steps, of grpo and sdar, and of all methods."""
+    curves = read_curves(Path(folder, "compare.json"))
+    two = {label: curves[label] for label in ("sdar", "grpo")}
+    return draw_panel("learning", two, place) + draw_panel("compare", curves, place)
+
+
+def draw_long(report="runs/long/compare-method-teacher.json", place=ASSETS):
+    """Success over more steps, of all that was compared."""
+    return draw_panel("long", read_curves(report), place)
 
 
 def draw_map(folder="runs/map", place=ASSETS):
@@ -91,6 +107,8 @@ def draw_cells(axes, title, cells, lambdas, rates):
     axes.set_xlabel("learning rate")
     axes.set_ylabel("lambda")
 
+
+OTHERS = {"map": draw_map, "long": draw_long}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

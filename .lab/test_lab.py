@@ -741,6 +741,8 @@ def test_the_pages_pictures_are_drawn_from_a_comparison(tmp_path):
     assert ["#0d1117" in text for text in texts] == [False, True, False, True]
     assert pictures.draw_curves(tmp_path, tmp_path) == paths
     assert [path.read_text("utf-8") for path in paths] == texts  # the same bytes again
+    names = [path.name for path in pictures.draw_long(tmp_path / "compare.json", tmp_path)]
+    assert names == ["long.svg", "long-dark.svg"]
 
 
 MAP = """
@@ -788,7 +790,7 @@ def test_a_map_shows_student_and_teacher_of_each_setting(tmp_path):
     assert place("0.70")[1] > place("0.20")[1] + 9  # the teacher's success is below
 
 
-@mark.parametrize("kind", ["", "map"])
+@mark.parametrize("kind", ["", "map", "long"])
 def test_a_picture_of_nothing_is_refused(kind, tmp_path, capsys):
     import pictures
 
