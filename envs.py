@@ -213,11 +213,12 @@ class Bandit:
     """Retrieval by UCB1. The paper names it and does not define it; this is ours.
 
     An arm is a skill in a context: whether keyword retrieval would find it for the task. A task
-    gets the SLOTS arms of largest mean reward + sqrt(ln(all plays) / plays), arms never played
+    gets the SLOTS arms of largest mean reward + C sqrt(ln(all plays) / plays), arms never played
     first. The reward, in [-1, 1], is the correlation over a group's episodes of advantage and mean
     gap: a good skill makes its reader endorse what went well."""
 
     SLOTS = 3
+    C = 1.0  # how much is explored
 
     def __init__(self, arms=None):
         self.arms = arms or {}  # {arm: [plays, sum of rewards]}
@@ -234,7 +235,7 @@ class Bandit:
             plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
             if not plays:
                 return math.inf
-            return rewards / plays + math.sqrt(math.log(total) / plays)
+            return rewards / plays + self.C * math.sqrt(math.log(total) / plays)
 
         return sorted(bank, key=index, reverse=True)[: self.SLOTS]
 

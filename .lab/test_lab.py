@@ -363,13 +363,26 @@ def test_other_bandits_have_their_reward_and_arms(kind, arm, reward):
 def test_a_run_with_another_bandit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "Bandit", sdar.Bandit)  # put back afterwards
     assert bandits.main(["best"]) == 2
-    assert "success,type" in capsys.readouterr().err
+    assert "success,type,exploit" in capsys.readouterr().err
     flags = "--retrieval ucb --steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6"
     out = tmp_path / "run"
     flags = [*flags.split(), "--max-turns", "2", "--anyway", "--out", str(out)]
     assert bandits.main(["success,type", *flags]) == 0
     arms = torch.load(out / "checkpoint/trainer.pt", weights_only=True)["arms"]
     assert all(" for " in name for name in arms)
+    assert sdar.Bandit.reward is bandits.BySuccess.reward
+
+
+def test_a_bandit_that_explores_less_leaves_a_poor_arm_sooner(monkeypatch):
+    bank = [skill for skill in envs.HOME.skills() if skill.name in ("mug", "plate")]
+    arms = {"mug found": [20, 12.0], "plate not found": [5, 2.0]}  # rewards .6 and .4
+    chosen = []
+    for kind in (envs.Bandit, bandits.BANDITS["exploit"]):
+        monkeypatch.setattr(kind, "SLOTS", 1)
+        (skill,) = kind(arms).choose(bank, "put a mug in desk 1", "put")
+        chosen.append(skill.name)
+    # Bonuses sqrt(ln 25 / plays): .40 and .80, or a fifth of them.
+    assert chosen == ["plate", "mug"]
 
 
 # --- Bench, intervals --------------------------------------------------------------------
