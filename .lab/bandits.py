@@ -43,7 +43,7 @@ BANDITS = {"success": BySuccess, "type": ByType, "exploit": Exploiting}
 def main(argv):
     """Train with a bandit that is all that the first word names."""
     kinds, *flags = argv or [""]
-    kinds = kinds.split(",")
+    kinds = dict.fromkeys(kinds.split(","))  # each once
     unknown = {*kinds} - {*BANDITS}
     if unknown:
         print(f"{unknown.pop()!r}: choose from {','.join(BANDITS)}", file=sys.stderr)

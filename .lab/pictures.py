@@ -66,8 +66,9 @@ def draw_long(report="runs/long/compare-method-teacher.json", place=ASSETS):
 
 
 def draw_map(folder="runs/map", place=ASSETS):
-    """Success of the student, and below it with the skill, which is the teacher's: a panel a
-    teacher, a row a lambda, a column a learning rate. Returns the paths of the pictures."""
+    """Success of the last weights alone, and below it with the skill (the live teacher's; the others
+    have weights of their own): a panel a teacher, a row a lambda, a column a learning rate. Returns
+    the paths of the pictures."""
     rows = {}  # {(teacher, lambda, learning rate): (student, teacher)}
     for path in Path(folder).glob("sdar*/config.json"):
         config, log = plots.read_run(path.parent)

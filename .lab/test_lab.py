@@ -367,7 +367,7 @@ def test_a_run_with_another_bandit(tmp_path, monkeypatch, capsys):
     flags = "--retrieval ucb --steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6"
     out = tmp_path / "run"
     flags = [*flags.split(), "--max-turns", "2", "--anyway", "--out", str(out)]
-    assert bandits.main(["success,type", *flags]) == 0
+    assert bandits.main(["success,type,success", *flags]) == 0
     arms = torch.load(out / "checkpoint/trainer.pt", weights_only=True)["arms"]
     assert all(" for " in name for name in arms)
     assert sdar.Bandit.reward is bandits.BySuccess.reward
