@@ -66,7 +66,7 @@ def draw_long(report="runs/long/compare-method-teacher.json", place=ASSETS):
 
 
 def draw_map(folder="runs/map", place=ASSETS):
-    """Success of the last weights alone, and below it with the skill (the live teacher's; the others
+    """Success of the last weights alone, and below it with the skill (a live teacher's; the others
     have weights of their own): a panel a teacher, a row a lambda, a column a learning rate. Returns
     the paths of the pictures."""
     rows = {}  # {(teacher, lambda, learning rate): (student, teacher)}
