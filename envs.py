@@ -442,13 +442,11 @@ def call_all(calls, in_threads):
 
 CLOSABLE = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, 9))
 SURFACES = ("desk 1", "shelf 1", "sofa 1", "countertop 1")
-STORAGES = CLOSABLE + SURFACES  # what can hold objects; the closable ones start closed
 APPLIANCES = {  # {what it does: those of its kind, of which one works}
     "clean": ("sinkbasin 1", "sinkbasin 2", "sinkbasin 3"),
     "heat": ("microwave 1", "microwave 2", "microwave 3"),
     "cool": ("fridge 1", "fridge 2", "fridge 3"),
 }
-PLACES = STORAGES + sum(APPLIANCES.values(), ())
 CLASSES = ("apple", "bowl", "bread", "cup", "egg", "mug", "plate", "potato", "spoon", "tomato")
 TASK_TEXT = {  # {task type: sentence}
     "put": "put a {object} in {target}",
@@ -464,20 +462,27 @@ TASK_TEXT = {  # {task type: sentence}
 class Household:
     """What a newcomer cannot know: the home of each class, the appliance that works, the lamp's.
 
-    home: {class of object: place}; appliance: {verb: the one that works}; lamp: its place."""
+    home: {class of object: place}; appliance: {verb: the one that works}; lamp: its place.
+    closable: the places that hold things behind a door; a larger household has more of them."""
 
     home: dict
     appliance: dict
     lamp: str
+    closable: tuple = CLOSABLE
+
+    @property
+    def storages(self):
+        """All places that can hold objects."""
+        return self.closable + SURFACES
 
     # A policy that was trained in random households has learned how to act and how to read a skill,
     # and nothing of the one below: that is what the tiny policy is.
     @classmethod
-    def random(cls, rng):
+    def random(cls, rng, closable=CLOSABLE):
         """Draw a household with random.Random `rng`."""
-        home = {c: rng.choice(STORAGES) for c in CLASSES}
+        home = {c: rng.choice(closable + SURFACES) for c in CLASSES}
         appliance = {verb: rng.choice(three) for verb, three in APPLIANCES.items()}
-        return cls(home, appliance, rng.choice(SURFACES))
+        return cls(home, appliance, rng.choice(SURFACES), closable)
 
     def skills(self):
         """The household's skill bank: an entry a class of objects, one a verb, one for the lamp."""
@@ -528,11 +533,12 @@ class ToyEnv(TextEnv):
         super().__init__(**options)
         self.household = household
         self.skills = household.skills()
+        self.places = household.storages + sum(APPLIANCES.values(), ())
         self.goals = {}  # {sentence: (task type, splits, class of object, target)}
         # Every type, object and target, but for targets where the object is already.
         for kind, text in TASK_TEXT.items():
             for c in CLASSES:
-                for target in STORAGES:
+                for target in household.storages:
                     if target != household.home[c]:
                         goal = (kind, ("train", "dev", "eval"), c, target)
                         self.goals[text.format(object=c, target=target)] = goal
@@ -553,7 +559,8 @@ class ToyEnv(TextEnv):
             elif split == "dev":
                 chosen += of_kind[fifth : 2 * fifth]
             else:
-                times = 19 if kind == "look" else 1  # 6 tasks, of other types 114
+                targets = len(self.household.storages) - 1
+                times = targets if kind == "look" else 1  # in the default one 6 tasks, not 114
                 chosen += of_kind[2 * fifth :] * times
         return sorted(chosen, key=order.index)
 
@@ -562,7 +569,7 @@ class ToyEnv(TextEnv):
         self.goal_class, self.target = self.goals[task][2:]
         self.where = None  # in the middle of the room
         self.hand = None
-        self.opened = set(PLACES) - set(CLOSABLE)
+        self.opened = set(self.places) - set(self.household.closable)
         self.seen = set()  # storages whose contents were looked at
         self.broken = set()  # appliances that were tried
         self.lit = False
@@ -572,7 +579,7 @@ class ToyEnv(TextEnv):
         rng = random.Random(f"{task}/{seed}")
         others = rng.sample([c for c in CLASSES if c != self.goal_class], 4)
         wanted = [self.goal_class] * (2 if self.kind == "two" else 1)
-        self.contents = {place: [] for place in PLACES}
+        self.contents = {place: [] for place in self.places}
         for c in sorted(others + wanted):
             place = self.contents[self.household.home[c]]
             number = 1 + sum(is_a(thing, c) for thing in place)
@@ -636,7 +643,7 @@ class ToyEnv(TextEnv):
         if self.where not in self.opened:
             return f"The {self.where} is closed."
         self.seen.add(self.where)
-        if self.where not in STORAGES:
+        if self.where not in self.household.storages:
             return f"You arrive at {self.where}."
         here = " and ".join(f"a {thing}" for thing in self.contents[self.where]) or "nothing"
         side = "On" if self.where in SURFACES else "In"
@@ -662,7 +669,7 @@ class ToyEnv(TextEnv):
     def _admissible(self):
         # Everywhere one can go; what is here can be opened, taken, put down or used. What does not
         # work here (a broken microwave) is not told: it must be tried, or read in the skill.
-        actions = [f"go to {place}" for place in PLACES if place != self.where]
+        actions = [f"go to {place}" for place in self.places if place != self.where]
         here = []
         if self.where in self.opened:
             here = self.contents[self.where]
@@ -672,7 +679,7 @@ class ToyEnv(TextEnv):
         if self.hand is None:
             things = [thing for thing in here if thing != "desklamp 1"]
             actions += [f"take {thing} from {self.where}" for thing in things]
-        elif self.where in STORAGES and self.where in self.opened:
+        elif self.where in self.household.storages and self.where in self.opened:
             actions.append(f"put {self.hand} in/on {self.where}")
         for verb, places in APPLIANCES.items():
             if self.hand and self.where in places:

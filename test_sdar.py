@@ -1605,8 +1605,11 @@ def test_an_environment_without_its_texts_says_where_they_are(monkeypatch):
         make_env("search")
 
 
-def test_the_toys_splits_are_disjoint_and_cover_all_task_types():
-    world = make_env("toy")
+@mark.parametrize("more, targets", [((), 19), (("cabinet 9", "drawer 9"), 21)])
+def test_the_toys_splits_are_disjoint_and_cover_all_task_types(more, targets):
+    household = Household.random(random.Random(0), envs.CLOSABLE + more)
+    world = make_env("toy", household=household)
+    assert len(world.goals) == 10 * (5 * targets + 1)
     splits = [set(world.tasks(split)) for split in ("train", "dev", "eval")]
     assert sum(map(len, splits)) == len(set().union(*splits)) == len(world.goals)
     for tasks in splits:

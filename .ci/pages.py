@@ -33,6 +33,7 @@ NOT_RUN = {  # a part of a command: why it is not run here
     "sdar.py compare": "minutes; its flags are parsed, the rest has its own test",
     "--resume": "it has its own tests",
     "--help": "it has its own test",
+    "export": "for the shell",
     "RUN": "a form",
     "NAME": "a form",
     "FOLDER": "a form",

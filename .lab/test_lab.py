@@ -68,11 +68,17 @@ from test_sdar import (
 # --- How the tiny policy was made --------------------------------------------------------
 
 
-@mark.parametrize("split", ["train", "dev", "eval"])
-@mark.parametrize("skilled, low, high", [(True, 0.95, 1), (False, 0, 0.2)])
-def test_the_skill_matters_by_construction(split, skilled, low, high):
+FORTY, EIGHTY = "large_household:Forty", "large_household:Eighty"
+
+
+@mark.parametrize(
+    "name, split",
+    [("toy", "train"), ("toy", "dev"), ("toy", "eval"), (FORTY, "eval"), (EIGHTY, "dev")],
+)
+@mark.parametrize("skilled, low, high", [(True, 0.95, 1), (False, 0, 0.25)])
+def test_the_skill_matters_by_construction(name, split, skilled, low, high):
     """Of the scripted player: with the skills 95 % or more of the episodes are won."""
-    world, rng, wins = envs.make_env("toy"), random.Random(0), 0
+    world, rng, wins = envs.make_env(name), random.Random(0), 0
     known = {skill.name for skill in world.skills} if skilled else set()
     tasks = world.tasks(split)
     for seed in range(300):
@@ -82,12 +88,15 @@ def test_the_skill_matters_by_construction(split, skilled, low, high):
     assert low <= wins / 300 <= high
 
 
-def test_the_tokenizer_knows_the_world_and_keeps_actions(tiny):
+@mark.parametrize("name, places", [("toy", 20), (FORTY, 40), (EIGHTY, 80)])
+def test_the_tokenizer_knows_the_world_and_keeps_actions(name, places):
     """Decoding an encoded action gives it back, and no observation or skill holds an unknown
     word."""
-    chat, world, rng = tiny[1], envs.make_env("toy"), random.Random(0)
-    texts = [envs.skill_text(envs.HOME.skills())]
-    for i, task in enumerate(world.goals):
+    world, rng = envs.make_env(name), random.Random(0)
+    assert len(world.household.storages) == len({*world.household.storages}) == places
+    chat = sdar.Chat(warmstart.toy_tokenizer(world))
+    texts = [envs.skill_text(world.skills)]
+    for i, task in enumerate([*world.goals][:: places // 20]):
         observation, info = world.reset(task, i)
         for action in info["admissible"]:
             assert chat.tokenizer.decode(chat.encode(action)) == action
@@ -110,6 +119,20 @@ def test_demonstrations_are_of_many_households(demonstrations):
     text = " ".join(chat.tokenizer.decode(ids) for ids, _ in rows)
     for c in envs.CLASSES:
         assert len(set(re.findall(rf"\b{c} is kept in (\w+ \d)", text))) > 6, c
+
+
+def test_demonstrations_in_a_larger_household_use_its_places_and_turns():
+    world, rng, places = envs.make_env(EIGHTY), random.Random(0), set()
+    chat, turns, explored = sdar.Chat(warmstart.toy_tokenizer(world)), [], []
+    for _ in range(100):
+        ids, weights = warmstart.demonstration(chat, rng, world=world)
+        places |= {*re.findall(r"(?:cabinet|drawer) \d+", chat.tokenizer.decode(ids))}
+        ends = [weight for id, weight in zip(ids, weights) if id == chat.end_id]
+        turns.append(len(ends))
+        explored.append(ends.count(0.0))
+    assert len(places) > 60
+    assert max(turns) == 42  # a demonstration has two turns more than an episode
+    assert 25 < max(explored) < 42
 
 
 def test_demonstrations_teach_actions_and_not_the_prompt(demonstrations):
@@ -144,8 +167,9 @@ def test_the_warm_start_is_deterministic(tmp_path):
         weights.add((tmp_path / name / "model.safetensors").read_bytes())
     assert len(weights) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    warmstart.warmstart(tmp_path / "c", chat, steps=3, habit=1.0)
-    assert (tmp_path / "c/model.safetensors").read_bytes() not in weights
+    for other in ({"habit": 1.0}, {"world": envs.make_env("toy", max_turns=5)}):
+        warmstart.warmstart(tmp_path / "c", chat, steps=3, **other)
+        assert (tmp_path / "c/model.safetensors").read_bytes() not in weights
 
 
 def test_the_carried_policy_is_of_this_recipe_and_as_it_was_written():
@@ -340,6 +364,29 @@ REFUSED = [
 def test_warmstart_of_a_model_refuses_in_one_line(flags, message, capsys):
     assert main(["warmstart", "--model", "nobody/model", *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_larger_household_gets_a_policy_and_is_trained_on(tmp_path, capsys):
+    policy, small = str(tmp_path / "forty"), f"--env {FORTY} --eval-episodes 6 --steps 1".split()
+    assert main(["warmstart", "--folder", policy, *small]) == 0
+    assert f"{policy}, with the skill: won" in capsys.readouterr().out
+    size = "--preset toy --tasks-per-step 2 --group-size 2".split()
+    run = ["train", "--model", policy, "--out", str(tmp_path / "run"), *small, *size]
+    assert main(run) == 0
+    assert plots.read_run(tmp_path / "run")[1][0]["turns"] == 20
+
+
+def test_a_tiny_policy_is_for_the_toy(tmp_path, monkeypatch, capsys):
+    class Other(envs.TextEnv):
+        """No household."""
+
+        name, goals = "search", {"a": ("put", ("train", "dev", "eval"))}
+
+    monkeypatch.setitem(envs.ENVS, "other", Other)
+    folder = tmp_path / "policy"
+    assert main(["warmstart", "--folder", str(folder), "--env", "other"]) == 2
+    assert "--env other: the scripted player knows the toy alone" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 # --- Other bandits -----------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
-from envs import APPLIANCES, CLASSES, PLACES, STORAGES, TASK_TEXT, Household, ToyEnv, skill_text
+from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, ToyEnv, skill_text
 
 WARMSTART = 1  # raise it with every change of how the policy is trained: it is part of the recipe
 BATCH = 32  # demonstrations a step
@@ -46,11 +46,12 @@ def scripted_action(env, known, rng):
     player uses these facts, what it has seen in this episode, and nothing else. rng: a
     random.Random for free choices."""
     house = env.household
+    storages = house.storages
     wanted = env.goal_class
 
     # It carries something else, picked up by a random action: put it away.
     if env.hand is not None and not is_of(env.hand, wanted):
-        place = env.where if env.where in STORAGES else rng.choice(STORAGES)
+        place = env.where if env.where in storages else rng.choice(storages)
         return way_to(env, place) or f"put {env.hand}"
 
     # It carries nothing: take the thing that is wanted, but not one that was already brought.
@@ -94,24 +95,25 @@ def look_for(env, name, home, known, rng, brought_to=None):
     a place that was not seen yet. brought_to: the place that does not count."""
     # Who stands in front of something closed looks into it first, also who knows that the thing is
     # elsewhere: see "imitation gap" in FINDINGS.md.
-    if env.where in STORAGES and env.where not in env.opened:
+    storages = env.household.storages
+    if env.where in storages and env.where not in env.opened:
         return f"open {env.where}"
 
-    for place in STORAGES:
+    for place in storages:
         if place in env.seen and place != brought_to:
             if any(is_of(thing, name) for thing in env.contents[place]):
                 return way_to(env, place)
     if known and home not in env.seen:
         return way_to(env, home)
-    unseen = [place for place in STORAGES if place not in env.seen]
-    return way_to(env, rng.choice(unseen or STORAGES))
+    unseen = [place for place in storages if place not in env.seen]
+    return way_to(env, rng.choice(unseen or storages))
 
 
 # --- 2. Demonstrations -------------------------------------------------------------------
 
 SKILLED = 0.75  # share of episodes whose player has read the skills of its task
 DISTRACTED = 0.3  # share in which skills of other tasks stand between them
-TAKEOVER = 0.5  # share of these whose first 1 to 8 turns an explorer plays; see demonstration
+TAKEOVER = 0.5  # share of these whose first turns (1 to 8 of 10) an explorer plays
 NOISE = 0.05  # share of random actions: played, so that other states are seen, but not imitated
 OBSERVATIONS = 0.2  # weight of an observation's tokens: knowing the world helps acting in it
 
@@ -129,14 +131,19 @@ class Habit(random.Random):
         return options[0] if self.random() < self.share else super().choice(options)
 
 
-def demonstration(chat, rng, habit=0.0):
+TOY = ToyEnv()
+
+
+def demonstration(chat, rng, habit=0.0, world=TOY):
     """One scripted episode in a fresh random household, as this chat's model reads it. rng:
-    random.Random; habit: see Habit. Returns (ids, weight of each id in the loss), lists.
+    random.Random; habit: see Habit; world: a ToyEnv, whose household says how many places there
+    are. Returns (ids, weight of each id in the loss), lists.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
     tagged = not chat.whole_words
-    env = ToyEnv(Household.random(rng), max_turns=0 if tagged else 12)
+    household = Household.random(rng, world.household.closable)
+    env = ToyEnv(household, max_turns=world.max_turns + (0 if tagged else 2))
     env.tagged = env.show_admissible = tagged
     kind = rng.choice(sorted(TASK_TEXT))
     task = rng.choice([task for task, goal in env.goals.items() if goal[0] == kind])
@@ -146,7 +153,7 @@ def demonstration(chat, rng, habit=0.0):
     known = {skill.name for skill in skills}
     explored_turns = 0
     if known and rng.random() < TAKEOVER:
-        explored_turns = rng.randint(1, 8)
+        explored_turns = rng.randint(1, world.max_turns - 2)
 
     examples = env.examples if tagged else ()
     prompt, at = chat.first(env.instructions, sdar.as_read(observation, env, 1), examples)
@@ -213,13 +220,14 @@ TOY_TEMPLATE = (  # no system message: what the toy's says was learned by imitat
 )
 
 
-def toy_tokenizer():
-    """The tiny policy's tokenizer, as a Hugging Face one."""
+def toy_tokenizer(world=TOY):
+    """The tiny policy's tokenizer, as a Hugging Face one: it has a word for each place of a ToyEnv,
+    `world`."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     objects = [f"{name} {number}" for name in CLASSES for number in (1, 2)]
-    words = {*PHRASES, *PLACES, *CLASSES, *objects}
+    words = {*PHRASES, *world.places, *CLASSES, *objects}
     words = sorted(words, key=lambda word: (-len(word), word))  # the longest that fits is taken
     ids = {word: i for i, word in enumerate(["<unk>", *words])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -242,13 +250,13 @@ def toy_tokenizer():
 # --- 4. Training -------------------------------------------------------------------------
 
 
-def recipe(chat):
+def recipe(chat, world=TOY):
     """Hash of what the tiny policy is made from: WARMSTART and sample demonstrations, in which the
     world, the scripted player, the skills, the tokenizer and the chat template show.
 
     The folder of the policy keeps it: a test says when the carried one is out of date."""
     rng = random.Random("recipe")
-    demonstrations = [demonstration(chat, rng) for _ in range(32)]
+    demonstrations = [demonstration(chat, rng, world=world) for _ in range(32)]
     sample = [WARMSTART, len(chat.tokenizer), demonstrations]
     return hashlib.sha256(json.dumps(sample).encode()).hexdigest()
 
@@ -296,9 +304,10 @@ def imitation_loss(model, rows):
     return (losses * weights).sum() / weights.sum()
 
 
-def warmstart(folder, chat, steps=900, habit=0.0):
-    """Train the tiny policy by imitation and save it in `folder`, a Path. habit: see Habit.
-    Deterministic on one machine and PyTorch. OSError if the folder cannot be written."""
+def warmstart(folder, chat, steps=900, habit=0.0, world=TOY):
+    """Train the tiny policy by imitation and save it in `folder`, a Path. habit, world: see
+    demonstration. Deterministic on one machine and PyTorch. OSError for a folder that cannot be
+    written."""
     fresh = folder.with_name(f".{folder.name}-unfinished")
     fresh.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
     rng = random.Random(0)
@@ -313,13 +322,13 @@ def warmstart(folder, chat, steps=900, habit=0.0):
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
     for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
-        rows = [demonstration(chat, rng, habit) for _ in range(BATCH)]
+        rows = [demonstration(chat, rng, habit, world) for _ in range(BATCH)]
         imitation_loss(model, rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for item in (*optimizers, *schedulers):
             item.step()
         model.zero_grad()
-    save_policy(folder, fresh, model, chat)
+    save_policy(folder, fresh, model, chat, recipe(chat, world))
 
 
 def imitate(model, chat, config):
@@ -351,14 +360,15 @@ def imitate(model, chat, config):
     model.eval()
 
 
-def save_policy(folder, fresh, model, chat):
-    """Write the policy to `fresh`, which takes the place of `folder` when it is whole."""
+def save_policy(folder, fresh, model, chat, made_from):
+    """Write the policy to `fresh`, which takes the place of `folder` when it is whole. made_from:
+    its recipe."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(fresh)
     chat.tokenizer.save_pretrained(fresh)
-    sums = sdar.hashes(fresh) | {"recipe": recipe(chat)}
+    sums = sdar.hashes(fresh) | {"recipe": made_from}
     (fresh / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
     old = folder.with_name(f".{folder.name}-replaced")
@@ -385,12 +395,16 @@ def main(argv):
     ours = (folder / "sums.json").is_file() or not folder.exists()
     fine = ours and folder.absolute().parent.is_dir()
     sdar.require(fine, f"--folder {folder}: something else is there, or there is no folder for it")
-    toy = {"env": "toy", "model": str(folder), "preset": "toy", "device": "cpu"}
+    toy = {"model": str(folder), "preset": "toy", "device": "cpu"}
     config = sdar.Config(**{"steps": 900} | flags | toy)
+    envs = sdar.make_envs(config)
+    fine = isinstance(envs[0], ToyEnv)
+    sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
 
-    warmstart(folder, sdar.Chat(toy_tokenizer()), config.steps, habit)
+    chat = sdar.Chat(toy_tokenizer(envs[0]))
+    warmstart(folder, chat, config.steps, habit, envs[0])
     model, chat = sdar.load_policy(config)
-    result = sdar.evaluate(model, chat, sdar.make_envs(config), config)
+    result = sdar.evaluate(model, chat, envs, config)
     sdar.print_success(str(folder), result)
 
 
