@@ -42,6 +42,7 @@ NOT_RUN = {  # a part of a command: why it is not run here
     ".lab/": "they have their own tests",
     "Qwen/": "no weights at hand: random small ones go through the same code",
     "warmstart": "minutes: its own test",
+    "large_household": "minutes: it has its own test",
     "runs/warm": "what warmstart made",
     "guess:Guess": "it has its own test",
     "envs.py": "they have their own tests",

@@ -1,7 +1,7 @@
 """Toy households with more places to search, for longer episodes.
 
     export PYTHONPATH=.lab
-    python sdar.py warmstart --env large_household:Forty --folder runs/forty
+    python sdar.py warmstart --env large_household:Forty --steps 2000 --folder runs/forty
     python sdar.py compare --env large_household:Forty --model runs/forty --preset toy
 
 The tiny policy has no words for their places, so each needs a policy of its own. Of the scripted
