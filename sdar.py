@@ -944,12 +944,11 @@ def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
     raise ValueError(f"unknown gate {kind!r}")
 
 
-def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=None, distance=None):
+def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=None):
     """L_SDAR, the gated self-distillation loss (section 2.4): mean of g_t (log pi_T - log pi).
 
-    logprobs, teacher_logprobs (B, T); kind: a gate, or its values (B, T); distance (B, T): what is
-    weighted in place of the gap, see divergence. Returns the scalar and stats: gate_mean,
-    gate_active (share of g > 0.5), gap_mean.
+    logprobs, teacher_logprobs (B, T); kind: a gate, or its values (B, T). Returns the scalar and
+    stats: gate_mean, gate_active (share of g > 0.5), gap_mean.
 
     The gradient goes through the student alone; on a token it is -g_t grad log pi. So every sampled
     token is pushed up, harder where the teacher agrees. In expectation, on policy, that is
@@ -963,7 +962,7 @@ def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=No
         "gate_active": masked_mean((g > 0.5).float(), mask).item(),
         "gap_mean": masked_mean(gap.detach(), mask).item(),
     }
-    return masked_mean(g * (gap if distance is None else distance), mask), stats
+    return masked_mean(g * gap, mask), stats
 
 
 def divergence(student, teacher, kind):
@@ -1125,12 +1124,15 @@ def objective(logprobs, entropy, batch, config):
         teacher = torch.where(batch["taught"], batch["teacher"], logprobs.detach())
         if method.teacher == "gate":
             kind = batch.get("gate", config.gate)  # a control's values, or the name of a gate
-            distance = batch.get("divergence")  # of whole distributions, if --divergence says so
-            distillation, more = sdar_loss(
-                logprobs, teacher, mask, kind, config.gate_beta, entropy, distance
-            )
+            distillation, more = sdar_loss(logprobs, teacher, mask, kind, config.gate_beta, entropy)
         else:
             distillation, more = skill_sd_loss(logprobs, teacher, old, mask)
+        if "divergence" in batch:
+            gap = (teacher - logprobs).detach()
+            weight = (
+                gate(kind, gap, entropy, config.gate_beta, mask) if isinstance(kind, str) else kind
+            )
+            distillation = masked_mean(batch["taught"] * weight * batch["divergence"], mask)
         terms["sdar_loss"] = distillation
         stats |= more
 
@@ -1167,13 +1169,13 @@ def update(model, optimizer, episodes, batch, config, rng, teacher=None):
             micro = [episodes[row] for row in rows]
             model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
             logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
+            whole = {}
+            if config.divergence != "sampled":
+                whole["divergence"] = full_divergence(model, teacher, micro, config)
+            model.eval()
 
             # Rows of these episodes, as many columns as their longest one has.
-            part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()}
-            if config.divergence != "sampled":
-                distance = full_divergence(model, teacher, micro, config)
-                part["divergence"] = part["taught"] * distance
-            model.eval()
+            part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()} | whole
             if not norms:
                 drift = masked_mean((logprobs - part["old"]).abs(), part["mask"])
                 message = "before any update the ratio must be 1"
