@@ -167,7 +167,7 @@ def test_the_warm_start_is_deterministic(tmp_path):
         weights.add((tmp_path / name / "model.safetensors").read_bytes())
     assert len(weights) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    for other in ({"habit": 1.0}, {"world": envs.make_env("toy", max_turns=5)}):
+    for other in ({"habit": 1.0}, {"world": envs.make_env("toy", max_turns=2)}):
         warmstart.warmstart(tmp_path / "c", chat, steps=3, **other)
         assert (tmp_path / "c/model.safetensors").read_bytes() not in weights
 

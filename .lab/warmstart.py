@@ -136,7 +136,7 @@ TOY = ToyEnv()
 
 def demonstration(chat, rng, habit=0.0, world=TOY):
     """One scripted episode in a fresh random household, as this chat's model reads it. rng:
-    random.Random; habit: see Habit; world: a ToyEnv, whose household says how many places there
+    random.Random; habit: see Habit; world: a ToyEnv, which says how many places and turns there
     are. Returns (ids, weight of each id in the loss), lists.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
@@ -153,7 +153,7 @@ def demonstration(chat, rng, habit=0.0, world=TOY):
     known = {skill.name for skill in skills}
     explored_turns = 0
     if known and rng.random() < TAKEOVER:
-        explored_turns = rng.randint(1, world.max_turns - 2)
+        explored_turns = rng.randint(1, max(1, world.max_turns - 2))
 
     examples = env.examples if tagged else ()
     prompt, at = chat.first(env.instructions, sdar.as_read(observation, env, 1), examples)
