@@ -113,19 +113,32 @@ def oracle_constant_gate_off_policy(world):
 
 
 def oracle_constant_gate_drift(_):
-    """A constant gate has mean zero and yet no peace: its noise sharpens a policy. Of V equally
-    likely tokens the entropy falls by step size^2 / batch * (V - 1) / (8 V^2) in a step."""
-    step, tokens = 0.01, 3
+    """A constant gate has mean zero and yet no peace: its noise moves the entropy. Of V equally
+    likely tokens it falls by step size^2 / batch * (V - 1) / (8 V^2) in a step; where one token has
+    nearly all of the probability it rises, by less."""
+    step, even, sure = 0.01, [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]
     for batch in (1, 2, 3):
-        entropy = 0.0
-        for sampled in itertools.product(range(tokens), repeat=batch):
-            logits = torch.zeros(tokens, dtype=torch.float64, requires_grad=True)
-            student = torch.log_softmax(logits, -1)[list(sampled)][:, None]
-            slope = grad_of(gated("gap", 0.0)(student, student.detach(), None), logits)
-            moved = torch.log_softmax(logits.detach() - step * slope, -1)
-            entropy -= (moved.exp() * moved).sum() / tokens**batch
-        fall = torch.tensor(float(tokens)).double().log() - entropy
-        same(fall / (step**2 / batch), torch.tensor((tokens - 1) / (8 * tokens**2)), 1e-3)
+        expected = torch.tensor((3 - 1) / (8 * 3**2))
+        same(entropy_fall(even, batch, step) / (step**2 / batch), expected, 1e-3)
+        assert -expected < entropy_fall(sure, batch, step) / (step**2 / batch) < 0
+
+
+def entropy_fall(probabilities, batch, step):
+    """Of one place in one step with a constant gate of 1/2: the expectation over all batches."""
+    start = torch.tensor(probabilities, dtype=torch.float64)
+    fall = 0.0
+    for sampled in itertools.product(range(len(start)), repeat=batch):
+        logits = start.log().requires_grad_()
+        student = torch.log_softmax(logits, -1)[list(sampled)][:, None]
+        slope = grad_of(gated("gap", 0.0)(student, student.detach(), None), logits)
+        moved = torch.softmax(logits.detach() - step * slope, -1)
+        fall += start[list(sampled)].prod() * (entropy_of(start) - entropy_of(moved))
+    return fall
+
+
+def entropy_of(p):
+    """In nats."""
+    return -(p * p.log()).sum()
 
 
 def oracle_entropy_gate(world):

@@ -32,6 +32,7 @@ LAB = Path(__file__).resolve().parent
 sys.path[:0] = [str(LAB), str(LAB.parent)]
 import bandits
 import bench
+import circles
 import compare
 import kernel_on_cpu
 import microscope
@@ -367,7 +368,10 @@ def test_warmstart_of_a_model_refuses_in_one_line(flags, message, capsys):
 
 
 def test_a_larger_household_gets_a_policy_and_is_trained_on(tmp_path, capsys):
-    policy, small = str(tmp_path / "forty"), f"--env {FORTY} --eval-episodes 6 --steps 1".split()
+    policy, small = (
+        str(tmp_path / "runs/forty"),
+        f"--env {FORTY} --eval-episodes 6 --steps 1".split(),
+    )
     assert main(["warmstart", "--folder", policy, *small]) == 0
     assert f"{policy}, with the skill: won" in capsys.readouterr().out
     size = "--preset toy --tasks-per-step 2 --group-size 2".split()
@@ -430,6 +434,70 @@ def test_a_bandit_that_explores_less_leaves_a_poor_arm_sooner(monkeypatch):
         chosen.append(skill.name)
     # Bonuses sqrt(ln 25 / plays): .40 and .80, or a fifth of them.
     assert chosen == ["plate", "mug"]
+
+
+# --- Another gate on wrong places --------------------------------------------------------
+
+
+def test_wrong_places_are_those_before_the_home_first_or_again():
+    world = envs.make_env("toy")
+    mug = world.household.home["mug"]
+    wrong, other = [place for place in world.places if place != mug][:2]
+    responses = [f"go to {wrong}", "look", f"go to {other}", f"go to {wrong}", f"go to {other}"]
+    responses += [f"go to {mug}", f"go to {wrong}"]
+    episode = sdar.Episode(f"put a mug in {wrong}", "put", 0, [], [], 0, [], [])
+    episode.transcript = ["You are in a room."]
+    for response in responses:
+        sampled = len(response.split())  # `go`, `to`, two of the place; the end is one more
+        episode.mask += [0, 0] + [1] * (2 + 2 * (sampled > 1))
+        episode.transcript += [response, "Nothing happens."]
+    # Columns: 0 to 3, 4 and 5 are `look`, 6 to 9, 10 to 13, 14 to 17.
+    first, again = circles.wrong_places(episode, world)
+    assert first == [1, 2, 7, 8]
+    assert again == [11, 12, 15, 16]
+
+
+def test_the_gates_of_wrong_places_that_were_tried_before():
+    gate = torch.tensor([[0.5, 0.1, 0.8, 0.6], [0.5, 0.3, 0.9, 0.7]])
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0]])
+    first, again = torch.zeros(2, 2, 4).bool()
+    first[:, 1] = again[:, 2] = True
+
+    def changed(kind, first=first):
+        draw = torch.Generator().manual_seed(0)
+        return circles.regate(kind, gate, mask, first, again, draw)
+
+    assert changed("paid").equal(gate)
+    assert changed("unpaid")[:, 2].tolist() == [0, 0]
+    assert changed("first")[:, 2].tolist() == approx([0.2, 0.2])
+    kept = torch.tensor([0, 1, 3])
+    for kind in ("unpaid", "first"):
+        assert changed(kind)[:, kept].equal(gate[:, kept])
+    assert changed("first", torch.zeros_like(first)).equal(gate)  # nothing to compare with
+
+    elsewhere = changed("elsewhere")
+    assert elsewhere[again].equal(gate[again])
+    assert (elsewhere == 0).sum() == 2
+    assert elsewhere[1, 3] == gate[1, 3]  # padding is nobody's token
+
+
+def test_a_run_with_other_gates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sdar, "step_batch", sdar.step_batch)  # put back afterwards
+    assert circles.main(["most"]) == 2
+    assert "paid, unpaid, first, elsewhere" in capsys.readouterr().err
+    flags = "--steps 1 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --anyway --minibatches 1"
+    flags += " --gate-beta 0.1"  # that the gates of few wrong places are seen in the mean
+
+    def mean_gate(run, *first):
+        out = tmp_path / "-".join(["run", *first])
+        assert run([*first, *flags.split(), "--out", str(out)]) == 0
+        return json.loads((out / "metrics.jsonl").read_text())["gate_mean"]
+
+    # In one optimiser step the gates of the moment of sampling are those of the loss.
+    plain = mean_gate(main)
+    assert mean_gate(circles.main, "paid") == approx(plain, abs=1e-6)
+    assert mean_gate(circles.main, "unpaid") < plain - 1e-3
+    assert mean_gate(circles.main, "elsewhere") < plain - 1e-3
 
 
 # --- Bench, intervals --------------------------------------------------------------------

@@ -393,8 +393,8 @@ def main(argv):
         sdar.require(not habit, "--habit is for the tiny policy's player, not for --model")
         return teach(flags)
     ours = (folder / "sums.json").is_file() or not folder.exists()
-    fine = ours and folder.absolute().parent.is_dir()
-    sdar.require(fine, f"--folder {folder}: something else is there, or there is no folder for it")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    sdar.require(ours and above.is_dir(), f"--folder {folder}: something else is there")
     toy = {"model": str(folder), "preset": "toy", "device": "cpu"}
     config = sdar.Config(**{"steps": 900} | flags | toy)
     envs = sdar.make_envs(config)
