@@ -4,14 +4,9 @@
     python .lab/circles.py first --env large_household:Forty --model runs/forty [flags of train]
 
 The teacher assents to a place that the student has tried already, though it is wrong, and its gate
-opens (FINDINGS, section 25). The first word says what such a token gets:
-
-    paid        its own gate: nothing changes, a control
-    unpaid      0
-    first       the mean gate of the step's wrong places that are tried for the first time
-    elsewhere   its own gate; as many other tokens, drawn at random, get 0: a control
-
-All gates are those of the moment of sampling, as --gate shuffled's are.
+opens (FINDINGS, section 25). With "first" such a token gets the mean gate of the step's wrong
+places that are tried for the first time; with "own" its own gate, a control. All gates are those of
+the moment of sampling, as --gate shuffled's are.
 """
 
 import itertools
@@ -19,12 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
 import sdar
 
-KINDS = ("paid", "unpaid", "first", "elsewhere")
+KINDS = ("first", "own")
 VISIT = re.compile(r"go to (.+)")
 step_batch = sdar.step_batch
 
@@ -49,18 +43,10 @@ def wrong_places(episode, world):
     return first, again
 
 
-def regate(kind, gate, mask, first, again, generator):
-    """The gates (B, T) that tokens get. first, again (B, T): True at the wrong places."""
-    if kind == "unpaid":
-        return gate.masked_fill(again, 0)
-    if kind == "first" and first.any():
-        return gate.masked_fill(again, gate[first].mean())
-    if kind == "elsewhere":
-        rows, columns = torch.where((mask > 0) & ~again)
-        chosen = torch.randperm(len(rows), generator=generator)[: again.sum()]
-        gate = gate.clone()
-        gate[rows[chosen], columns[chosen]] = 0
-    return gate
+def without_pay(gate, first, again):
+    """The gates (B, T) when a wrong place is worth no more for being tried again. first, again
+    (B, T): True at wrong places."""
+    return gate.masked_fill(again, gate[first].mean()) if first.any() else gate
 
 
 def main(argv):
@@ -74,13 +60,15 @@ def main(argv):
         """sdar.step_batch's tensors, and the gates."""
         batch = step_batch(model, start, teacher_logprobs, episodes, config, step, bandit)
         world = sdar.make_env(config.env)
-        marks = torch.zeros(2, *batch["mask"].shape, dtype=torch.bool)
+        fine = isinstance(world, envs.ToyEnv)
+        sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
+
+        gate = sdar.gate("gap", batch["gap"], beta=config.gate_beta)
+        marks = gate.new_zeros(2, *gate.shape).bool()
         for row, episode in enumerate(episodes):
             for mark, columns in zip(marks, wrong_places(episode, world)):
                 mark[row, columns] = True
-        gate = sdar.gate("gap", batch["gap"], beta=config.gate_beta)
-        generator = torch.Generator().manual_seed(config.seed + 1000 * step)
-        batch["gate"] = regate(kind, gate, batch["mask"], *marks, generator)
+        batch["gate"] = without_pay(gate, *marks) if kind == "first" else gate
         return batch
 
     sdar.step_batch = with_other_gates

@@ -457,36 +457,21 @@ def test_wrong_places_are_those_before_the_home_first_or_again():
     assert again == [11, 12, 15, 16]
 
 
-def test_the_gates_of_wrong_places_that_were_tried_before():
+def test_a_wrong_place_is_worth_no_more_for_being_tried_again():
     gate = torch.tensor([[0.5, 0.1, 0.8, 0.6], [0.5, 0.3, 0.9, 0.7]])
-    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0]])
     first, again = torch.zeros(2, 2, 4).bool()
-    first[:, 1] = again[:, 2] = True
-
-    def changed(kind, first=first):
-        draw = torch.Generator().manual_seed(0)
-        return circles.regate(kind, gate, mask, first, again, draw)
-
-    assert changed("paid").equal(gate)
-    assert changed("unpaid")[:, 2].tolist() == [0, 0]
-    assert changed("first")[:, 2].tolist() == approx([0.2, 0.2])
-    kept = torch.tensor([0, 1, 3])
-    for kind in ("unpaid", "first"):
-        assert changed(kind)[:, kept].equal(gate[:, kept])
-    assert changed("first", torch.zeros_like(first)).equal(gate)  # nothing to compare with
-
-    elsewhere = changed("elsewhere")
-    assert elsewhere[again].equal(gate[again])
-    assert (elsewhere == 0).sum() == 2
-    assert elsewhere[1, 3] == gate[1, 3]  # padding is nobody's token
+    again[:, 2] = True
+    assert circles.without_pay(gate, first, again).equal(gate)  # nothing to compare with
+    first[:, 1] = True
+    expected = torch.tensor([[0.5, 0.1, 0.2, 0.6], [0.5, 0.3, 0.2, 0.7]])
+    torch.testing.assert_close(circles.without_pay(gate, first, again), expected)
 
 
 def test_a_run_with_other_gates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "step_batch", sdar.step_batch)  # put back afterwards
     assert circles.main(["most"]) == 2
-    assert "paid, unpaid, first, elsewhere" in capsys.readouterr().err
+    assert "first, own" in capsys.readouterr().err
     flags = "--steps 1 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --anyway --minibatches 1"
-    flags += " --gate-beta 0.1"  # that the gates of few wrong places are seen in the mean
 
     def mean_gate(run, *first):
         out = tmp_path / "-".join(["run", *first])
@@ -495,9 +480,8 @@ def test_a_run_with_other_gates(tmp_path, monkeypatch, capsys):
 
     # In one optimiser step the gates of the moment of sampling are those of the loss.
     plain = mean_gate(main)
-    assert mean_gate(circles.main, "paid") == approx(plain, abs=1e-6)
-    assert mean_gate(circles.main, "unpaid") < plain - 1e-3
-    assert mean_gate(circles.main, "elsewhere") < plain - 1e-3
+    assert mean_gate(circles.main, "own") == approx(plain, abs=1e-7)
+    assert abs(mean_gate(circles.main, "first") - plain) > 1e-6
 
 
 # --- Bench, intervals --------------------------------------------------------------------
