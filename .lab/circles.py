@@ -62,6 +62,9 @@ def main(argv):
         world = sdar.make_env(config.env)
         fine = isinstance(world, envs.ToyEnv)
         sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
+        gated = sdar.METHODS[config.method].teacher == "gate"
+        fine = gated and (config.gate, config.distil) == ("gap", "loss")
+        sdar.require(fine, "circles.py changes the gap gate in the loss: sdar or opsd, --gate gap")
 
         gate = sdar.gate("gap", batch["gap"], beta=config.gate_beta)
         marks = gate.new_zeros(2, *gate.shape).bool()

@@ -368,10 +368,8 @@ def test_warmstart_of_a_model_refuses_in_one_line(flags, message, capsys):
 
 
 def test_a_larger_household_gets_a_policy_and_is_trained_on(tmp_path, capsys):
-    policy, small = (
-        str(tmp_path / "runs/forty"),
-        f"--env {FORTY} --eval-episodes 6 --steps 1".split(),
-    )
+    policy = str(tmp_path / "runs/forty")
+    small = f"--env {FORTY} --eval-episodes 6 --steps 1".split()
     assert main(["warmstart", "--folder", policy, *small]) == 0
     assert f"{policy}, with the skill: won" in capsys.readouterr().out
     size = "--preset toy --tasks-per-step 2 --group-size 2".split()
@@ -471,7 +469,7 @@ def test_a_run_with_other_gates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdar, "step_batch", sdar.step_batch)  # put back afterwards
     assert circles.main(["most"]) == 2
     assert "first, own" in capsys.readouterr().err
-    flags = "--steps 1 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --anyway --minibatches 1"
+    flags = "--steps 1 --tasks-per-step 8 --group-size 8 --eval-episodes 6 --anyway --minibatches 1"
 
     def mean_gate(run, *first):
         out = tmp_path / "-".join(["run", *first])
@@ -481,7 +479,10 @@ def test_a_run_with_other_gates(tmp_path, monkeypatch, capsys):
     # In one optimiser step the gates of the moment of sampling are those of the loss.
     plain = mean_gate(main)
     assert mean_gate(circles.main, "own") == approx(plain, abs=1e-7)
-    assert abs(mean_gate(circles.main, "first") - plain) > 1e-6
+    assert mean_gate(circles.main, "first") < plain - 1e-6
+    without_teacher = ["first", "--method", "grpo", *flags.split(), "--out", str(tmp_path / "grpo")]
+    assert circles.main(without_teacher) == 2
+    assert "circles.py changes the gap gate" in capsys.readouterr().err
 
 
 # --- Bench, intervals --------------------------------------------------------------------
