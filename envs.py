@@ -1,13 +1,12 @@
 """Text environments for sdar.py: a toy household; thin shims around ALFWorld, WebShop, Search-QA.
 
-    python envs.py play toy                           # be the agent: you see what the model sees
-    python envs.py play alfworld --data FOLDER        # .lab/ENVIRONMENTS.md: what each one needs
-    python envs.py serve CORPUS.jsonl                 # a small search server, for "search"
+    python .lab/player.py toy            # be the agent: you see what the model sees
+    python .lab/player.py toy --skill    # and read what the teacher reads
 
-Write your own environment: a class with a text for the model, tasks, skills, and two methods.
+Write your own: a class with a text for the model, tasks, skills, and two methods.
 
     # guess.py
-    from envs import Skill, TextEnv
+    from envs import TextEnv
 
     COLOURS = {"banana": "yellow", "plum": "purple", "kiwi": "green", "cherry": "red"}
 
@@ -16,20 +15,22 @@ Write your own environment: a class with a text for the model, tasks, skills, an
         name = "guess"
         instructions = "Guess a colour. Every answer is one line: <action>a colour</action>"
         default_turns = 3
-        skills = [Skill(c, f"The {c} is {COLOURS[c]}.", keywords=(c,)) for c in COLOURS]
-        goals = {c: ("colour", ("train", "dev", "eval")) for c in COLOURS}  # type, splits
+        skills = [
+            {"name": fruit, "text": f"The {fruit} is {colour}.", "keywords": [fruit]}
+            for fruit, colour in COLOURS.items()
+        ]
+        goals = {fruit: ("colour", ("train", "eval")) for fruit in COLOURS}  # type, splits
 
         def _reset(self, task, seed):
             self.colour = COLOURS[task]
             self.task = f"What is the colour of the {task} in my garden?"
-            return self.task, {"admissible": None, "won": False, "valid": True}
+            return self.task, {}
 
         def _step(self, action):
             won = action.lower() == self.colour
-            observation = "That is it." if won else "No. Try again."
-            return observation, {"admissible": None, "won": won, "valid": action != ""}
+            return "That is it." if won else "No. Try again.", {"won": won}
 
-Then `python envs.py play guess:Guess`, and `python sdar.py --env guess:Guess --model ...`. A real
+Then `python .lab/player.py guess:Guess`, and `python sdar.py --env guess:Guess --model ...`. A real
 one holds tasks back: its splits have different tasks.
 
 Signatures are Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales and
@@ -37,7 +38,6 @@ penalties belong to the trainer. What is missing or fails raises EnvUnavailable,
 to the model as an observation.
 """
 
-import difflib
 import importlib
 import json
 import math
@@ -48,23 +48,24 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-
-from tqdm import tqdm
+from statistics import correlation
 
 HERE = Path(__file__).resolve().parent
 
 
 class UserError(ValueError):
-    """Bad input: one line on stderr and exit code 2, in sdar.py as here."""
+    """Bad input: one line on stderr and exit code 2."""
 
 
-class EnvUnavailable(RuntimeError):
+class EnvUnavailable(UserError):
     """What an environment needs is missing or failed; the message says how to get it."""
 
 
@@ -74,41 +75,14 @@ def require(ok, message, error=UserError):
         raise error(message)
 
 
-def full_path(path):
-    """The path from the root, ~ in front expanded."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
 @contextmanager
 def naming(what, kind=EnvUnavailable):
     """Whatever is raised in here becomes one error of this kind: what failed, and how."""
     try:
         yield
     except Exception as error:
-        raise kind(f"{what} ({type(error).__name__}: {error})") from error
-
-
-def as_typed(text):
-    """A text from a command line, ~ in front expanded. argparse's error for what no file name and
-    no page can hold: half a character, NUL, a line break."""
-    from argparse import ArgumentTypeError
-
-    if not text.isprintable():
-        raise ArgumentTypeError(f"{text!r} holds a character that cannot be written")
-    return os.path.expanduser(text)
-
-
-def tolerant_output():
-    """What a terminal cannot show, such as a bar of a curve in ASCII, appears as its number."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-
-
-def unknown(what, value, known):
-    """The message for a bad choice, the nearest good one first."""
-    near = difflib.get_close_matches(str(value), known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {value!r}: {hint}known: {', '.join(known)}"
+        reason = str(error).strip().split("\n")[0]
+        raise kind(f"{what} ({type(error).__name__}: {reason:.300})") from error
 
 
 # --- Skills: the source of the privileged context c+ (paper, section 2.1) ----------------
@@ -120,7 +94,7 @@ def unknown(what, value, known):
 @dataclass(frozen=True)
 class Skill:
     """An entry of a skill bank, for tasks whose type is in `task_types` and whose text holds one of
-    `keywords` as a whole word; an empty tuple sets no condition."""
+    `keywords` as a whole word; an empty list sets no condition."""
 
     name: str
     text: str
@@ -132,306 +106,185 @@ class Skill:
         if self.task_types and task_type not in self.task_types:
             return False
         words = "|".join(map(re.escape, self.keywords))
-        return not words or re.search(rf"\b({words})\b", task, re.IGNORECASE) is not None
+        return re.search(rf"\b({words})\b", task, re.IGNORECASE) is not None
 
 
-# What the real environments tell their players: {environment: {"instructions", "skills"}}.
-TEXTS = HERE / ".assets" / "environments.json"
-TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
-SKILLS = {name: [Skill(**row) for row in text.get("skills", ())] for name, text in TEXTS.items()}
+class SkillBank:
+    """Skills, and one of the paper's four ways to retrieve those of a task.
 
+    keyword: those whose task type and keywords fit it. full: all. random: as many as keyword finds,
+    at least one, of all. ucb: the paper names it and does not define it; ours is UCB1. An arm is a
+    skill in a context: whether keyword retrieval would find it. A task gets the three arms of
+    largest mean reward + sqrt(ln(all plays) / plays), arms never played first. The reward, in
+    [-1, 1], is the correlation over a group's episodes of advantage and mean gap: a good skill
+    makes its reader endorse what went well."""
 
-def retrieve(bank, task, task_type, strategy, seed=0, bandit=None):
-    """The skills of a task, a list. seed: of random choices, the same for a group's episodes.
+    STRATEGIES = ("keyword", "full", "random", "ucb")
 
-    keyword: those whose task type and whole-word keywords fit it, each once. full: the whole bank.
-    random: as many as keyword finds, at least one, of the whole bank. ucb: those that the bandit
-    chooses. none: none. wrong, a control: as many as keyword finds, for other task types."""
-    found = [skill for skill in bank if skill.matches(task, task_type)]
-    rng = random.Random(f"{task}/{seed}".encode(errors="replace"))
-    if strategy == "keyword":
-        return found
-    if strategy == "full":
-        return list(bank)
-    if strategy == "none":
-        return []
-    if strategy == "ucb":  # shuffled, so that ties are broken differently each time
-        return (bandit or Bandit()).choose(rng.sample(bank, len(bank)), task, task_type)
+    def __init__(self, rows, strategy="keyword"):
+        self.skills = [Skill(**row) for row in rows]
+        self.strategy = strategy
+        self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
 
-    pool = bank
-    if strategy == "wrong":
-        typed = [skill for skill in bank if skill.task_types]
-        pool = [skill for skill in typed if task_type not in skill.task_types]
-    return rng.sample(pool, min(len(pool), max(1, len(found))))
+    def retrieve(self, task, task_type, seed):
+        """The skills of a task, a list; the same for all episodes of a group."""
+        found = [skill for skill in self.skills if skill.matches(task, task_type)]
+        rng = random.Random(f"{task}/{seed}".encode(errors="replace"))
+        if self.strategy == "keyword":
+            return found
+        if self.strategy == "full":
+            return self.skills
+        if self.strategy == "random":
+            return rng.sample(self.skills, max(1, len(found)))
 
-
-def load_skills(file, env):
-    """The skill bank in a file: a list of rows with name and text, perhaps task_types and keywords;
-    or skill_mapping.json of the official repository, beside its Markdown files. UserError for
-    anything else."""
-    with naming(f"--skill-bank {file}: a list of name, text, task_types, keywords", UserError):
-        rows = json.loads(Path(file).read_text("utf-8-sig"))
-        if isinstance(rows, dict):
-            rows = official_skills(Path(file).parent, rows, env)
-        bank = [Skill(**row) for row in rows]
-        require(bank, "it is empty")
-        for skill in bank:
-            texts = (skill.name, skill.text, *skill.task_types, *skill.keywords)
-            lists = {type(skill.task_types), type(skill.keywords)} <= {list, tuple}
-            require(lists and {*map(type, texts)} == {str}, f"the skill {skill.name!r:.50}")
-        return [replace(s, task_types=(*s.task_types,), keywords=(*s.keywords,)) for s in bank]
-
-
-def official_skills(folder, mapping, env):
-    """Rows of a bank out of skill_files {skill: Markdown}, task_to_skill {task type: skill} and
-    perhaps task_keywords {task type: texts}. The file general_skills is for every task. Types that
-    this environment does not have are told by their keywords."""
-    ours = TEXTS.get(env.name, {}).get("official_types", {})  # {their type: our name of it}
-    types = {env.goals[task][0] for task in env.goals}
-    rows = []
-    for name, file in mapping["skill_files"].items():
-        text = re.sub(r"^#.*\n", "", (folder / file).read_text("utf-8-sig")).strip()
-        row = {"name": name, "text": text, "task_types": [], "keywords": []}
-        for kind, skill in mapping["task_to_skill"].items():
-            if skill == name and ours.get(kind, kind) in types:
-                row["task_types"].append(ours.get(kind, kind))
-            elif skill == name:
-                row["keywords"] += mapping.get("task_keywords", {}).get(kind, [])
-        if name == "general_skills" or row["task_types"] or row["keywords"]:
-            rows.append(row)
-    return rows
-
-
-def skill_text(skills):
-    """What a reader of the skills sees in front of the task; empty without skills."""
-    if not skills:
-        return ""
-    return "Skill: " + " ".join(skill.text for skill in skills) + "\n"
-
-
-class Bandit:
-    """Retrieval by UCB1. The paper names it and does not define it; this is ours.
-
-    An arm is a skill in a context: whether keyword retrieval would find it for the task. A task
-    gets the SLOTS arms of largest mean reward + C sqrt(ln(all plays) / plays), arms never played
-    first. The reward, in [-1, 1], is the correlation over a group's episodes of advantage and mean
-    gap: a good skill makes its reader endorse what went well."""
-
-    SLOTS = 3
-    C = 1.0  # how much is explored
-
-    def __init__(self, arms=None):
-        self.arms = arms or {}  # {arm: [plays, sum of rewards]}
+        shuffled = rng.sample(self.skills, len(self.skills))  # breaks ties
+        return sorted(shuffled, key=lambda skill: -self.index(skill, task, task_type))[:3]
 
     def arm(self, skill, task, task_type):
         """The name of a skill's arm for a task."""
         return f"{skill.name} {'found' if skill.matches(task, task_type) else 'not found'}"
 
-    def choose(self, bank, task, task_type):
-        """The skills for a task; of equal ones those first in the bank."""
+    def index(self, skill, task, task_type):
+        """UCB1 of a skill's arm: its mean reward, and a bonus for what was seldom tried."""
+        plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
+        if plays == 0:
+            return math.inf
         total = sum(plays for plays, _ in self.arms.values())
-
-        def index(skill):
-            plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
-            if not plays:
-                return math.inf
-            return rewards / plays + self.C * math.sqrt(math.log(total) / plays)
-
-        return sorted(bank, key=index, reverse=True)[: self.SLOTS]
+        return rewards / plays + math.sqrt(math.log(total) / plays)
 
     def learn(self, episodes, advantages, gaps):
-        """advantages, gaps: of each episode."""
-        for group in {episode.group for episode in episodes}:
-            rows = [i for i, episode in enumerate(episodes) if episode.group == group]
-            its_own = [[values[i] for i in rows] for values in (episodes, advantages, gaps)]
-            reward = self.reward(*its_own)
-            if reward is None:
-                continue
-            first = episodes[rows[0]]
+        """Credit the skills that each group had. advantages, gaps: rows are groups."""
+        for row, (its_advantages, its_gaps) in enumerate(zip(advantages, gaps)):
+            if len(set(its_advantages)) == 1 or len(set(its_gaps)) == 1:
+                continue  # nothing varies, so nothing is said
+            reward = correlation(its_advantages, its_gaps)
+            first = episodes[row * len(its_gaps)]
             for skill in first.skills:
-                name = self.arm(skill, first.task, first.task_type)
-                plays, rewards = self.arms.get(name, (0, 0.0))
-                self.arms[name] = [plays + 1, rewards + reward]
+                arm = self.arm(skill, first.task, first.task_type)
+                plays, rewards = self.arms.get(arm, (0, 0.0))
+                self.arms[arm] = [plays + 1, rewards + reward]
 
-    def reward(self, episodes, advantages, gaps):
-        """Of a group; None if it says nothing, since nothing varies."""
-        from statistics import correlation
 
-        if len(set(advantages)) == 1 or len(set(gaps)) == 1:
-            return None
-        return correlation(advantages, gaps)
+def load_skills(file):
+    """Rows of the skill bank in a JSON file: a list of objects with name and text, and perhaps
+    task_types and keywords, lists of texts. UserError for anything else."""
+    with naming(f"--skills {file}: must be a list of name, text, task_types, keywords", UserError):
+        rows = json.loads(Path(file).read_text("utf-8-sig"))
+        require(rows, "it is empty")
+        for row in rows:
+            skill = Skill(**row)
+            lists = [skill.task_types, skill.keywords]
+            texts = [skill.name, skill.text, *sum(map(list, lists), [])]
+            fine = all(isinstance(text, str) for text in texts) and str not in map(type, lists)
+            require(fine, f"the skill {skill.name!r:.50}")
+        return rows
 
 
 # --- What every environment shares -------------------------------------------------------
-#
-# sdar.py plays many episodes at once, so it makes many environments, and calls them together: one
-# after the other, or in threads where a step waits for a server or a process (`slow`).
 
-
-SPLITS = ("train", "dev", "eval")
+# What the real environments tell their players: {environment: attributes of its class}.
+TEXTS = HERE / ".assets" / "environments.json"
+TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
 
 
 class TextEnv:
-    """Time limit, refusal to step after the end, cut of overlong observations, admissible actions
-    under them, tasks of a split, keys of `info`: what is the same for every environment.
-
-    info holds task (its text), task_type, admissible (list or None), won, score (0..1), valid.
+    """Time limit, tasks of a split, what a language model is told each turn, keys of `info`: what
+    is the same for every environment.
 
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
-    and sets `task`, the task's text. state: a dict with admissible (list or None), won, valid and,
-    where they differ from won, score (0..1) and over (the episode has ended by itself); perhaps
-    tail, an end of the observation that is not to be cut off."""
+    and sets `task`, the task's text. state may have: won; over (the episode has ended; else it has
+    where it is won); valid (the action could be read); admissible (a list of actions); tail (an end
+    of the observation that is not to be cut off).
+
+    info has task (its text), task_type, won, valid, and hint: what a language model reads under the
+    observation."""
 
     name = ""
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
     reminder = "Your next action, in <action></action>:"  # a language model reads it every turn
-    skills = None  # the skill bank
+    closing_tags = ("</action>",)  # a response ends where one of these does
+    skills = ()  # rows of the skill bank
+    bank = None  # the SkillBank, which sdar.py makes of them
     goals = {}
-    takes = ()  # options beside max_turns: "data", "url"
     default_turns = 10
-    tagged = True  # the player writes tags, as language models do; the tiny policy does not
-    show_admissible = False  # under each observation; sdar.py shows them to language models
-    brief = True  # what was listed in turn 1 is not listed again
-    slow = False  # a step waits for something: it is worth a thread
-    stop_strings = ("</action>",)  # a response also ends where one of these does
+    plain = False  # sdar.py sets it: the tiny policy writes no tags
+    slow = False  # a step waits for a server or a process: it is worth a thread
 
-    def __init__(self, max_turns=0, max_obs_chars=4000):
-        texts = TEXTS.get(self.name, {})
-        self.instructions = self.instructions or texts.get("instructions")
-        self.examples = self.examples or texts.get("examples", ())
-        self.reminder = texts.get("reminder", self.reminder)
-        if self.skills is None:
-            self.skills = SKILLS.get(self.name)
-        message = f"no instructions or skills for {self.name!r}: it brings its own, or they are in "
-        complete = self.instructions and self.skills is not None
-        require(complete, message + ".assets/environments.json", EnvUnavailable)
-
+    def __init__(self, max_turns=0):
+        vars(self).update(TEXTS.get(self.name, {}))
+        require(self.instructions, f"no text for {self.name}: .assets/environments.json is missing")
         self.max_turns = max_turns or self.default_turns
-        self.max_obs_chars = max_obs_chars
-        self._turns = 0
-        self._running = False
-
-    def cut(self, text):
-        """The text, no longer than an observation may be. sdar.py puts a cut by tokens here."""
-        if len(text) <= self.max_obs_chars:
-            return text
-        return text[: self.max_obs_chars] + " ..."
 
     def tasks(self, split):
-        """Task ids of a split ("train", "dev", "eval"), in a fixed order; else EnvUnavailable."""
+        """Task ids of a split ("train", "dev", "eval"), in a fixed order; UserError for none."""
         found = [task for task, goal in self.goals.items() if split in goal[1]]
-        known = sorted({name for goal in self.goals.values() for name in goal[1]})
-        require(found, unknown(f"split of {self.name}", split, known), EnvUnavailable)
+        require(found, f"{self.name} has no tasks in the split {split!r}")
         return found
 
     def reset(self, task, seed=0):
         """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same
-        episode. Returns (observation, info); the first observation states the task. ValueError for
-        an unknown id."""
-        known = task in self.goals
-        require(known, f"{self.name}: unknown task {task!r}; tasks('train') lists the ids")
+        episode. Returns (observation, info); the first observation states the task."""
         self.kind = self.goals[task][0]
-        self._running = False
-        self._listed = []
+        self.turns = 0
+        self.listed = []
         observation, state = self._reset(task, seed)
-        self._turns = 0
-        self._running = True
-        return self._result(observation, state)
+        return observation, self._info(state)
 
     def step(self, action):
-        """Play one action. Returns (observation, reward, terminated, truncated, info).
-
-        reward is 1.0 on the step that wins, else 0.0. RuntimeError when no episode is running;
-        EnvUnavailable, and none is running, if the engine fails."""
-        message = f"{self.name}: no episode is running, call reset() first"
-        require(self._running, message, RuntimeError)
-        self._running = False
+        """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
+        1.0 on the step that wins, else 0.0."""
         observation, state = self._step(action)
-        self._turns += 1
+        self.turns += 1
 
         # terminated: the world has ended the episode; truncated: our limit has. The reward comes
         # once, at the end, for the whole: which of the actions earned it nobody says.
-        terminated = state.get("over", state["won"])
-        truncated = not terminated and self._turns >= self.max_turns
-        self._running = not (terminated or truncated)
-        reward = float(terminated and state["won"])
-        observation, info = self._result(observation, state)
-        return observation, reward, terminated, truncated, info
+        info = self._info(state)
+        terminated = bool(state.get("over", info["won"]))
+        truncated = not terminated and self.turns >= self.max_turns
+        return observation, float(terminated and info["won"]), terminated, truncated, info
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
-        tags in any case; without one "", False. Where nobody writes tags (`tagged`), as the tiny
-        policy, a text of one line without any."""
-        # The first complete pair counts. What stands before it is reasoning, what stands after it
-        # was never waited for.
+        in any case; of the tiny policy, which writes no tags, a text of one line."""
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
-        if not (found or self.tagged or re.search("[\n<]", response.strip())):
+        if self.plain and not (found or re.search("[\n<]", response.strip())):
             text = response
         action = " ".join(text.split())
-        return action, bool(action)
+        return action, action != ""
 
     def label(self, task):
         """Under which name the success of a task, an id, is reported: its type."""
         return self.goals[task][0]
 
     def panel(self, split, episodes):
-        """The evaluation episodes, a list of (task, seed): always the same ones, every task type
-        equally often. episodes: how many; "all": each task of the split once."""
-        if episodes == "all":
-            return [(task, 10**6) for task in dict.fromkeys(self.tasks(split))]
-        # Round after round one task of each type; when a type has no more, its first one again,
-        # from another seed.
+        """The evaluation episodes, a list of (task, seed): always the same ones, every label
+        equally often."""
         pools = {}
         for task in self.tasks(split):
             pools.setdefault(self.label(task), []).append(task)
-        kinds = sorted(pools)
         panel = []
-        for i in range(episodes):
-            turn, kind = divmod(i, len(kinds))
-            pool = pools[kinds[kind]]
+        for i in range(episodes):  # a task of each label; after its last one its first again
+            turn, kind = divmod(i, len(pools))
+            pool = pools[sorted(pools)[kind]]
             panel.append((pool[turn % len(pool)], 10**6 + turn))
         return panel
 
-    def close(self):
-        """End the episode, if one is running; may be called twice."""
-        self._running = False
-
-    def _result(self, text, state):
-        text = self.cut(text) + state.get("tail", "")
-        if self.show_admissible and self._running and state["admissible"]:
-            text += "\nAdmissible actions: " + self._listing(state["admissible"])
-        info = {"task": self.task, "task_type": self.kind, "score": float(state["won"]), **state}
-        wanted = ("task", "task_type", "admissible", "won", "score", "valid")
-        return text, {key: info[key] for key in wanted}
-
-    def _listing(self, admissible):
-        """The actions that are admissible. Most of the first list, every "go to", is there in all
-        turns: from then on it is said in a few words, which are no action."""
-        news = [action for action in admissible if action not in self._listed]
-        gone = [action for action in self._listed if action not in admissible]
-        if not (self.brief and self._listed) or len(gone) > 3:
-            self._listed = self._listed or admissible
-            return ", ".join(admissible)
-        without = f", without {' and '.join(gone)}" if gone else ""
-        return ", ".join([*news, f"(all that turn 1 listed{without})"])
-
-
-def call_all(calls, in_threads):
-    """Results of functions without arguments, in order; where one raised EnvUnavailable, that."""
-
-    def result(call):
-        try:
-            return call()
-        except EnvUnavailable as error:
-            return error
-
-    if not in_threads:
-        return [result(call) for call in calls]
-    with ThreadPoolExecutor(64) as pool:
-        return list(pool.map(result, calls))
+    def _info(self, state):
+        # A language model is told what it can do, the turn, and the form of an answer. Of the
+        # actions only those that the turn before did not list: most are still there.
+        hint, admissible = state.get("tail", ""), state.get("admissible", [])
+        news = [action for action in admissible if action not in self.listed]
+        if news:
+            hint += "\nNew admissible" if self.listed else "\nAdmissible"
+            hint += " actions: " + ", ".join(news)
+        self.listed = admissible
+        hint += f"\nTurn {self.turns + 1} of {self.max_turns}. {self.reminder}"
+        won, valid = bool(state.get("won")), bool(state.get("valid", True))
+        info = {"task": self.task, "task_type": self.kind, "won": won, "valid": valid}
+        return info | {"hint": hint, "admissible": admissible}
 
 
 # --- The toy household: ALFWorld's spirit and wording, small enough for a CPU -------------
@@ -460,20 +313,12 @@ TASK_TEXT = {  # {task type: sentence}
 
 @dataclass(frozen=True)
 class Household:
-    """What a newcomer cannot know: the home of each class, the appliance that works, the lamp's.
+    """What a newcomer cannot know: the home of each class, the appliance that works, the lamp's."""
 
-    home: {class of object: place}; appliance: {verb: the one that works}; lamp: its place.
-    closable: the places that hold things behind a door; a larger household has more of them."""
-
-    home: dict
-    appliance: dict
+    home: dict  # {class of object: place}
+    appliance: dict  # {verb: the one that works}
     lamp: str
-    closable: tuple = CLOSABLE
-
-    @property
-    def storages(self):
-        """All places that can hold objects."""
-        return self.closable + SURFACES
+    closable: tuple = CLOSABLE  # places that hold things behind a door
 
     # A policy that was trained in random households has learned how to act and how to read a skill,
     # and nothing of the one below: that is what the tiny policy is.
@@ -486,17 +331,18 @@ class Household:
 
     def skills(self):
         """The household's skill bank: an entry a class of objects, one a verb, one for the lamp."""
-        bank = []
+        rows = []
         for c, place in self.home.items():
-            bank.append(Skill(c, f"The {c} is kept in {place}.", (), (c,)))
+            rows.append({"name": c, "text": f"The {c} is kept in {place}.", "keywords": [c]})
         for verb, place in self.appliance.items():
-            bank.append(Skill(verb, f"{verb.capitalize()} with {place}.", (verb,), (verb,)))
-        bank.append(Skill("lamp", f"The desklamp 1 is on {self.lamp}.", ("look",), ("desklamp",)))
-        return bank
+            text = f"{verb.capitalize()} with {place}."
+            rows.append({"name": verb, "text": text, "task_types": [verb], "keywords": [verb]})
+        text = f"The desklamp 1 is on {self.lamp}."
+        rows.append({"name": "lamp", "text": text, "task_types": ["look"]})
+        return rows
 
 
 HOME = Household.random(random.Random(2605))  # the household of every training and evaluation task
-SKILLS["toy"] = HOME.skills()
 
 
 class ToyEnv(TextEnv):
@@ -519,7 +365,6 @@ class ToyEnv(TextEnv):
     """
 
     name = "toy"
-    tagged = False  # sdar.py sets it for its player
     instructions = (
         "Play a text game. Every answer is exactly one line:\n"
         "<action>an action from the list</action>"
@@ -529,40 +374,40 @@ class ToyEnv(TextEnv):
         r"(?: (?:from|in/on|with) (?P<place>[a-z]+ \d+))?|(?P<alone>look|inventory)"
     )
 
-    def __init__(self, household=HOME, **options):
-        super().__init__(**options)
+    def __init__(self, max_turns=0, household=HOME):
+        super().__init__(max_turns)
         self.household = household
         self.skills = household.skills()
-        self.places = household.storages + sum(APPLIANCES.values(), ())
-        self.goals = {}  # {sentence: (task type, splits, class of object, target)}
+        self.storages = household.closable + SURFACES
+        self.places = self.storages + sum(APPLIANCES.values(), ())
+        self.goals = {}  # {sentence: (task type, (split,), class of object, target)}
+
         # Every type, object and target, but for targets where the object is already.
+        found = {}
         for kind, text in TASK_TEXT.items():
             for c in CLASSES:
-                for target in household.storages:
+                for target in self.storages:
                     if target != household.home[c]:
-                        goal = (kind, ("train", "dev", "eval"), c, target)
-                        self.goals[text.format(object=c, target=target)] = goal
+                        found[text.format(object=c, target=target)] = (kind, c, target)
+        order = sorted(found)
+        random.Random(0).shuffle(order)
+        seen = Counter()
+        of_kind = Counter(kind for kind, _, _ in found.values())
+        for task in order:
+            kind, c, target = found[task]
+            fifth = seen[kind] // (of_kind[kind] // 5)
+            seen[kind] += 1
+            split = ("eval", "dev", "train")[min(2, fifth)]
+            self.goals[task] = (kind, (split,), c, target)
 
     def tasks(self, split):
-        """Task ids of a split ("train", "dev" or "eval"): disjoint, in a fixed order mixed over
-        types. There are few tasks of type look, so train lists each of them several times: every
-        type comes equally often. ValueError for another split."""
-        require(split in SPLITS, unknown("split of toy", split, SPLITS))
-        order = sorted(self.goals)
-        random.Random(0).shuffle(order)
-        chosen = []
-        for kind in TASK_TEXT:
-            of_kind = [task for task in order if self.goals[task][0] == kind]
-            fifth = len(of_kind) // 5
-            if split == "eval":
-                chosen += of_kind[:fifth]
-            elif split == "dev":
-                chosen += of_kind[fifth : 2 * fifth]
-            else:
-                targets = len(self.household.storages) - 1
-                times = targets if kind == "look" else 1  # in the default one 6 tasks, not 114
-                chosen += of_kind[2 * fifth :] * times
-        return sorted(chosen, key=order.index)
+        """Task ids of a split, in a fixed order mixed over types. There are few tasks of type look:
+        train lists each of them several times, so that every type comes equally often."""
+        times = len(self.storages) - 1 if split == "train" else 1
+        found = []
+        for task in super().tasks(split):
+            found += [task] * (times if self.goals[task][0] == "look" else 1)
+        return found
 
     def _reset(self, task, seed):
         self.task = task
@@ -570,8 +415,6 @@ class ToyEnv(TextEnv):
         self.where = None  # in the middle of the room
         self.hand = None
         self.opened = set(self.places) - set(self.household.closable)
-        self.seen = set()  # storages whose contents were looked at
-        self.broken = set()  # appliances that were tried
         self.lit = False
         self.done_to = set()  # (verb, object) pairs
 
@@ -586,23 +429,19 @@ class ToyEnv(TextEnv):
             place.append(f"{c} {number}")
         self.contents[self.household.lamp].append("desklamp 1")
         observation = f"You are in the middle of a room. Your task is to: {task}."
-        return observation, self._state(valid=True)
+        return observation, {"admissible": self._admissible()}
 
     def _step(self, action):
-        match = self.GRAMMAR.fullmatch(action.strip().lower())
-        if not match:
-            return "Nothing happens.", self._state(valid=False)
-
         # Understood, but perhaps impossible: then nothing happens, as in ALFWorld, and no penalty.
         # "take mug 1" is short for the admissible "take mug 1 from desk 1".
-        short = match["short"] or match["alone"]
-        admissible = any(is_a(one, short) for one in self._admissible())
+        match = self.GRAMMAR.fullmatch(action.strip().lower())
         observation = "Nothing happens."
-        if admissible and match["place"] in (None, self.where):
-            observation = self._act(match["verb"] or match["alone"], match["what"])
-        return observation, self._state(valid=True)
-
-    # What the actions do. Each returns the observation.
+        if match and match["place"] in (None, self.where):
+            short = match["short"] or match["alone"]
+            if any(is_a(one, short) for one in self._admissible()):
+                observation = self._act(match["verb"] or short, match["what"])
+        state = {"admissible": self._admissible(), "won": self._won(), "valid": match is not None}
+        return observation, state
 
     def _act(self, verb, what):
         """Play an action that is admissible. Returns the observation."""
@@ -620,7 +459,11 @@ class ToyEnv(TextEnv):
             self.hand = None
             return f"You put {what} in/on {self.where}."
         if verb in APPLIANCES:
-            return self._use_appliance(verb, what)
+            if self.where != self.household.appliance[verb]:
+                return "Nothing happens."
+            self.done_to -= {("heat", what), ("cool", what)}  # one undoes the other
+            self.done_to.add((verb, what))
+            return f"You {verb} {what} with {self.where}."
 
         if verb == "go to":
             self.where = what
@@ -628,39 +471,23 @@ class ToyEnv(TextEnv):
             self.opened.add(what)
         return self._view()
 
-    def _use_appliance(self, verb, what):
-        if self.where != self.household.appliance[verb]:
-            self.broken.add(self.where)
-            return "Nothing happens."
-        if verb in ("heat", "cool"):  # one undoes the other
-            self.done_to -= {("heat", what), ("cool", what)}
-        self.done_to.add((verb, what))
-        return f"You {verb} {what} with {self.where}."
-
     def _view(self):
         if self.where is None:
             return "You are in the middle of a room."
         if self.where not in self.opened:
             return f"The {self.where} is closed."
-        self.seen.add(self.where)
-        if self.where not in self.household.storages:
+        if self.where not in self.storages:
             return f"You arrive at {self.where}."
         here = " and ".join(f"a {thing}" for thing in self.contents[self.where]) or "nothing"
         side = "On" if self.where in SURFACES else "In"
         return f"{side} the {self.where} you see {here}."
 
-    def _state(self, valid):
-        return {"admissible": self._admissible(), "won": self._won(), "valid": valid}
-
-    # What can be asked of a state: is the task done, and what could be done next?
-
     def _won(self):
         # Look: the lamp is lit, and the object in the hand, in one place. Else the target must hold
         # the object, two of them for "two", heated, cooled or cleaned where the task says so.
         if self.kind == "look":
-            holds_it = self.hand is not None and is_a(self.hand, self.goal_class)
-            lamp_is_here = "desklamp 1" in self.contents.get(self.where, [])
-            return self.lit and holds_it and lamp_is_here
+            holds_it = is_a(self.hand, self.goal_class)
+            return self.lit and holds_it and self.where == self.household.lamp
         there = [thing for thing in self.contents[self.target] if is_a(thing, self.goal_class)]
         if self.kind in APPLIANCES:
             there = [thing for thing in there if (self.kind, thing) in self.done_to]
@@ -670,21 +497,17 @@ class ToyEnv(TextEnv):
         # Everywhere one can go; what is here can be opened, taken, put down or used. What does not
         # work here (a broken microwave) is not told: it must be tried, or read in the skill.
         actions = [f"go to {place}" for place in self.places if place != self.where]
-        here = []
-        if self.where in self.opened:
-            here = self.contents[self.where]
-        elif self.where:
+        here = self.contents[self.where] if self.where in self.opened else []
+        if self.where and self.where not in self.opened:
             actions.append(f"open {self.where}")
-
         if self.hand is None:
             things = [thing for thing in here if thing != "desklamp 1"]
             actions += [f"take {thing} from {self.where}" for thing in things]
-        elif self.where in self.household.storages and self.where in self.opened:
+        elif self.where in self.storages and self.where in self.opened:
             actions.append(f"put {self.hand} in/on {self.where}")
         for verb, places in APPLIANCES.items():
             if self.hand and self.where in places:
                 actions.append(f"{verb} {self.hand} with {self.where}")
-
         if "desklamp 1" in here:
             actions.append("use desklamp 1")
         return actions + ["look", "inventory"]
@@ -697,112 +520,93 @@ def is_a(text, start):
 
 # --- The paper's three environments: thin shims, the real engines are imported when used --
 #
-# Each translates between the engine's calls and the signatures above, and nothing else: what an
-# engine says is shown as it is, but for banners and a list that would be repeated every turn. What
-# an engine raises becomes EnvUnavailable. The texts for the model and the skills are data, in
+# Each translates between the engine's calls and the signatures above, and nothing else. What an
+# engine raises becomes EnvUnavailable. The texts for the model and the skills are data, in
 # .assets/environments.json.
 
 
 # ALFWorld's engine is slow, and not safe in threads: a process a core plays it.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = {}  # {core: executor of one process}
-LOCK = threading.Lock()
-PLAYING = {}  # in a worker, {number of an environment: (path, game)}; loading is half of a reset
+CORES = os.cpu_count() or 1
+GAMES = {}  # in such a process, {number of an environment: its game}
 
 
-def worker_begins():
-    """In a worker: leave Ctrl-C and SIGTERM to the parent, and end when it ends, however."""
-    from multiprocessing import parent_process
+@lru_cache(maxsize=None)
+def game_process(core):
+    """The executor of one core's process."""
+    return ProcessPoolExecutor(1, get_context("fork"), process_begins)
+
+
+def process_begins():
+    """In a process of games: leave Ctrl-C to the parent, and end when it ends, however."""
 
     def end_with_parent():
         parent_process().join()
         os._exit(1)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["ALFWORLD_DATA"] = os.sep  # a folder that exists: else the package makes one at home
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def play_game(number, path, action):
-    """In a worker: start a game (action None) or act in the one that environment `number` plays.
-    Returns (text, won, admissible)."""
-    signal.alarm(120)  # an engine that hangs takes its process along
-    with naming(f"cannot play {path}"):
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+    """In a process of games: start a game (action None) or act in it. Returns (text, won, commands).
 
-        if action is None:
-            if PLAYING.get(number, ("",))[0] != path:
-                wanted = textworld.EnvInfos(won=True, admissible_commands=True)
-                PLAYING[number] = path, textworld.start(path, wanted, [AlfredDemangler])
-            state = PLAYING[number][1].reset()
-        else:
-            state = PLAYING[number][1].step(action)[0]
-        signal.alarm(0)
-        admissible = [a for a in state["admissible_commands"] if a != "help"]
-        return state["feedback"].strip(), bool(state["won"]), admissible
+    What hangs for two minutes takes its process along."""
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+
+    signal.alarm(120)
+    if action is None:
+        wanted = textworld.EnvInfos(won=True, admissible_commands=True)
+        GAMES[number] = textworld.start(path, wanted, [AlfredDemangler])
+        state = GAMES[number].reset()
+    else:
+        state = GAMES[number].step(action)[0]
+    signal.alarm(0)
+    return state["feedback"].strip(), state["won"], state["admissible_commands"]
 
 
 class AlfworldEnv(TextEnv):
-    """ALFWorld's text games on TextWorld's PDDL engine. A task id is a game's path below `data` (or
-    ALFWORLD_DATA); `seed` changes nothing. An action that cannot be done is valid and answered
-    "Nothing happens.", as in the official code. Splits: train, eval (the data set's valid_seen, as
-    in the paper), dev (valid_unseen), or its own names; a folder without the data set's split
-    folders is every split."""
+    """ALFWorld's text games, in `data` (or ALFWORLD_DATA). A task id is a game's path below it;
+    `seed` changes nothing. An action that cannot be done is valid and answered "Nothing happens.",
+    as in the official code. Splits: train, eval (the data set's valid_seen, as in the paper), dev
+    (valid_unseen); a folder without the data set's split folders is every split."""
 
     name = "alfworld"
-    takes = ("data",)
     default_turns = 50
-    show_admissible = True
     slow = True
-    number = -1  # of the last environment made
-    SPLITS = {
-        "train": ("train",),
-        "valid_seen": ("eval", "valid_seen"),
-        "valid_unseen": ("dev", "valid_unseen"),
-    }
+    made = 0  # environments
+    FOLDERS = {"train": "train", "valid_seen": "eval", "valid_unseen": "dev"}
 
-    def __init__(self, data="", **options):
-        super().__init__(**options)
-        message = "ALFWorld is missing: pip install alfworld (built with g++, make, `python`)"
+    def __init__(self, max_turns=0, data=""):
+        super().__init__(max_turns)
         installed = find_spec("textworld") and find_spec("alfworld")
-        require(installed, message, EnvUnavailable)
-        self.data = full_path(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
-        AlfworldEnv.number += 1
-        self.number = AlfworldEnv.number
+        require(installed, "ALFWorld is missing: pip install alfworld", EnvUnavailable)
+        self.data = os.path.abspath(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
         self.goals = self.games(self.data)
+        self.number = AlfworldEnv.made
+        AlfworldEnv.made += 1
 
     @classmethod
     @lru_cache(maxsize=None)
     def games(cls, folder):
-        """{path: (task type, splits)} of the games below a folder, sorted, but for those that the
-        official loader leaves out: not solvable, with a movable receptacle, with something sliced.
-        EnvUnavailable if there are none: the engine would hang."""
-        found, left_out = [], 0
-        paths = sorted(Path(folder).rglob("*.tw-pddl"))
-        for path in tqdm(paths, "reading games", unit="game", delay=2, leave=False):
-            name, text = str(path.relative_to(folder)), path.read_text("utf-8", "replace")
-            if re.search("movable|Sliced", name) or re.search(r'"solvable":\s*false', text):
-                left_out += 1
-            else:
-                found.append(path)
-        if left_out:
-            print(f"alfworld: {left_out} games left out, as officially", file=sys.stderr)
-        message = f"no ALFWorld games (*.tw-pddl) in {folder}: run alfworld-download"
-        require(found, message, EnvUnavailable)
-        paths = [path.relative_to(folder) for path in found]
-        splits = {}
-        for path in paths:
-            for part in path.parts[:-1]:
-                if part in cls.SPLITS:
-                    splits[path] = cls.SPLITS[part]
-        if not splits:  # not the data set's folders: every game is in every split
-            splits = dict.fromkeys(paths, sum(cls.SPLITS.values(), ()))
+        """{path: (task type, splits)} of the games in a folder, without those that the official
+        loader leaves out: not solvable, with a movable receptacle, with something sliced."""
+        paths = []
+        for path in sorted(Path(folder).rglob("*.tw-pddl")):
+            solvable = not re.search(r'"solvable":\s*false', path.read_text("utf-8", "replace"))
+            if solvable and not re.search("movable|Sliced", str(path.relative_to(folder))):
+                paths.append(path.relative_to(folder))
+        require(paths, f"no ALFWorld games in {folder}: run alfworld-download", EnvUnavailable)
 
         games = {}
-        for path, parts in splits.items():
+        in_folders = any(cls.FOLDERS.keys() & {*path.parts} for path in paths)
+        for path in paths:
+            splits = [split for name, split in cls.FOLDERS.items() if name in path.parts]
             kind = re.search(r"(pick|look)_\w+", str(path))
-            games[str(path)] = (kind[0] if kind else "other", parts)
+            splits = splits if in_folders else cls.FOLDERS.values()
+            if splits:
+                games[str(path)] = (kind[0] if kind else "other", tuple(splits))
         return games
 
     def _reset(self, task, seed):
@@ -812,249 +616,96 @@ class AlfworldEnv(TextEnv):
         return observation.split("=-")[-1].strip(), state  # without the banner
 
     def _step(self, action):
-        from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-        from multiprocessing import get_context
-
-        core = self.number % CORES
-        if action is not None:
-            action = action.strip().lower()
-        try:
-            with LOCK:  # several threads may be the first
-                if core not in WORKERS:
-                    context = get_context("fork")
-                    WORKERS[core] = ProcessPoolExecutor(1, context, worker_begins)
-                future = WORKERS[core].submit(play_game, self.number, self.path, action)
-            text, won, admissible = future.result()
-        except BrokenExecutor as error:
-            WORKERS.pop(core, None)  # the next reset starts another
-            raise EnvUnavailable(f"cannot play {self.path}: its process died") from error
-        return text, {"admissible": admissible, "won": won, "valid": action != ""}
+        action = action and action.strip().lower()
+        with naming(f"ALFWorld failed at {self.path}, or was silent for two minutes"):
+            process = game_process(self.number % CORES)
+            text, won, commands = process.submit(play_game, self.number, self.path, action).result()
+        admissible = [command for command in commands if command != "help"]
+        return text, {"won": won, "admissible": admissible, "valid": action != ""}
 
 
 class WebShopEnv(TextEnv):
     """WebShop's own text environment, from a checkout of its code in `data` (or WEBSHOP_ROOT).
 
-    A task id is the index of a synthetic goal, as in the official code; `score` is WebShop's
-    reward. Splits by index: eval the first 500 goals (at most a fifth), dev as many, train the
-    rest. What the page does not offer does nothing; search works on every page."""
+    A task id is the index of a synthetic goal, as in the official code. Splits by index: eval the
+    first 500 goals (at most a fifth), dev as many, train the rest. What the page does not offer
+    does nothing; search works on every page."""
 
     name = "webshop"
-    takes = ("data",)
     default_turns = 15
-    show_admissible = True
-    brief = False  # another page, other links
     first = {}  # {root: its first environment}, whose server (products, index) is everyone's
 
-    def __init__(self, data="", **options):
-        super().__init__(**options)
-        root = full_path(data or os.environ.get("WEBSHOP_ROOT", "(none named)"))
-        first = self.first.get(root)
-        self.shop = self._start(root, first.shop.server if first else None)
-        self.first.setdefault(root, self)
-        self.goals = first.goals if first else self._goals()
-
-    def _start(self, root, server):
-        """The real environment. server: of the first one, or None."""
-        before = random.getstate()
+    def __init__(self, max_turns=0, data=""):
+        super().__init__(max_turns)
+        root = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(no checkout named)"))
         if root not in sys.path:
             sys.path.append(root)
-        try:
+        before = random.getstate()
+        with naming(f"WebShop does not start from {root}: see .lab/ENVIRONMENTS.md"):
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
-            shop = WebAgentTextEnv(
+            self.shop = WebAgentTextEnv(
                 observation_mode="text",
                 human_goals=False,
-                server=server,
+                server=self.first[root].shop.server if root in self.first else None,
                 session_prefix=f"{id(self)}-",  # else equal goals share a session
             )
-        except Exception as error:  # whatever a half-installed engine raises
-            reason = f"{self._missing(root)} ({type(error).__name__}: {error})"
-            recipe = ".lab/ENVIRONMENTS.md has a recipe"
-            raise EnvUnavailable(f"WebShop does not start: {reason}; {recipe}") from error
         random.setstate(before)
-        return shop
+        self.first.setdefault(root, self)
 
-    @staticmethod
-    def _missing(root):
-        """The first piece that WebShop needs and that is not there, in words."""
-        if not os.path.isdir(os.path.join(root, "web_agent_site")):
-            return f"WEBSHOP_ROOT={root} is no checkout of its code"
-        packages = "pyserini jnius faiss pandas bs4 cleantext flask rich thefuzz rank_bm25 gym "
-        for name in (packages + "selenium spacy sklearn en_core_web_sm").split():
-            if not find_spec(name):
-                return f"the Python package {name} is missing"
-        for folder in ("data", "search_engine/indexes"):
-            if not os.path.isdir(os.path.join(root, folder)):
-                return f"{root} has no folder {folder}"
-        return f"its code in {root} failed"
-
-    def _goals(self):
         goals = self.shop.server.goals
         held = max(1, min(500, len(goals) // 5))
-        found = {}
+        self.goals = {}
         for i, goal in enumerate(goals):
             split = ("eval", "dev", "train")[min(2, i // held)]
-            kind = goal.get("category", "other")
-            found[str(i)] = (kind, (split,), goal["instruction_text"])
-        return found
+            text = goal["instruction_text"].strip()
+            self.goals[str(i)] = (goal.get("category", "other"), (split,), text)
 
     def _reset(self, task, seed):
-        self.task = self.goals[task][2].strip()
-        observation, state = self._play(self.shop.reset, int(task))
-        return f"Instruction: {self.task}\n{observation}", state
+        self.task = self.goals[task][2]
+        with naming(f"WebShop failed at goal {task}"):
+            observation, _ = self.shop.reset(int(task))
+            return f"Instruction: {self.task}\n{self._without_task(observation)}", self._page()
 
     def _step(self, action):
         match = re.fullmatch(r"(search|click)\[\s*(.*?)\s*\]", action.strip().lower())
-        if match and match[1] == "click" and match[2] in self.clickable:
-            return self._play(self.shop.step, f"click[{self.clickable[match[2]]}]")
-        if match and match[1] == "search" and match[2] and not match[2].startswith("<"):
-            return self._play(self.shop.step, f"search[{match[2]}]")  # <: its own commands, fragile
-        return "Nothing happens.", {**self.state, "valid": match is not None}
+        words = match and match[2]
+        if match and match[1] == "click":
+            words = self.clickable.get(words)
+        if not words or words.startswith("<"):  # <: the engine's own commands, fragile
+            return "Nothing happens.", self.page | {"valid": match is not None}
+        with naming(f"WebShop failed at {action!r}"):
+            observation, score, over, _ = self.shop.step(f"{match[1]}[{words}]")
+            page = self._page()
+        return self._without_task(observation), page | {"won": over and score == 1, "over": over}
 
-    def _play(self, call, argument):
-        score, over = 0.0, False
-        with naming(f"WebShop failed at {argument!r}"):
-            observation, *more = call(argument)
-            if (
-                call == self.shop.step
-            ):  # observation, score, over, info; of reset: observation, info
-                score, over = float(more[0] or 0), bool(more[1])
-            page = self.shop.get_available_actions()
+    def _without_task(self, observation):
+        return observation.replace(f"Instruction: [SEP] {self.task} [SEP] ", "")
 
+    def _page(self):
+        page = self.shop.get_available_actions()
         offered = [text for text in page["clickables"] if text != "search"]  # that one is dead
         self.clickable = {" ".join(text.split()): text for text in offered}
         actions = [f"click[{text}]" for text in self.clickable]
         if page["has_search_bar"]:
             actions.insert(0, "search[<query>]")
-        self.state = {"admissible": actions, "won": over and score == 1, "valid": True}
-        self.state |= {"score": score, "over": over}
-        return observation.replace(f"Instruction: [SEP] {self.task} [SEP] ", ""), self.state
-
-
-def file_rows(file, wanted):
-    """(number, row) of a JSON-lines or parquet file of dicts, in order. EnvUnavailable, named with
-    its line, for what is none. wanted: what the rows should hold, in words."""
-    if str(file).endswith(".parquet"):
-        yield from enumerate(parquet_rows(file), 1)
-        return
-    with naming(f"{file!r} must be {wanted}"):
-        require(os.path.isfile(file), "there is no such file")
-        lines = Path(file).read_text("utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with naming(f"{file}, line {number}: not a row of {wanted}"):
-                row = json.loads(line)
-                require(isinstance(row, dict), "it is no object")
-            yield number, row
-
-
-def parquet_rows(file):
-    """The rows of a parquet file, dicts, by pyarrow or pandas. EnvUnavailable without them."""
-    message = f"{file}: a parquet file needs pyarrow (pip install pyarrow), or a conversion to JSON"
-    reader = next((name for name in ("pyarrow", "pandas") if find_spec(name)), None)
-    require(reader, f"{message} lines elsewhere: pandas' read_parquet, to_json", EnvUnavailable)
-    with naming(f"{file!r} must be a parquet file"):
-        if reader == "pyarrow":
-            from pyarrow.parquet import read_table
-
-            return read_table(file).to_pylist()
-        import pandas
-
-        return json.loads(pandas.read_parquet(file).to_json(orient="records"))
-
-
-def read_rows(file, **types):
-    """The rows of a file: dicts with an id, each once, and values of these types. EnvUnavailable
-    names the line that is no such row."""
-    wanted = "a JSON-lines file with " + ", ".join(types)
-    rows, places = [], {}
-    for number, row in file_rows(file, wanted):
-        with naming(f"{file}, line {number}: not a row of {wanted}"):
-            for key, kinds in types.items():
-                fine = type(row[key]) in kinds and row[key] != ""
-                require(fine, f"{key} is {row[key]!r:.50}")
-            place = places.setdefault(str(row["id"]), number)
-            require(place == number, f"its id is that of line {place}")
-            rows.append(row)
-    return rows
-
-
-def ask(url, query, topk=3, seconds=30):
-    """Passages for a query from a retrieval server: a list of str, best first.
-
-    At most three tries in so many seconds, one if the fault is ours (4xx); then EnvUnavailable,
-    with what came back."""
-    body = {
-        "query": query,
-        "queries": [query],
-        "topk": topk,
-        "return_scores": True,
-    }  # both dialects
-    end = time.monotonic() + seconds
-    for pause in (0.2, 1.0, seconds):
-        answer = bytearray()
-        try:
-            post(url, json.dumps(body).encode(), end, answer)
-            found = json.loads(answer)["result"][0]
-            passages = []
-            for row in found:
-                document = row.get("document", row)
-                text = document.get("contents") or f"{document['title']}\n{document['text']}"
-                require(isinstance(text, str), "contents that are no text")
-                padding = row.get("score", 0) < -1e30  # of an index that found too little
-                if not padding and text not in passages:
-                    passages.append(text)
-            if len(passages) > topk:
-                too_many(url, topk)
-            return passages[:topk]
-        except Exception as error:  # no connection, a status, half an answer, JSON of another shape
-            trouble = f"{type(error).__name__}: {error}"
-            if answer:
-                trouble += f"; it sent {bytes(answer[:200])}"
-            ours = 400 <= getattr(error, "code", 0) < 500
-            if ours or time.monotonic() + pause >= end:
-                break
-            time.sleep(pause)
-    hint = "`python envs.py serve CORPUS.jsonl` starts a server"
-    raise EnvUnavailable(f"no search results from {url} ({trouble}); {hint}")
-
-
-@lru_cache
-def too_many(url, topk):
-    """Say once that a server sends more than it was asked for."""
-    print(f"{url} sends more than {topk} passages: the others are dropped", file=sys.stderr)
-
-
-def post(url, body, end, answer):
-    """POST a JSON body, and add what comes back to `answer`, part by part: a server that drips must
-    not outlast the time. TimeoutError at time.monotonic() `end`, or after 8 MB."""
-    from urllib.request import ProxyHandler, Request, build_opener
-
-    request = Request(url, body, {"Content-Type": "application/json"})
-    timeout = max(0.1, min(10, end - time.monotonic()))
-    with build_opener(ProxyHandler({})).open(request, timeout=timeout) as response:
-        while part := response.read1(2**16):
-            answer += part
-            if len(answer) > 2**23 or time.monotonic() > end:
-                raise TimeoutError("more than 8 MB, or too slow")
+        self.page = {"admissible": actions}
+        return self.page
 
 
 class SearchEnv(TextEnv):
     """Questions to answer with a search server, as in Search-R1.
 
-    A task id is a question's id, with data sets set/id; `seed` changes nothing. Won: a golden
-    answer but for case, punctuation, articles and blanks. At the last turn a search is not
-    executed.
-
-    data: a JSON-lines or parquet file: see `question_of`. Without a split, a hash of the id puts
-    3/5 into train, 1/5 into dev and 1/5 into eval. url: of the server."""
+    data: a JSON-lines file; a row has id, question, golden_answers (a list of texts), and perhaps
+    data_source and split; without a split a hash of the id puts 3/5 into train, 1/5 into dev and
+    1/5 into eval. Other formats: .lab/convert.py. url: of the server. Won: a golden answer but for
+    case, punctuation, articles and blanks. At the last turn a search is not executed."""
 
     name = "search"
-    takes = ("data", "url")
     default_turns = 4
     slow = True
-    stop_strings = ("</search>", "</answer>")
+    closing_tags = ("</search>", "</answer>")
     TYPES = {  # {task type: words in a question that tell it}, the first that fits
         "compare": r"\b(both|same|older|younger|earlier|later|first|more|larger|longer|higher)\b"
         r".*\b(or|and)\b",
@@ -1066,42 +717,39 @@ class SearchEnv(TextEnv):
     ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
     TAG = re.compile(r"<(?=\s*(?:/\s*)?(?:search|answer|information|think|action)\b)", re.I)
 
-    def __init__(self, data="(no data named)", url="http://127.0.0.1:8000/retrieve", **options):
-        super().__init__(**options)
+    def __init__(self, max_turns=0, data="(no data named)", url="http://127.0.0.1:8000/retrieve"):
+        super().__init__(max_turns)
         self.url = url
-        self.goals = self.questions(os.path.expanduser(data), url)
+        self.goals = self.questions(data)
 
     @classmethod
     @lru_cache(maxsize=None)
-    def questions(cls, file, url):
-        """{task id: (task type, splits, (question, golden answers, data set))} of a file; the
-        server was tried."""
-        require(url.startswith(("http://", "https://")), f"{url}: a server's http:// address")
-        wanted = "questions, with id, question and golden_answers"
-        goals, places, empty = {}, {}, 0
-        for number, row in file_rows(file, wanted):
-            with naming(f"{file}, line {number}: not a row of {wanted}"):
-                name, question, golden, source, split = question_of(row, number)
-                name = f"{source}/{name}" if source else name
-                place = places.setdefault(name, number)
-                require(place == number, f"its id is that of line {place}")
-            if not (question and golden):
-                empty += 1
+    def questions(cls, file):
+        """{task id: (task type, (split,), question, golden answers, data set or "")} of a file."""
+        goals = {}
+        with naming(f"{file} cannot be read"):
+            lines = Path(file).read_text("utf-8-sig").split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
                 continue
+            with naming(f"{file}, line {number}: not a row with id, question, golden_answers"):
+                row = json.loads(line)
+                question, golden = row["question"].strip(), row["golden_answers"]
+                fine = golden and question and isinstance(golden, list)
+                require(fine and {*map(type, golden)} == {str}, "an empty one, or no list of texts")
+                source = row.get("data_source", "")
+                task = f"{source}/{row['id']}" if source else str(row["id"])
+                require(task not in goals, "its id is that of another line")
             text = f"{question[:2000]} {source}"
-            kinds = [kind for kind, words in cls.TYPES.items() if re.search(words, text, re.I)]
-            draw = random.Random(name.encode(errors="replace"))
+            kind = next(k for k, words in cls.TYPES.items() if re.search(words, text, re.I))
+            draw = random.Random(task.encode(errors="replace"))
             of_hash = draw.choice(("eval", "dev", "train", "train", "train"))
-            goals[name] = (kinds[0], (split or of_hash,), (question, golden, source))
-        if empty:
-            print(f"{file}: {empty} rows without question or answer left out", file=sys.stderr)
-        require(goals, f"{file}: no row can be answered", EnvUnavailable)
-        ask(url, "probe")
+            goals[task] = (kind, (row.get("split") or of_hash,), question, golden, source)
         return goals
 
     def label(self, task):
         """With data sets success is reported by set, as in the paper's table."""
-        return self.goals[task][2][2] or self.goals[task][0]
+        return self.goals[task][4] or self.goals[task][0]
 
     def parse(self, response):
         """Text of the model -> (action, valid): the first <search> or <answer> in it, without line
@@ -1114,120 +762,87 @@ class SearchEnv(TextEnv):
         return f"<{tag}>{text}</{tag}>", True
 
     def _reset(self, task, seed):
-        self.task, self.golden, _ = self.goals[task][2]
-        return self.task, {"admissible": None, "won": False, "valid": True}
+        self.task, self.golden = self.goals[task][2:4]
+        return self.task, {}
 
     def _step(self, action):
         action, valid = self.parse(action)
-        state = {"admissible": None, "won": False, "valid": valid, "over": False}
         if not valid:
-            return "Nothing happens.", state
+            return "Nothing happens.", {"valid": False}
         kind, text = self.ACTION.fullmatch(action).groups()
         if kind == "answer":
-            return "", {**state, "won": self.matches(text, self.golden), "over": True}
-        if self._turns + 1 >= self.max_turns:
-            return "", state
-
-        found = ""
-        for i, passage in enumerate(ask(self.url, text), 1):
-            found += f"\nDoc {i}: " + self.TAG.sub("(", passage)  # no forged tags
-        found = found.strip("\n") or "nothing found"
-        return f"<information>{found}", {**state, "tail": "</information>"}
-
-    @staticmethod
-    def matches(answer, golden):
-        """True if the answer is a golden one (a str or a list) but for case, punctuation, articles
-        and blanks. Of "A" or "The" these leave nothing: there but for case and blanks."""
-
-        def plain(text):
-            text = str(text).lower()
-            letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
-            return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
-
-        if isinstance(golden, str):
-            golden = [golden]
-        return any(plain(text) == plain(answer) for text in golden if plain(text))
+            won = any(normalized(text) == normalized(golden) for golden in self.golden)
+            return "", {"won": won, "over": True}
+        if self.turns + 1 >= self.max_turns:
+            return "", {}
+        passages = [f"Doc {i}: {text}" for i, text in enumerate(ask(self.url, text), 1)]
+        found = self.TAG.sub("(", "\n".join(passages)) or "nothing found"  # no forged tags
+        return f"<information>{found}", {"tail": "</information>"}
 
 
-def question_of(row, number):
-    """(id, question, golden answers, data set or "", split or "") of a row as FlashRAG, Search-R1
-    or SDAR write it. number: the row's, its id where it brings none. UserError for another type."""
-    of_env, extra = row.get("env_kwargs") or {}, row.get("extra_info") or {}
-    truth = (row.get("reward_model") or of_env).get("ground_truth") or {}
-    golden = row.get("golden_answers")
-    if golden is None:
-        golden = truth.get("target", ()) if isinstance(truth, dict) else truth
-    golden = [golden] if isinstance(golden, str) else golden
-    named = row.get("id", extra.get("index"))
-    require(named is not None or of_env, "it has no id")
-    found = {
-        "id": number if named is None else named,
-        "question": row.get("question", of_env.get("question")) or "",
-        "data_source": row.get("data_source") or of_env.get("data_source") or "",
-        "split": row.get("split") or extra.get("split") or "",
-    }
-    for key, value in found.items():
-        kinds = (str, int) if key == "id" else (str,)
-        require(type(value) in kinds and (value != "" or key != "id"), f"{key} is {value!r:.50}")
-    fine = isinstance(golden, (list, tuple)) and all(isinstance(text, str) for text in golden)
-    require(fine, "golden_answers must be texts")
-    golden = [text for text in golden if text.strip()]
-    return str(found["id"]), found["question"].strip(), golden, *list(found.values())[2:]
+def normalized(text):
+    """The words of an answer as the official exact match compares them: in lower case, without
+    ASCII punctuation and articles; one of articles alone keeps them."""
+    text = text.lower()
+    letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
 
 
-# --- Environments by name, the command line ----------------------------------------------
-#
-# `python envs.py play toy`: playing an environment yourself is the quickest way to see what a model
-# is asked to do, and whether its task can be solved from what is shown.
+def ask(url, query, topk=3):
+    """Passages for a query from a retrieval server (Search-R1's), a list of str, best first. Three
+    tries, then EnvUnavailable with what came back."""
+    from urllib.request import Request, urlopen
+
+    body = {"query": query, "queries": [query], "topk": topk, "return_scores": True}
+    headers = {"Content-Type": "application/json"}
+    for pause in (1, 5, None):
+        try:
+            request = Request(url, json.dumps(body).encode(), headers)
+            with urlopen(request, timeout=30) as response:
+                found = json.load(response)["result"][0]
+            passages = []
+            for row in found:
+                document = row.get("document", row)
+                text = document.get("contents") or f"{document['title']}\n{document['text']}"
+                padding = row.get("score", 0) < -1e30  # of an index that found too little
+                if not padding and text not in passages:
+                    passages.append(text)
+            return passages[:topk]
+        except Exception as error:  # no connection, a status, half an answer, another shape
+            if pause is None:
+                hint = "`python .lab/search_server.py CORPUS.jsonl` starts a server"
+                raise EnvUnavailable(
+                    f"no search results from {url} ({error!r:.200}); {hint}"
+                ) from error
+            time.sleep(pause)
+
+
+# --- Environments by name ----------------------------------------------------------------
 
 ENVS = {"toy": ToyEnv, "alfworld": AlfworldEnv, "webshop": WebShopEnv, "search": SearchEnv}
 
 
 def make_env(name, **options):
-    """A new environment by its name, or "module:Class" for one of your own.
-
-    options go to its constructor: max_turns, max_obs_chars, and data or url where it takes them.
-    ValueError for an unknown name or option; EnvUnavailable where something is missing."""
-    if ":" in name:
-        made = own_class(name)
-    else:
-        require(name in ENVS, unknown("environment", name, ENVS))
-        made = ENVS[name]
-    for option in ("data", "url"):
-        takes = option in made.takes or option not in options
-        require(takes, f"the environment {name} takes no option {option}")
-    env = made(**options)
-    require(env.goals, f"the environment {name} has no goals")
-    return env
-
-
-def own_class(name):
-    """The class that "module:Class" names, from the current folder or an installed package.
-    UserError if there is none that is a TextEnv, or if its module cannot be imported."""
-    module, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"the environment {name} cannot be imported: {reason}") from error
-    is_env = isinstance(found, type) and issubclass(found, TextEnv)
-    require(is_env, f"the environment {name} must be a class made from envs.TextEnv")
-    return found
+    """A new environment by its name, or "module:Class" for one of your own. options go to its
+    constructor: max_turns, and data or url where it takes them. UserError if there is none."""
+    kind = ENVS.get(name)
+    if kind is None:
+        module, _, attribute = name.partition(":")
+        require(attribute, f"--env {name}: known are {', '.join(ENVS)}, or your own module:Class")
+        sys.path.append(os.getcwd())
+        with naming(f"--env {name} cannot be imported", UserError):
+            found = importlib.import_module(module)
+            kind = getattr(found, attribute, None)
+            own = isinstance(kind, type) and issubclass(kind, TextEnv)
+            where = getattr(found, "__file__", module)
+            require(own, f"{where} has no class {attribute} made from envs.TextEnv")
+    with naming(f"--env {name}", UserError):
+        return kind(**options)
 
 
-def main(argv):
-    """Hand the command line over to .lab/player.py. Returns the exit code: 0, also at the end of
-    input; 2 bad input (one line on stderr); 130 Ctrl-C."""
-    folder = HERE / ".lab"
-    if not (folder / "player.py").exists():
-        print("envs.py: playing comes with the repository, in its folder .lab", file=sys.stderr)
-        return 2
-    sys.path.append(str(folder))
-    return importlib.import_module("player").main(argv)
-
-
-if __name__ == "__main__":
-    from envs import main  # the module that an environment of your own imports, not a second one
-
-    sys.exit(main(sys.argv[1:]))
+def call_all(calls, in_threads):
+    """Results of functions without arguments, in order."""
+    if not in_threads:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(64) as pool:
+        return list(pool.map(lambda call: call(), calls))

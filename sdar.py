@@ -8,15 +8,28 @@ token. At test time there is no skill: what it said has been learned.
 
     python sdar.py                            # the carried tiny policy, a toy household, a CPU
     python sdar.py --model Qwen/Qwen3-0.6B    # a checkpoint from the hub, through the same code
-    python sdar.py --help                     # commands and flags
+    python sdar.py --steps 0 --model FOLDER   # only play the held-out tasks
+    python sdar.py --help                     # all flags, and the instruments
 
-First reading, 20 minutes: Episode.view, rollout, response_logprobs, gate, sdar_loss, objective,
-train. Then top to bottom: the order of the file is the order of the algorithm.
+The algorithm on one screen. The order of the file is its order:
+
+    for step in 1, 2, ...:                                      train
+        episodes = G tries of each of some tasks                rollout
+        old, teacher = log-probs of what was sampled,           score
+                       without and with the skill
+        A = (reward - its group's mean) / its group's std       group_advantages
+        for each part of the episodes:                          update
+            ratio = exp(logprobs - old)                         response_logprobs
+            L_GRPO = max(-A ratio, -A clip(ratio)) + KL         policy_loss, kl_k3
+            gap = teacher - logprobs
+            gate = sigmoid(beta gap), without gradient          GATES
+            L_SDAR = gate gap                                   sdar_loss
+            mean(L_GRPO + lambda L_SDAR).backward(), step       objective
 
     the paper's              is called               and stands in
     s_t, the student's view  Episode.ids             Episode.view(with_skill=False)
     s_t+, with the skill c+  Episode.skill_ids       Episode.view(with_skill=True)
-    y_t, a sampled token     Episode.mask == 1       take_turn, record_turn
+    y_t, a sampled token     Episode.mask == 1       answer
     pi_theta, the student    model                   rollout, update
     pi_T, the teacher        model, or a copy of it  train, score(with_skill=True)
     log pi                   logprobs                response_logprobs
@@ -24,38 +37,31 @@ train. Then top to bottom: the order of the file is the order of the algorithm.
     epsilon                  clip_eps                policy_loss
     L_GRPO                   policy_loss, kl_k3      objective
     Delta_t, the gap         gap                     teacher's minus student's log-prob
-    g_t, beta                gate, gate_beta         gate
+    g_t, beta                gate, gate_beta         GATES
     L_SDAR, lambda           sdar_loss, sdar_coef    objective
 
 Where this is not the paper's published run: an episode is one growing conversation, as in the
 paper's section 2.1 (the official code makes a row of every turn); the defaults are the toy's, and
-PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours.
+PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours. Left out of
+the official code, since the paper's formulas have them not: a dual clip, an entropy bonus, group
+statistics by turn. Not here at all: several cards, and a rollout engine of its own.
 
-Axes: B episodes, T sampled tokens of an episode (padded), S tokens of its whole sequence (padded),
-V vocabulary, H width of the model, N rows of any kind, G episodes of a group.
+Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
+one after the other, V vocabulary, H width of the model, G episodes of a group.
 """
 
 import argparse
 import copy
-import difflib
-import hashlib
-import importlib
 import inspect
 import json
 import math
 import os
 import re
-import shutil
-import signal
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import gettempdir
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,60 +70,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-from envs import (
-    Bandit,
-    EnvUnavailable,
-    UserError,
-    as_typed,
-    call_all,
-    load_skills,
-    make_env,
-    naming,
-    require,
-    retrieve,
-    skill_text,
-    tolerant_output,
-    unknown,
-)
+from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, require
 
 # =================================== PART I: THE PAPER ===================================
 
 # --- 1. Configuration (paper, section 4.1 and appendix C) --------------------------------
 #
 # The defaults are the toy's: a network of 309 thousand parameters that learns in a minute on a CPU.
-# PRESETS has the values of the published run beside them. A method is a row of the paper's table:
-# which losses it has, where the teacher's log-probs go, and who reads the skill.
-
-
-class Method(NamedTuple):
-    """A row of the paper's Table 1."""
-
-    policy_weight: float = 1  # of GRPO's policy loss
-    # Where the teacher's log-probs go: into the loss "gate" or "skill_sd", into the "advantage", or
-    # nowhere.
-    teacher: str = ""
-    skilled: bool = False  # the student itself reads the skill while it trains
-
-
-METHODS = {
-    "grpo": Method(),
-    "opsd": Method(policy_weight=0, teacher="gate"),  # the official baseline keeps the gate
-    "grpo_opsd": Method(teacher="gate"),  # as sdar, but beta is 0: see METHOD_SETTINGS
-    "skill_grpo": Method(skilled=True),
-    "skill_sd": Method(teacher="skill_sd"),
-    "rlsd": Method(teacher="advantage"),
-    "sdar": Method(teacher="gate"),
-}
-BATCH_GATES = ("constant", "shuffled", "centred")  # controls that look at the whole batch
-GATES = ("gap", "entropy", "soft_or", "none", "reverse_kl", *BATCH_GATES)
+# A preset, and a method, is a set of settings that replaces some of them.
 
 PRESETS = {
-    "toy": {},  # Config's own defaults, for the tiny policy
+    "toy": {},
     "paper": {  # the published run, for any other model
         "steps": 150,
         "dtype": "bfloat16",
@@ -125,8 +88,6 @@ PRESETS = {
         "tasks_per_step": 16,
         "max_new_tokens": 512,
         "lr": 1e-6,
-        "entropy_coef": 0.001,
-        "turn_weights": True,
         "sdar_coef": 0.01,
         "rlsd_decay": 100,
         "eval_every": 5,
@@ -142,47 +103,39 @@ PRESETS = {
         "eval_episodes": 60,
     },
 }
-METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on `dev`
+METHODS = {  # the rows of the paper's Table 1, by what they change
+    "sdar": {},
+    "grpo": {"distil": "none"},
+    "opsd": {"policy_coef": 0.0},  # the official baseline keeps the gate
+    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token
+    "skill_grpo": {"distil": "none", "skilled": True},
+    "skill_sd": {"distil": "skill_sd"},
+    "rlsd": {"distil": "rlsd"},
+}
+METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on the split `dev`
     ("toy", "grpo"): {"lr": 1e-3},
     ("toy", "opsd"): {"lr": 3e-4},
     ("toy", "skill_sd"): {"sdar_coef": 0.1},
     ("paper", "skill_sd"): {"sdar_coef": 0.001},
-    ("toy", "grpo_opsd"): {"gate_beta": 0.0},  # a gate of 1/2 on every token
-    ("paper", "grpo_opsd"): {"gate_beta": 0.0},
 }
 
 
-CHOICES = {
-    "preset": PRESETS,
-    "method": METHODS,
-    "device": ("cpu", "cuda"),
-    "dtype": ("float32", "bfloat16"),
-    "gate": GATES,
-    "distil": ("loss", "advantage"),
-    "divergence": ("sampled", "reverse", "forward", "jsd"),
-    "teacher": ("live", "lagged", "frozen", "ema"),
-    "retrieval": ("keyword", "ucb", "full", "random", "wrong", "none"),
-}
-
-
-@dataclass(init=False)
+@dataclass
 class Config:
-    """One run. Every field is a flag, its comment the flag's help. What is given by hand wins over
-    the method's own settings, these over the preset's, and these over the defaults."""
+    """One run. Every field is a flag, its comment the flag's help."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
     env_data: str = ""  # the environment's games, checkout or questions; the toy has none
-    skill_bank: str = ""  # skills in a file, ours or official (skill_mapping.json); empty: built in
     search_url: str = ""  # retrieval server of search; empty: on this machine, port 8000
+    skills: str = ""  # skill bank in a JSON file; empty: the environment's own
     model: str = "tiny"  # tiny (carried along), a name on the hub, or a checkpoint's folder
     preset: str = ""  # toy, paper or small; empty: toy for the tiny model, paper for others
-    method: str = "sdar"  # grpo, opsd, grpo_opsd, skill_grpo, skill_sd, rlsd, sdar: Table 1's rows
+    method: str = "sdar"  # a row of the paper's Table 1: settings of the fields below
     seed: int = 0  # of tasks, sampling and order; never of the evaluation panel
-    steps: int = 60  # training steps, each one batch of episodes; paper: 150
+    steps: int = 60  # training steps, each one batch of episodes; 0: evaluate only; paper: 150
     out: str = ""  # folder of the run; empty: runs/<env>-<method>-s<seed>
-    anyway: bool = False  # train even if the first evaluation says that nothing will be learned
-    resume: bool = False  # go on with the run in --out from its checkpoint
+    resume: bool = False  # go on with the run in --out from its last checkpoint
     overwrite: bool = False  # replace the run in --out
     save_every: int = 10  # steps between checkpoints
 
@@ -200,52 +153,48 @@ class Config:
     temperature: float = 1.0  # of sampling, and therefore of every log-prob
     max_turns: int = 0  # turns an episode; 0: the environment's own, of the toy 10
     max_new_tokens: int = 8  # tokens a response; paper: 512
-    max_obs_tokens: int = 512  # tokens an observation, its admissible actions not counted
+    max_obs_tokens: int = 512  # tokens an observation, its list of actions not counted
+    skilled: bool = False  # the student itself reads the skill while it trains
 
     # GRPO, the backbone
     lr: float = 6e-4  # learning rate of AdamW, constant; paper: 1e-06
     minibatches: int = 4  # optimiser steps a batch
+    policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
-    dual_clip: float = 3.0  # cap on a bad action's loss, in advantages; 0: off (official code)
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
-    entropy_coef: float = 0.0  # entropy bonus, of the official code alone; paper: 0.001
-    invalid_penalty: float = 0.01  # taken off the score per invalid action, in rewards
-    turn_weights: bool = False  # an episode counts once a turn in its group; paper: True
-    normalize_std: bool = True  # divide advantages by the group's standard deviation
+    invalid_penalty: float = 0.01  # taken off an episode's reward per invalid action
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # SDAR
+    distil: str = "gate"  # what the teacher's log-probs go into: gate, skill_sd, rlsd or none
     sdar_coef: float = 1.0  # lambda, weight of the distillation loss; paper: 0.01
-    gate: str = "gap"  # gap, entropy, soft_or, none; reverse_kl, constant, shuffled, centred
+    gate: str = "gap"  # how far the teacher is trusted on a token: gap, entropy, soft_or, none
     gate_beta: float = 5.0  # beta, the sharpness of the gate
-    distil: str = "loss"  # gate or gap: in a loss of its own, or in PPO's clipped advantage
-    divergence: str = "sampled"  # sampled: of the sampled token; reverse, forward, jsd: of all
-    teacher: str = "live"  # weights that read the skill: live, lagged, frozen (the start's) or ema
-    teacher_refresh: int = 10  # steps between copies of the lagged teacher; ema: its horizon
-    retrieval: str = "keyword"  # keyword, ucb, full, random, none; control: wrong
-    skill_accuracy: float = 1.0  # share of groups with these skills; the others' are wrong ones
+    teacher: str = "live"  # weights that read the skill: live (the student's), frozen (the start's)
+    retrieval: str = "keyword"  # which skills it reads: keyword, full, random or ucb
     rlsd_decay: int = 40  # steps until RLSD's teacher has lost its share; paper: 100
 
     # evaluation
     eval_every: int = 10  # steps between evaluations; 0: before and after only; paper: 5
-    eval_episodes: int = 300  # episodes of the fixed panel; all: each task once; paper: 128
+    eval_episodes: int = 300  # episodes of the fixed panel; paper: 128
     eval_temperature: float = 0.4  # of sampling in evaluation
     eval_split: str = "eval"  # held-out tasks: dev to choose settings, eval to report
 
-    def __init__(self, **given):
-        tiny = given.get("model", "tiny") == "tiny"
-        preset = given.get("preset") or ("toy" if tiny else "paper")
-        own = METHOD_SETTINGS.get((preset, given.get("method", "sdar")), {})
-        settings = PRESETS.get(preset, {}) | own | given | {"preset": preset}
-        for f in fields(self):
-            setattr(self, f.name, settings.pop(f.name, f.default))
-        if settings:
-            raise TypeError(f"Config has no field {', '.join(settings)}")
 
-        self.out = self.out or f"runs/{self.env.split(':')[-1]}-{self.method}-s{self.seed}"
-        on_card = torch.cuda.is_available() and not tiny
-        self.device = self.device or ("cuda" if on_card else "cpu")
-        check_config(self)
+def configure(**given):
+    """The Config of a run. What is given wins over the method's own settings, these over the
+    preset's, and these over the defaults. UserError for what no run could use."""
+    tiny = given.get("model", "tiny") == "tiny"
+    method = given.get("method", "sdar")
+    preset = given.get("preset") or ("toy" if tiny else "paper")
+    chosen = METHODS.get(method, {}) | METHOD_SETTINGS.get((preset, method), {})
+    config = Config(**PRESETS.get(preset, {}) | chosen | given | {"preset": preset})
+
+    config.out = config.out or f"runs/{config.env.split(':')[-1]}-{method}-s{config.seed}"
+    on_card = torch.cuda.is_available() and not tiny
+    config.device = config.device or ("cuda" if on_card else "cpu")
+    check_config(config)
+    return config
 
 
 # --- 2. Conversation: token in, token out (paper, section 2.1) ---------------------------
@@ -261,97 +210,93 @@ class Chat:
 
     Ids are only ever appended. Rendering the conversation again each turn would not do: Qwen3's
     template drops earlier reasoning, and text that is tokenised again may give other ids than the
-    policy sampled. So the template is rendered once, around marks, and its frames are kept.
-    """
+    policy sampled. So the template is rendered once, around marks, and its frames are kept."""
 
     def __init__(self, tokenizer, eos=None):
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
-        self.whole_words = bool(tokenizer.init_kwargs.get("whole_words"))  # the tiny policy's
         self.encode = lru_cache(maxsize=256)(self._encode)  # environments repeat themselves
-
-        # Three turns, each text a mark; what stands between two marks is a frame.
+        self.plain = bool(tokenizer.init_kwargs.get("whole_words"))  # the tiny policy's
         roles = "system user assistant user assistant user".split()
         marks = "SYSTEMTEXT FIRSTTEXT ANSWERTEXT NEXTTEXT ANSWERTEXT NEXTTEXT".split()
-        messages = [{"role": role, "content": f" {mark} "} for role, mark in zip(roles, marks)]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        parts = re.split(f"( ?(?:{'|'.join(marks)}) ?)", rendered)
-        frames, texts = parts[::2], parts[1::2]
-        found = [text.strip() for text in texts]
-        require(found in (marks, marks[1:]), "its chat template moves, repeats or drops a message")
-        kept = [f" {mark} " for mark in found] == texts
-        require(kept, "its chat template strips the blanks around a message")
-        self.takes_instructions = found == marks  # else it has no place for a system message
-        *before_first, answer, between, answer_again, between_again, after = frames
-        alike = (answer, between) == (answer_again, between_again) and after.startswith(answer)
+        parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
+        expected = marks[self.plain :]  # the tiny policy's has no place for a system message
+        require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
+
+        frames = [self._tokenize(frame) for frame in parts[::2]]
+        *self._begin, answer, self._between, again, between_again, self._after = frames
+        alike = (answer, self._between) == (again, between_again)
+        alike = alike and self._after[: len(answer)] == answer
         require(alike, "its chat template frames a second turn otherwise than the first")
-        self._before_first = [self._tokenize(part) for part in before_first]
-        self._between = self._tokenize(between)  # end of a response, start of the user's message
-        self._after = self._tokenize(after)  # end of the user's message, start of a response
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
-        ends = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
-        self.stop_ids = sorted(ends - {None})
-
-        # What a text from outside must never become: an added token, special or not.
-        added = tokenizer.get_added_vocab()  # {text: id}
-        if self.end_id not in added.values():
-            raise ValueError("its chat template closes a turn with no control token")
-        self._control = set(added.values()) - ({tokenizer.unk_token_id} - set(self.stop_ids))
-        any_added = "|".join(map(re.escape, added))
-        self._after_first_character = re.compile(f"(?s)(?<=(?={any_added}).)")
+        self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
+        self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
+        self._control = {*self._added.values()} - {tokenizer.unk_token_id}
+        fine = self.end_id in self._control
+        require(fine, "its chat template closes a turn with no control token")
 
     def _tokenize(self, text, **options):
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
-        text = text.encode(errors="replace").decode()  # a lone surrogate becomes a ?
+        text = text.encode(errors="replace").decode()  # half a character becomes a ?
 
-        # What looks like an added token (Qwen3's <think> is one, and not even marked special) is
-        # cut after its first character. What a normaliser makes look like one is left out.
-        pieces = self._after_first_character.split(text)
-        parts = self._tokenize(pieces, split_special_tokens=True)
-        return [id for ids in parts for id in ids if id not in self._control]
+        # The tokenizer can be told not to see special tokens. But Qwen3's <think> is added and not
+        # special: what looks like one is cut after its first character.
+        for token in self._added:
+            text = text.replace(token, f"{token[0]}\0{token[1:]}")
+        parts = self._tokenize(text.split("\0"), split_special_tokens=True)
+        return [id for part in parts for id in part if id not in self._control]
 
-    def first(self, instructions, observation, examples=()):
+    def cut(self, text, limit):
+        """The text; if it has more than `limit` tokens, the first of them."""
+        text = text[: 64 * limit]  # a page may have a megabyte
+        ids = self.encode(text)
+        return text if len(ids) <= limit else self.tokenizer.decode(ids[:limit]) + " ..."
+
+    def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
-        examples: (observation, response) pairs, turns that stand before it as if they had been."""
-        head = list(self._before_first[0])
-        if self.takes_instructions:
-            head += self.encode(instructions) + self._before_first[1]
-        for seen, said in examples:
-            head += self.encode(seen) + self._after + self.encode(said) + self._between
-        return head + self.encode(observation) + self._after, len(head)
+        The environment's examples are turns that stand before it as if they had been."""
+        ids = list(self._begin[0])
+        if not self.plain:
+            ids += self.encode(env.instructions.strip()) + self._begin[1]
+            for seen, said in env.examples:
+                ids += self.encode(seen) + self._after + self.encode(said) + self._between
+        return ids + self.encode(prompt) + self._after, len(ids)
 
-    def next(self, observation, ended):
-        """Ids between two responses. ended: the first one sampled its own end of turn."""
-        frame = self._between[1:] if ended else self._between
-        return frame + self.encode(observation) + self._after
+    def next(self, prompt, last_id):
+        """Ids between two responses. The first one may have sampled its own end of turn."""
+        frame = self._between[1:] if last_id == self.end_id else self._between
+        return frame + self.encode(prompt) + self._after
 
 
 @dataclass
 class Episode:
     """One conversation and what became of it."""
 
+    env: object
     task: str
     task_type: str
-    group: int  # episodes of one group play the same task from the same state
+    random: np.random.Generator  # its own: what it samples does not depend on its neighbours
     ids: list  # the whole conversation
     mask: list  # 1 exactly on the ids that the policy sampled, its ends of turn among them
     skill_at: int  # where in ids the skill would stand
     skills: list  # what the teacher reads there and the student does not
     skill_ids: list  # its ids; empty where no skill fits the task
     logprobs: list = field(default_factory=list)  # the sampler's, of the sampled ids
-    transcript: list = field(default_factory=list)  # observation, response, observation, ...
+    read: int = 0  # how many of its ids the KV cache holds
     turns: int = 0
     invalid: int = 0  # turns whose action was invalid
     reward: float = 0.0  # raw: 0 or 1
     won: bool = False
-    overflowed: bool = False  # ended because the model's context was full
+    running: bool = True
 
     def add(self, ids, sampled):
         """Append ids to the conversation. sampled: 1 if the policy chose them, else 0."""
@@ -367,8 +312,7 @@ class Episode:
         """
         skill = self.skill_ids if with_skill else []
         ids = self.ids[: self.skill_at] + skill + self.ids[self.skill_at :]
-        mask = self.mask[: self.skill_at] + [0] * len(skill) + self.mask[self.skill_at :]
-        return ids, mask
+        return ids, [0] * len(skill) + self.mask  # in front of the skill nothing was sampled
 
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
@@ -376,18 +320,17 @@ class Episode:
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
 # that have ended leave the batch. Between turns the model keeps what it has read in a KV cache.
 #
-#     turn 1   fed: p p p p p            sampled: a b <end>
-#              fed: . . p p p            sampled: a <end>        . a hole: padding, on the left
-#     turn 2   fed: <end> o o o          sampled: ...            o the next observation
-#              fed: . <end> o o          (the last sampled id is fed with what follows it)
+#     turn 1   fed: p p p p p     then a, b, <end>, one after the other
+#              fed: . . p p p     then a, <end>, .         . a hole: nothing new in this row
+#     turn 2   fed: o o o          ...                     o the next observation
+#              fed: . o o
 
-
-LATE = {"delay": 2, "leave": False}  # a bar for what takes more than two seconds, gone afterwards
+BAR = {"delay": 2, "leave": False}  # a progress bar for what takes more than two seconds
 
 
 def padded(rows, device="cpu", side="right"):
     """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
 
 
@@ -396,361 +339,239 @@ def forward_dtype(model, config):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@lru_cache
-def cache_class():
-    """The library's growing KV cache, its keys in the dtype of the values: under autocast rotary
-    embeddings leave them in float32, at twice the memory."""
-    from transformers import DynamicCache  # imported here, since it takes seconds
-
-    class ValuesDtypeCache(DynamicCache):
-        def update(self, key_states, value_states, *more, **named):
-            return super().update(key_states.to(value_states.dtype), value_states, *more, **named)
-
-    return ValuesDtypeCache
-
-
 class Sampler:
-    """Samples responses to a batch of conversations, and keeps their KV cache between turns.
+    """Samples from a batch of conversations, and keeps their KV cache between turns.
 
-    The library's generate() would do for one turn. It does not keep the cache of a batch whose rows
-    go on at different lengths, and its draws depend on the rest of the batch.
-
-    A turn feeds only what is new. News differ in length, so a block of columns is padded on the
-    left, and a row that has finished its response is fed on until the slowest one has. Both leave
-    holes in the cache. The mask hides them and positions skip them: log-probs are those of an
-    unpadded pass over the conversation.
-    """
+    The library's generate() does not keep the cache of a batch whose rows go on at different
+    lengths, and its draws depend on the rest of the batch. Here what is new is padded on the left.
+    That leaves holes in the cache; the mask hides them and positions skip them, so log-probs are
+    those of an unpadded pass over the conversation."""
 
     def __init__(self, model, temperature):
+        from transformers import DynamicCache  # imported here, since it takes seconds
+
         self.model = model
-        self.temperature = temperature  # 0: greedy
-        self.cache = cache_class()(config=model.config)
+        self.temperature = max(temperature, 1e-4)  # 0: greedy
         names = inspect.signature(model.forward).parameters  # transformers 5.24 renamed one
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        name = "cache" if "cache" in names else "past_key_values"
+        self.cache = {name: DynamicCache(config=model.config)}
         self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
-        self.logits = None  # (B, V) after each row's newest token
 
-    def feed(self, ids, new):
-        """Append a block of columns: ids (B, n), new (B, n) 1 where real."""
-        if self.real is None:
-            self.real = new[:, :0]
-        known = self.real.shape[1]
-        positions = self.real.sum(1, keepdim=True) + new.cumsum(1) - 1
-        self.real = torch.cat([self.real, new], 1)
-
-        # A column sees those up to its own that are no holes. Building the mask here is cheaper
-        # than the library's, which waits for the GPU.
-        causal = torch.ones(new.shape[1], known + new.shape[1], device=ids.device).tril(known)
-        mask = causal.bool() & self.real[:, None].bool()  # (B, n, columns)
+    def feed(self, episodes):
+        """Read what is new in each conversation -> logits (B, V) after its newest token."""
+        device = self.model.device
+        rows = [episode.ids[episode.read :] for episode in episodes]
+        for episode in episodes:
+            episode.read = len(episode.ids)
+        new = padded([[1] * len(row) for row in rows], device, "left")
+        self.real = new if self.real is None else torch.cat([self.real, new], 1)
+        positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1
         output = self.model(
-            input_ids=ids,
-            attention_mask=mask[:, None],
+            input_ids=padded(rows, device, "left"),
+            attention_mask=self.real,
             position_ids=positions.clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
-            **{self.cache_name: self.cache},
+            **self.cache,
         )
-        self.logits = output.logits[:, -1].float()
+        return output.logits[:, -1].float()
 
-    def feed_rows(self, rows):
-        """Append to each conversation its list of new ids."""
-        new = [[1] * len(row) for row in rows]
-        device = self.model.device
-        self.feed(padded(rows, device, side="left"), padded(new, device, side="left"))
-
-    def draw(self, uniform):
-        """An id for each row and its log-prob, both (B,), from uniform (B, 1) in [0, 1).
+    def draw(self, logits, uniform):
+        """An id for each row and its log-prob, lists, from uniform (B,) in [0, 1).
 
         By inverting the row's own cumulative distribution: what a row draws cannot depend on its
         neighbours, as it would with one generator for the batch."""
-        logprobs = torch.log_softmax(self.logits / (self.temperature or 1.0), -1)  # (B, V)
-        if self.temperature:
-            cdf = logprobs.exp().cumsum(-1)
-            chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-            chosen = chosen.clamp(max=cdf.shape[1] - 1)
-        else:
-            chosen = logprobs.argmax(-1, keepdim=True)
-        return chosen[:, 0], logprobs.gather(1, chosen)[:, 0]
-
-    def respond(self, uniforms, stop_ids, stop_text=None):
-        """Sample a response to each conversation: [(ids, log-probs)], lists.
-
-        A response ends with a stop id, where stop_text(ids, None) says so, or with the columns of
-        uniforms (B, max_new_tokens). Its last id is fed only with what comes after it."""
-        stop_ids = torch.tensor(stop_ids, device=uniforms.device)
-        running = torch.ones_like(uniforms[:, 0], dtype=torch.bool)
-        ids, logprobs = [], []  # columns, each (B,)
-        real = []
-        for uniform in uniforms.split(1, dim=1):
-            if ids:
-                self.feed(ids[-1][:, None], running[:, None].long())
-            chosen, logprob = self.draw(uniform)
-            ids.append(chosen)
-            logprobs.append(logprob)
-            real.append(running)
-
-            running = running & ~torch.isin(chosen, stop_ids)
-            if stop_text:
-                running = running & ~stop_text(torch.stack(ids[-32:], 1), None)
-            if not running.any():  # the only time that a token waits for the GPU
-                break
-
-        ids = torch.stack(ids, 1).tolist()
-        logprobs = torch.stack(logprobs, 1).tolist()
-        lengths = sum(real).tolist()
-        return [(ids[row][:n], logprobs[row][:n]) for row, n in enumerate(lengths)]
+        logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
+        cdf = logprobs.exp().cumsum(-1)
+        uniform = torch.tensor(uniform, device=logits.device)[:, None]
+        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+        chosen = chosen.clamp(max=logits.shape[1] - 1)  # where the product was rounded up
+        return chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
 
     def keep(self, rows):
-        """The batch becomes these rows of it; a row may be named several times."""
+        """The batch becomes these rows of it."""
         rows = torch.tensor(rows, device=self.real.device)
-        self.cache.reorder_cache(rows)
+        for cache in self.cache.values():
+            cache.reorder_cache(rows)
         self.real = self.real[rows]
-        self.logits = self.logits[rows]
-
-
-@dataclass
-class Player:
-    """An episode while it is played, and what only the rollout needs to know about it."""
-
-    env: object
-    episode: Episode
-    random: np.random.Generator  # its own: what it samples does not depend on its neighbours
-    fed: int = 0  # how many of its ids the KV cache holds
-    running: bool = True
-    failure: EnvUnavailable = None  # the engine or server that died under it
 
 
 @torch.no_grad()
-def rollout(
-    model,
-    chat,
-    envs,
-    starts,
-    config,
-    stream,
-    temperature,
-    with_skill=False,
-    bandit=None,
-    first=0,
-    sampler_class=None,
-):
-    """Play an episode from each (task, seed, group) of `starts`, in lockstep. Returns Episodes.
+def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
+    """Play an episode from each (task, seed, numbers) of `starts`, as many at once as there are
+    environments. Returns Episodes, in the order of the starts.
 
-    stream: ints that name the random numbers (1, ...: evaluation, 3: training, 4: inspect); episode
-    i samples from (*stream, first + i). with_skill: put the skill into the prompt for the student,
-    too. bandit: of --retrieval ucb. Episodes whose engine or server failed are left out;
-    EnvUnavailable if that was half of them or more."""
-    for env in envs:
-        env.cut = partial(cut_text, chat, config.max_obs_tokens)
-        env.tagged = not chat.whole_words
-        env.show_admissible |= env.tagged
+    numbers: ints that name an episode's random numbers. with_skill: the student reads the skill,
+    too."""
+    episodes = []
+    progress = tqdm(desc="playing", total=len(starts), unit="episode", **BAR)
+    for first in range(0, len(starts), len(envs)):
+        playing = []
+        for env, start in zip(envs, starts[first:]):
+            playing.append(start_episode(chat, env, start, config, with_skill))
+        episodes += playing
 
-    # Start. Where an engine fails, its episode is left out, and the others play as if nothing was.
-    resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, starts)]
-    players, failures = [], []
-    for i, begun in enumerate(call_all(resets, envs[0].slow)):
-        if isinstance(begun, EnvUnavailable):
-            failures.append(begun)
-            continue
-        episode = start_episode(chat, envs[i], starts[i], begun, config, with_skill, bandit)
-        players.append(Player(envs[i], episode, np.random.default_rng([*stream, first + i])))
-    check_context(model, envs[0], [player.episode for player in players], config)
-
-    # Play, as many at once as the memory allows. Who has ended leaves the batch, and its cache.
-    progress = tqdm(desc="evaluation" if stream[0] == 1 else "playing", unit="token", **LATE)
-    for start in range(0, len(players), config.rollout_batch):
-        playing = players[start : start + config.rollout_batch]
-        sampler = (sampler_class or Sampler)(model, temperature)
+        # Who has ended leaves the batch, and its cache.
+        sampler = Sampler(model, temperature)
         while playing:
-            tokens = take_turn(sampler, chat, playing, config)
-            rows = [row for row, player in enumerate(playing) if player.running]
+            responses = answer(sampler, chat, playing, config)
+            act(chat, playing, responses, model.config.max_position_embeddings, config)
+            rows = [row for row, episode in enumerate(playing) if episode.running]
+            progress.update(len(playing) - len(rows))
             playing = [playing[row] for row in rows]
             if playing:
                 sampler.keep(rows)
-            progress.set_postfix(
-                turns=max(player.episode.turns for player in players), refresh=False
-            )
-            progress.update(tokens)
     progress.close()
-
-    failures += [player.failure for player in players if player.failure]
-    report_failures(failures, len(starts))
-    return [player.episode for player in players if not player.failure]
+    return episodes
 
 
-def start_episode(chat, env, start, begun, config, with_skill, bandit):
-    """The Episode after its first observation. begun: what env.reset returned."""
-    _, seed, group = start
-    observation, info = begun
-    task, task_type = info["task"], info["task_type"]
-    strategy = config.retrieval
-    draw = np.random.default_rng([seed, *task.encode(errors="replace")])  # alike in a group
-    if draw.random() >= config.skill_accuracy:
-        strategy = "wrong"
-    skills = retrieve(env.skills, task, task_type, strategy, seed, bandit)
-    examples = env.examples if env.tagged else ()
-    ids, at = chat.first(env.instructions, as_read(observation, env, turn=1), examples)
-    mask, skill_ids = [0] * len(ids), chat.encode(skill_text(skills))
-    episode = Episode(task, task_type, group, ids, mask, at, skills, skill_ids)
-    episode.transcript.append(observation)
+def start_episode(chat, env, start, config, with_skill):
+    """The Episode after its first observation."""
+    task, seed, numbers = start
+    env.plain = chat.plain
+    observation, info = env.reset(task, seed)
+    skills = env.bank.retrieve(info["task"], info["task_type"], seed)
+    skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
+    skill_ids = chat.encode(skill) if skills else []
+    ids, at = chat.first(env, as_read(chat, observation, info, config))
     if with_skill:  # it becomes part of the conversation: both readers see it, nobody is taught
-        episode.ids, episode.mask = episode.view(with_skill)
-        episode.skill_ids = []
-    return episode
+        ids = ids[:at] + skill_ids + ids[at:]
+        skill_ids = []
+    return Episode(
+        env=env,
+        task=info["task"],
+        task_type=info["task_type"],
+        random=np.random.default_rng(numbers),
+        ids=ids,
+        mask=[0] * len(ids),
+        skill_at=at,
+        skills=skills,
+        skill_ids=skill_ids,
+    )
 
 
-def as_read(observation, env, turn):
-    """An observation as the policy reads it. A language model is told the turn, and the form."""
-    if not env.tagged:
+def as_read(chat, observation, info, config):
+    """An observation as the policy reads it. A language model is also told what is new that it can
+    do, the turn, and the form of an answer. No blanks at the ends: some templates drop them."""
+    if chat.plain:
         return observation
-    return f"{observation}\nTurn {turn} of {env.max_turns}. {env.reminder}"
+    return (chat.cut(observation, config.max_obs_tokens) + info["hint"]).strip()
 
 
-def take_turn(sampler, chat, players, config):
-    """One turn of each episode: the policy answers, the environment replies, both are recorded.
-    Returns how many tokens were sampled."""
-    # The policy: what is new since its last turn is fed, then a response is sampled.
+def answer(sampler, chat, episodes, config):
+    """Sample a response to each conversation, and write it there. Returns their texts.
+
+    A response ends with an end of turn, with a closing tag, or after max_new_tokens. Who has
+    finished waits for the slowest."""
     size = config.max_new_tokens
-    uniforms = np.stack([player.random.random(size, dtype=np.float32) for player in players])
-    uniforms = torch.tensor(uniforms, device=sampler.model.device)  # (B, max_new_tokens)
-    stop_text = stop_criteria(chat, players[0].env.stop_strings)
-    with forward_dtype(sampler.model, config):
-        sampler.feed_rows([player.episode.ids[player.fed :] for player in players])
-        responses = sampler.respond(uniforms, chat.stop_ids, stop_text)
+    uniforms = np.stack([episode.random.random(size, dtype=np.float32) for episode in episodes])
+    begins = [len(episode.ids) for episode in episodes]
+    talking = list(range(len(episodes)))  # rows
+    for uniform in uniforms.T:
+        with forward_dtype(sampler.model, config):
+            logits = sampler.feed(episodes)
+        ids, logprobs = sampler.draw(logits, uniform)
+        for row in talking:
+            episodes[row].add([ids[row]], sampled=1)
+            episodes[row].logprobs.append(logprobs[row])
+        talking = [row for row in talking if not finished(chat, episodes[row], begins[row])]
+        if not talking:
+            break
 
-    # The environments: each reads an action out of its response, and all take their step.
-    texts = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in responses]
-    actions = [player.env.parse(text) for player, text in zip(players, texts)]
-    steps = [partial(player.env.step, action) for player, (action, _) in zip(players, actions)]
-    results = call_all(steps, players[0].env.slow)
-
-    room = sampler.model.config.max_position_embeddings - config.max_new_tokens
-    for player, response, text, (_, valid), result in zip(
-        players, responses, texts, actions, results
-    ):
-        if isinstance(result, EnvUnavailable):  # never shown to the policy
-            player.failure, player.running = result, False
-        else:
-            record_turn(player, chat, response, text, valid, result, room)
-    return sum(len(ids) for ids, _ in responses)
+    responses = [episode.ids[begin:] for episode, begin in zip(episodes, begins)]
+    return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def record_turn(player, chat, response, text, valid, result, room):
-    """Write a response, what came of it and the next prompt into the episode. valid: its action
-    could be read; room: ids that a sequence may have before a response."""
-    episode, (ids, logprobs) = player.episode, response
-    observation, reward, terminated, truncated, info = result
-    episode.add(ids, sampled=1)
-    episode.logprobs += logprobs
-    episode.transcript += [text, observation]
-    player.fed = len(episode.ids) - 1  # the last sampled id is fed with the next observation
+def finished(chat, episode, begin):
+    """True if the ids from `begin` on are a whole response."""
+    if episode.ids[-1] in chat.end_ids or chat.plain:
+        return episode.ids[-1] in chat.end_ids
+    tail = chat.tokenizer.decode(episode.ids[begin:][-16:])  # a tag may be cut into many tokens
+    return any(tag in tail for tag in episode.env.closing_tags)
 
-    episode.turns += 1
-    episode.invalid += not (valid and info["valid"])
-    episode.reward += reward
-    episode.won = info["won"]
 
-    # Only what is added here, and the responses, the policy ever reads; nothing of it is sampled.
-    prompt = as_read(observation, player.env, turn=episode.turns + 1)
-    between = chat.next(prompt, ended=ids[-1] == chat.end_id)
-    fits = len(episode.ids) + len(between) + len(episode.skill_ids) <= room
-    player.running = fits and not (terminated or truncated)
-    episode.overflowed = not (fits or terminated or truncated)
-    if player.running:
-        episode.add(between, sampled=0)
+def act(chat, episodes, responses, context, config):
+    """The environments read an action out of each response and reply. The reply becomes the next
+    prompt. An episode that would fill the model's context ends."""
+    actions = [episode.env.parse(text) for episode, text in zip(episodes, responses)]
+    steps = [partial(e.env.step, action) for e, (action, _) in zip(episodes, actions)]
+    results = call_all(steps, episodes[0].env.slow)
+
+    for episode, (_, readable), result in zip(episodes, actions, results):
+        observation, reward, terminated, truncated, info = result
+        episode.turns += 1
+        episode.invalid += not (readable and info["valid"])
+        episode.reward += reward
+        episode.won = info["won"]
+
+        # Only what is added here, and the responses, the policy ever reads. Nothing of it is
+        # sampled.
+        prompt = chat.next(as_read(chat, observation, info, config), episode.ids[-1])
+        needed = len(episode.ids) + len(prompt) + len(episode.skill_ids) + config.max_new_tokens
+        episode.running = not (terminated or truncated or needed > context)
+        if episode.running:
+            episode.add(prompt, sampled=0)
 
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) ------------------------------
 #
-# The same function scores for the student, the teacher, the start policy and the training pass;
-# only weights, the skill and the graph differ. Its rows are episodes, its columns the sampled ids
-# alone: student and teacher stand at different places of different sequences, and share column t.
+# The same function scores for the student, the teacher, the start policy and the training pass.
+# Only weights, the skill and the graph differ. It returns a value for each sampled token and
+# nothing else: student and teacher stand at different places of different sequences, but token n of
+# the one is token n of the other.
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
 
 
-def token_logprobs(
-    hidden,
-    head_weight,
-    ids,
-    temperature=1.0,
-    with_entropy=False,
-    kernel=None,
-    logits_at_once=LOGITS_AT_ONCE,
-):
+def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
     """Log-softmax of hidden @ head_weight.T / temperature at ids, and its exact entropy in nats.
 
-    hidden (N, H), head_weight (V, H), ids (N,) -> logprobs (N,), entropy (N,) or None, in at least
-    float32. kernel: a function that does it from logits, see part II. Rows go in chunks, which the
-    backward pass computes again: the float32 logits of all rows never exist at once (16,384 rows
-    of Qwen's 151,936 tokens would take 10 GB)."""
+    hidden (N, H), head_weight (V, H), ids (N,) -> logprobs (N,), entropy (N,), in float32. kernel:
+    a function that does it from logits. Rows go in chunks, which the backward pass computes again:
+    the float32 logits of all rows never exist at once (16,384 rows of Qwen's 151,936 tokens would
+    take 10 GB)."""
 
     # Only one of V log-probs a row is wanted, but all V logits are needed for its denominator.
-    def chunk(hidden, head_weight, ids):
-        logits = F.linear(hidden, head_weight)  # of a view like .T, autocast would keep no copy
-        if kernel and len(ids):
-            return kernel(logits, ids, temperature, with_entropy)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logprobs = torch.log_softmax(logits / temperature, -1)  # (rows, V)
-        entropy = logprobs[:, 0]  # of the right shape, where nobody asks for it
-        if with_entropy:
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
+    def chunk(hidden, ids):
+        logits = F.linear(hidden, head_weight)
+        if kernel:
+            return kernel(logits, ids, temperature)
+        logprobs = torch.log_softmax(logits.float() / temperature, -1)  # (rows, V)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
-    rows = max(1, logits_at_once // len(head_weight))
-    if len(ids) > rows:
-        chunk = partial(checkpoint, chunk, use_reentrant=False)
-    parts = zip(hidden.split(rows), ids.split(rows))
-    chunks = [chunk(some, head_weight, their_ids) for some, their_ids in parts]
-    logprobs, entropy = map(torch.cat, zip(*chunks))
-    return logprobs, entropy if with_entropy else None
+    rows = max(1, LOGITS_AT_ONCE // len(head_weight))
+    chunks = []
+    for part in zip(hidden.split(rows), ids.split(rows)):
+        chunks.append(checkpoint(chunk, *part, use_reentrant=False))
+    logprobs, entropy = zip(*chunks)
+    return torch.cat(logprobs), torch.cat(entropy)
 
 
-def response_mask(episodes, device="cpu"):
-    """(B, T) 1.0 where an episode has a t-th sampled id. From here on column t means that id, for
-    student and teacher alike, wherever it stands in their sequences."""
-    return padded([[1.0] * sum(episode.mask) for episode in episodes], device)
+def response_logprobs(model, episodes, config, with_skill=False):
+    """Log-probs and entropies, each (N,), of the sampled ids as one of the two readers sees them.
 
-
-def predicting_states(model, episodes, with_skill):
-    """The states (N, H) that predict the N sampled ids of all episodes, and these ids (N,)."""
+    Two sequences with three and two sampled ids become N = 5:
+        ids      p  p  p  a  b  o  c         p  p  a  o  b     p: prompt, o: observation
+        mask     0  0  0  1  1  0  1         0  0  1  0  1
+        token             0  1     2               3     4     the same for the teacher
+    """
     # One pass reads a whole conversation: attention is causal, so the state at each place is what
-    # the policy had there when it sampled.
+    # the policy had there when it sampled. Padding is on the right, where no token looks.
     views = [episode.view(with_skill) for episode in episodes]
     ids = padded([ids for ids, _ in views], model.device)  # (B, S)
     mask = padded([mask for _, mask in views], model.device)  # (B, S) 1: sampled
-    real = padded([[1] * len(ids) for ids, _ in views], model.device)  # (B, S) 0: padding
-
     sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
-    output = model.base_model(input_ids=ids, attention_mask=real, use_cache=False)
-    return output.last_hidden_state[:, :-1][sampled], ids[:, 1:][sampled]
-
-
-def response_logprobs(model, episodes, config, with_skill=False, with_entropy=False):
-    """Log-probs (B, T), and entropies or None, of the sampled ids as one of the two readers sees
-    them.
-
-    A sequence of S = 9 with two responses becomes T = 5 columns:
-        ids      p  p  p  a  b  o  c  d  e      p: prompt, o: observation
-        mask     0  0  0  1  1  0  1  1  1
-        column            0  1     2  3  4      the same for the teacher, whose S is longer
-    """
     with forward_dtype(model, config):
-        states, ids = predicting_states(model, episodes, with_skill)
-        logprobs, entropy = token_logprobs(
-            states,
+        output = model.base_model(input_ids=ids, use_cache=False)
+        return token_logprobs(
+            output.last_hidden_state[:, :-1][sampled],
             model.get_output_embeddings().weight,
-            ids,
+            ids[:, 1:][sampled],
             config.temperature,
-            with_entropy,
             load_kernel(config.dtype) if config.kernel else None,
         )
-
-    inside = response_mask(episodes, model.device).bool()
-    empty = torch.zeros(inside.shape, device=model.device)
-    logprobs = empty.masked_scatter(inside, logprobs)
-    return logprobs, empty.masked_scatter(inside, entropy) if with_entropy else None
 
 
 def micro_batches(rows, episodes, budget):
@@ -760,260 +581,110 @@ def micro_batches(rows, episodes, budget):
     return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
 
 
-def full_divergence(model, teacher, episodes, config):
-    """divergence() of the whole next-token distributions of student and teacher at each sampled id,
-    (B, T), exactly, in chunks like token_logprobs. The gradient goes through the student."""
-    # Student and teacher stand at different places of different sequences, but predict the same N
-    # sampled ids: row i of the one belongs to row i of the other.
-    heads = [one.get_output_embeddings().weight for one in (model, teacher)]
-    with forward_dtype(model, config):
-        own, _ = predicting_states(model, episodes, with_skill=False)
-        with torch.no_grad():
-            told, _ = predicting_states(teacher, episodes, with_skill=True)
-
-        def chunk(own, told):
-            logits = F.linear(own, heads[0]), F.linear(told, heads[1].detach())
-            student, skilled = (  # each (rows, V)
-                torch.log_softmax(x.float() / config.temperature, -1) for x in logits
-            )
-            return divergence(student, skilled, config.divergence)
-
-        rows = max(1, LOGITS_AT_ONCE // len(heads[0]))
-        parts = zip(own.split(rows), told.split(rows))
-        values = torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
-    inside = response_mask(episodes, model.device).bool()
-    return torch.zeros(inside.shape, device=model.device).masked_scatter(inside, values)
-
-
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
-    """response_logprobs of all of a step's episodes, without a graph: (B, T)."""
-    scored = []
+    """Log-probs (N,) of all sampled tokens of a step's episodes, without a graph."""
     parts = micro_batches(range(len(episodes)), episodes, config.micro_tokens)
-    for rows in tqdm(parts, "scoring", **LATE):
+    scored = []
+    for rows in tqdm(parts, "scoring", **BAR):
         micro = [episodes[row] for row in rows]
         logprobs, _ = response_logprobs(model, micro, config, with_skill)
-        scored += logprobs.cpu()  # waits for the GPU, whose time is being taken
-    return pad_sequence(scored, batch_first=True).to(model.device)
+        scored.append(logprobs)
+    return torch.cat(scored)
 
 
-# --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (B, T) tensors --------
+# --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
 #
-# No model, no configuration, no I/O: copy what you need into your own trainer. Every mean runs over
-# the tokens where mask is 1, of all episodes together: a long episode weighs more than a short one.
+# No model, no configuration, no mask: a value for each sampled token. Copy what you need into your
+# own trainer, and give it logprobs[mask]. A loss comes back as a dict, with what is worth a look
+# beside it. The mean over the tokens is taken in `update`, once: a long episode weighs more than a
+# short one.
 
 
-def visible(mask, *tensors):
-    """The tensors with 0 wherever mask is 0: what stands there, NaN included, reaches neither a
-    value nor a gradient. Multiplying by the mask would not stop NaN."""
-    return [x.masked_fill((mask == 0).expand_as(x), 0.0) for x in tensors]
+def group_advantages(rewards, eps=1e-6):
+    """GRPO's advantage (section 2.2): how much better an episode is than its group. A row of
+    rewards is a group: (groups, G) -> (groups, G).
 
-
-def masked_mean(x, mask):
-    """Mean of x over the tokens where mask is 1; 0 if there are none."""
-    (x,) = visible(mask, x)
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def group_advantages(scores, groups, weights=None, normalize_std=True, eps=1e-6):
-    """GRPO's advantage (section 2.2): how much better an episode is than its group.
-
-    scores (N,), groups (N,) ints -> (N,): (score - mean) / (std + eps), std with n - 1.
-    weights (N,): count a row as that many rows (the official code: an episode's turns).
-    normalize_std=False leaves the std out. A group of one row has mean 0 and std 1; where all of a
-    group score the same, its advantages are exactly 0.
-
-    >>> group_advantages(torch.tensor([1., 0., 0., 0.]), torch.tensor([7, 7, 7, 7]))
-    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
-    if not scores.is_floating_point():
-        scores = scores.float()
-    if weights is None:
-        weights = torch.ones_like(scores)
-    groups = torch.as_tensor(groups, device=scores.device)
-    weights = torch.as_tensor(weights).to(scores)
-
-    advantages = torch.empty_like(scores)
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
     # The deviation makes tasks that few win, or few lose, as loud as the others.
-    for group in groups.unique():
-        rows = groups == group
-        x, w = scores[rows], weights[rows]
-        n = w.sum()  # how many rows these count as
-        mean = (w * x).sum() / n
-        std = ((w * (x - mean) ** 2).sum() / (n - 1)).sqrt()
-
-        if n <= 1:
-            mean, std = 0.0, 1.0
-        elif x.min() == x.max():  # rounding of the mean would tell equal scores apart
-            mean, std = x[0], 0.0
-        advantages[rows] = (x - mean) / (std + eps) if normalize_std else x - mean
-    return advantages
+    rewards = rewards.double()  # a rounded mean would tell equal rewards apart
+    mean = rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)  # with G - 1
+    return ((rewards - mean) / (std + eps)).float()
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, dual_clip=3.0):
-    """PPO's clipped loss (section 2.2), a scalar, and stats: clip_fraction, ratio_mean.
+def policy_loss(logprobs, old, advantages, clip_eps=0.2):
+    """PPO's clipped loss (section 2.2), all (N,), with the ratio and where the clip acts.
 
-    logprobs, old_logprobs (B, T); advantages broadcastable to it: (B, 1) is one an episode.
-    dual_clip (official code; None: off) caps the loss of a token with negative advantage A at
-    -A dual_clip."""
-    advantages = torch.as_tensor(advantages).to(logprobs).expand_as(logprobs)
-    logprobs, old_logprobs, advantages = visible(mask, logprobs, old_logprobs.detach(), advantages)
-
+    old: log-probs of the policy that sampled."""
     # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
     # the two losses counts: where a token has moved by more than eps in the direction that its
     # advantage asks for, it is a constant, and pushes no further. Moving back is never clipped.
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     loss = torch.maximum(plain, clipped)
-
-    # A bad token that has become many times likelier would have a loss without bound.
-    if dual_clip:
-        capped = torch.minimum(loss, -advantages * dual_clip)
-        loss = torch.where(advantages < 0, capped, loss)
-
-    stats = {
-        "clip_fraction": masked_mean((clipped > plain).float(), mask).item(),
-        "ratio_mean": masked_mean(ratio, mask).item(),
-    }
-    return masked_mean(loss, mask), stats
+    return {"policy_loss": loss, "ratio": ratio, "clipped": clipped > plain}
 
 
-def kl_k3(logprobs, ref_logprobs):
-    """The k3 estimate of KL(policy || reference) on each token (section 2.2), (B, T):
-    exp(d) - d - 1 with d = reference - policy, clamped to [-10, 10] as in the official code. Its
-    gradient is finite however far the two are apart.
+def kl_k3(logprobs, ref):
+    """The k3 estimate of KL(policy || reference) on each token (section 2.2), (N,):
+    exp(d) - d - 1 with d = ref - logprobs, clamped to [-10, 10] as in the official code.
 
     On the policy's own samples -d has the KL as its mean, but either sign on a token. exp(d) - 1
     has mean 0 there: added to it, the mean stays, the noise shrinks, and no token is below 0."""
-    d = (ref_logprobs - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
+    d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
-def gate(kind, gap, entropy=None, beta=5.0, mask=None, generator=None):
-    """The gate g_t (section 2.4): how far the teacher is trusted on each token.
-
-    gap (B, T): Delta_t, teacher - student; entropy (B, T): the student's, h_t, in nats.
-    Returns (B, T), detached. kind:
-
-        "gap"         sigmoid(beta gap)                         the paper's
-        "entropy"     sigmoid(beta h)
-        "soft_or"     sigmoid(beta [1 - (1 - h)(1 - gap)])
-        "none"        1
-        "reverse_kl"  gap                                       the signed gradient of that KL
-        "constant"    the mean of the gap gate                  controls: their statistics run
-        "centred"     the gap gate less that mean               over the tokens where mask is 1
-        "shuffled"    the gap gate's values on other tokens     (permuted by generator)
-
-    >>> gate("gap", torch.tensor([0.5, -0.2, 0.0]))
-    tensor([0.9241, 0.2689, 0.5000])
-    """
-    gap = gap.detach()
-    if entropy is not None:
-        entropy = entropy.detach()
-
-    # The paper's three. The entropy is the same whichever token was sampled: its gate weighs
-    # places, and says nothing for or against a token. Soft-OR is "a or b" of two shares; a gap is
-    # no share, and neither is an entropy: above one nat it turns the gap's sign.
-    if kind == "gap":
-        return torch.sigmoid(beta * gap)
-    if kind == "entropy":
-        return torch.sigmoid(beta * entropy)
-    if kind == "soft_or":
-        return torch.sigmoid(beta * (1 - (1 - entropy) * (1 - gap)))
-
-    # Without a gate; and the gap itself.
-    if kind == "none":
-        return torch.ones_like(gap)
-    if kind == "reverse_kl":
-        return gap
-
-    # What of the gap gate does the work? Its mean? Its values, on whatever token? Less its mean it
-    # has the same expected gradient (up to 1/batch) with less noise, and negative weights.
-    mask = torch.ones_like(gap) if mask is None else mask.expand_as(gap)
-    g = torch.sigmoid(beta * gap)
-    if kind == "constant":
-        return masked_mean(g, mask).expand_as(g)
-    if kind == "centred":
-        return g - masked_mean(g, mask)
-    if kind == "shuffled":
-        values = g[mask > 0]
-        order = torch.randperm(len(values), generator=generator).to(g.device)
-        return g.masked_scatter(mask > 0, values[order])
-    raise ValueError(f"unknown gate {kind!r}")
+# The gate g_t (section 2.4): how far the teacher is trusted on a token. The entropy is the same
+# whichever token was sampled: its gate weighs places, and says nothing for or against a token.
+# Soft-OR is "a or b" of two shares. A gap is no share, and neither is an entropy: above one nat it
+# turns the gap's sign.
+GATES = {
+    "gap": lambda gap, entropy, beta: torch.sigmoid(beta * gap),
+    "entropy": lambda gap, entropy, beta: torch.sigmoid(beta * entropy),
+    "soft_or": lambda gap, entropy, beta: torch.sigmoid(beta * (1 - (1 - entropy) * (1 - gap))),
+    "none": lambda gap, entropy, beta: torch.ones_like(gap),
+}
 
 
-def sdar_loss(logprobs, teacher_logprobs, mask, kind="gap", beta=5.0, entropy=None):
-    """L_SDAR, the gated self-distillation loss (section 2.4): mean of g_t (log pi_T - log pi).
-
-    logprobs, teacher_logprobs (B, T); kind: a gate, or its values (B, T). Returns the scalar and
-    stats: gate_mean, gate_active (share of g > 0.5), gap_mean.
+def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
+    """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
+    with the gate. entropy: the student's, in nats, for the gates that need it.
 
     The gradient goes through the student alone; on a token it is -g_t grad log pi. So every sampled
     token is pushed up, harder where the teacher agrees. In expectation, on policy, that is
     REINFORCE with the reward sigmoid(beta gap), or -1/2 E[tanh(beta gap / 2) grad log pi]: a
-    constant gate has expected gradient zero."""
-    logprobs, teacher_logprobs = visible(mask, logprobs, teacher_logprobs.detach())
-    gap = teacher_logprobs - logprobs
-    g = kind if torch.is_tensor(kind) else gate(kind, gap, entropy, beta, mask)
-    stats = {
-        "gate_mean": masked_mean(g, mask).item(),
-        "gate_active": masked_mean((g > 0.5).float(), mask).item(),
-        "gap_mean": masked_mean(gap.detach(), mask).item(),
-    }
-    return masked_mean(g * gap, mask), stats
+    constant gate has expected gradient zero. Where no skill was read the gap is 0 and the gate 1/2:
+    every token is pushed up alike, which is zero on average and teaches nothing."""
+    gap = teacher_logprobs.detach() - logprobs
+    gate = GATES[kind](gap, entropy, beta).detach()
+    return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
 
 
-def divergence(student, teacher, kind):
-    """Between log-distributions (..., V), over all tokens, not the sampled one alone: "reverse",
-    KL(student || teacher), which the sampled form estimates; "forward", KL(teacher || student),
-    which also teaches what the student never samples; "jsd", between the two."""
-    if kind == "jsd":
-        middle = torch.logaddexp(student, teacher) - math.log(2)
-        to_middle = [divergence(x, middle, "reverse") for x in (student, teacher)]
-        return sum(to_middle) / 2
-    if kind == "forward":
-        student, teacher = teacher, student
-    return (student.exp() * (student - teacher)).sum(-1)
-
-
-def distil_advantages(advantages, gap, mask, kind="gap", beta=5.0, coef=1.0):
-    """A + lambda w, (B, T): distillation as an advantage, under PPO's ratio and clip, as trainers
-    elsewhere do it. w is the gap itself for "reverse_kl", else the gate less its mean: a mean
-    pushes nowhere on average, and would only add noise."""
-    # Under the clip a token that has moved by eps is left alone until it is sampled again. A loss
-    # of its own has no such stop.
-    weight = gate(kind, gap, None, beta, mask)
-    if kind != "reverse_kl":
-        weight = weight - masked_mean(weight, mask)
-    return advantages + coef * weight
-
-
-def skill_sd_loss(logprobs, teacher_logprobs, old_logprobs, mask):
-    """Skill-SD (arXiv 2604.10674, a baseline of section 4): mean of rho k3(l), a scalar, and stats:
-    gap_mean. l = student - teacher; rho = exp(student - old), not detached.
+def skill_sd_loss(logprobs, teacher_logprobs, old):
+    """Skill-SD (arXiv 2604.10674, a baseline of section 4): rho k3(l), l = student - teacher, rho =
+    exp(student - old), not detached; all (N,).
 
     On policy the gradient on a token is l grad log pi: signed, as the reverse KL's, and unbounded.
     """
-    logprobs, teacher_logprobs, old_logprobs = visible(
-        mask, logprobs, teacher_logprobs.detach(), old_logprobs.detach()
-    )
-    excess = logprobs - teacher_logprobs
+    excess = logprobs - teacher_logprobs.detach()
     k3 = (-excess).clamp(max=20).exp() - 1 + excess
-    rho = (logprobs - old_logprobs).clamp(max=10).exp()
-    return masked_mean(rho * k3, mask), {"gap_mean": -masked_mean(excess.detach(), mask).item()}
+    rho = (logprobs - old).clamp(max=10).exp()
+    return {"sdar_loss": rho * k3}
 
 
-def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, clip_eps=0.2):
-    """RLSD's advantages (a baseline of section 4), (B, T), detached:
-    A ((1 - mix) + mix clip(exp(sign(A) gap), 1 - eps, 1 + eps)), gap = teacher - old.
+def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
+    """RLSD's advantages (a baseline of section 4): A ((1 - mix) + mix clip(exp(sign(A) gap),
+    1 - eps, 1 + eps)); all (N,).
 
     The reward keeps the direction; the teacher moves the size, with mix 0.5 from 0.9 A to 1.1 A."""
-    advantages = advantages.expand_as(old_logprobs)
-    advantages, gap = visible(mask, advantages, teacher_logprobs - old_logprobs)
     weight = (advantages.sign() * gap).exp().clamp(1 - clip_eps, 1 + clip_eps)
-    return (advantages * (1 - mix + mix * weight)).detach()
+    return advantages * (1 - mix + mix * weight)
 
 
 # --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR -----------
@@ -1023,184 +694,111 @@ def rlsd_advantages(advantages, teacher_logprobs, old_logprobs, mask, mix=0.5, c
 # scored once, before the first optimiser step, so within a step it is as old as the samples.
 
 
-def check_scored(episodes, old_logprobs, config):
-    """AssertionError unless both readers score exactly what was sampled, the teacher with its
-    skill, and the policy gives the sampled ids the log-probs with which it sampled them."""
-    # Three mistakes that no curve would show: a shift by one, a text that was tokenised again, a
-    # teacher without its skill.
-    sampled_logprobs = []
-    for episode in episodes:
-        student = [i for i, sampled in zip(*episode.view(False)) if sampled]
-        ids, mask = episode.view(True)
-        teacher = [i for i, sampled in zip(ids, mask) if sampled]
-        require(student == teacher, "student and teacher must score the same ids", AssertionError)
-        skill = ids[episode.skill_at :][: len(episode.skill_ids)]
-        require(skill == episode.skill_ids, "the teacher must read the skill", AssertionError)
-        sampled_logprobs += episode.logprobs
+def step_batch(model, start, teacher, episodes, config, step, score=score):
+    """All that the update compares the moving student with: {name: a value for each sampled token
+    (N,)}, from before the step's first optimiser step.
 
-    scored = old_logprobs[response_mask(episodes, old_logprobs.device) > 0]
-    drift = (scored - torch.tensor(sampled_logprobs, device=scored.device)).abs().mean()
-    require(
-        drift.isfinite(), "log-probs are not finite: the weights have grown too large, lower --lr"
-    )
-    message = f"ids sampled are not ids scored: {drift:.2g} nats apart"
-    require(drift < DRIFT[config.dtype], message, AssertionError)
-
-
-def total_score(episode, config):
-    """What an advantage compares: the reward less the penalties for invalid actions."""
-    return episode.reward - config.invalid_penalty * episode.invalid
-
-
-def step_batch(model, start, teacher_logprobs, episodes, config, step=1, bandit=None):
-    """All that the update compares the moving student with: a dict of (B, T) tensors.
-
-    mask; old, the log-probs of the policy that sampled; ref, those of the start policy, if there is
-    one; advantages; and, of a method with a teacher, teacher, gap and taught (B, 1). All are from
-    before the step's first optimiser step: within a step the student moves, these do not."""
-    method = METHODS[config.method]
-    mask = response_mask(episodes, model.device)
+    old: log-probs of the policy that sampled; ref: of the start policy; teacher: of the teacher,
+    who reads the skill; advantages."""
+    # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
+    # weights and not two ways of computing. And it is a check: a shift by one, a text that was
+    # tokenised again, another temperature would show in no curve.
     old = score(model, episodes, config)
-    check_scored(episodes, old, config)
-    batch = {"mask": mask, "old": old}
-    if config.kl_coef and start is not None:
+    sampled = [logprob for episode in episodes for logprob in episode.logprobs]
+    drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
+    fine = drift < DRIFT[config.dtype]
+    require(fine, f"ids sampled are not ids scored ({drift:.2g} nats apart), or --lr is too large")
+    batch = {"old": old}
+    if config.kl_coef:
         batch["ref"] = score(start, episodes, config)
 
-    # One advantage for all tokens of an episode.
-    scores = [total_score(episode, config) for episode in episodes]
-    scores = torch.tensor(scores, device=model.device)
-    groups = [episode.group for episode in episodes]
-    weights = [episode.turns for episode in episodes] if config.turn_weights else None
-    advantages = group_advantages(scores, groups, weights, config.normalize_std)
-    batch["advantages"] = advantages[:, None].expand_as(mask)
-    if teacher_logprobs is None:
+    # One advantage for all tokens of an episode. Rows of rewards are groups, since a group's
+    # episodes are played one after the other and none is dropped.
+    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
+    rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, config.group_size)
+    advantages = group_advantages(rewards)
+    lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
+    batch["advantages"] = advantages.flatten().repeat_interleave(lengths).to(old)
+    if config.distil == "none":
         return batch
 
-    # Where no skill fits the task, nobody was taught: the "teacher" read what the student reads.
-    # Its log-probs are then those of other weights (lagged, frozen) or of the student before it
-    # moved, and a gap to them would say nothing about a skill. There the gap is set to 0.
-    taught = torch.tensor([[bool(episode.skill_ids)] for episode in episodes], device=model.device)
-    teacher = torch.where(taught, teacher_logprobs, old)
-    gap = mask * (teacher - old)
-    batch |= {"teacher": teacher, "taught": taught, "gap": gap}
-
-    if config.retrieval == "ucb":
-        bandit.learn(episodes, advantages.tolist(), (gap.sum(1) / mask.sum(1)).tolist())
-    if method.teacher == "advantage":
+    # Where no skill fits the task nobody is taught: the gap is 0, whoever the teacher is.
+    taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
+    taught = taught.repeat_interleave(lengths).to(old.device)
+    batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
+    gap = batch["teacher"] - old
+    if config.distil == "rlsd":
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
-        batch["advantages"] = rlsd_advantages(batch["advantages"], teacher, old, mask, mix)
-
-    if config.distil == "advantage":
-        own = method.policy_weight * batch["advantages"]
-        more = config.gate, config.gate_beta, config.sdar_coef
-        batch["advantages"] = distil_advantages(own, gap, mask, *more)
-
-    # A control that needs the whole batch takes the gaps of now, once. The other gates follow the
-    # student through the optimiser steps: they are computed in the loss.
-    if method.teacher == "gate" and config.gate in BATCH_GATES:
-        generator = torch.Generator().manual_seed(config.seed + 1000 * step)
-        batch["gate"] = gate(config.gate, gap, None, config.gate_beta, mask, generator)
+        batch["advantages"] = rlsd_advantages(batch["advantages"], gap, mix)
+    if config.retrieval == "ucb":
+        gaps = torch.stack([of_episode.mean() for of_episode in gap.split(lengths.tolist())])
+        gaps = gaps.view(-1, config.group_size)
+        episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps.tolist())
     return batch
 
 
-def objective(logprobs, entropy, batch, config):
-    """L = L_GRPO + lambda L_SDAR (section 2.4) of some episodes: a scalar, and its terms and stats.
+def objective(model, episodes, tokens, config):
+    """L = L_GRPO + lambda L_SDAR (section 2.4) of some episodes: {"loss": (N,), and its terms}.
 
-    logprobs, entropy (B, T): the student's, with graph; batch: step_batch's tensors of them."""
-    method = METHODS[config.method]
-    mask, old = batch["mask"], batch["old"]
-    policy, stats = policy_loss(
-        logprobs, old, batch["advantages"], mask, config.clip_eps, config.dual_clip
+    tokens: step_batch's values of these episodes' tokens."""
+    logprobs, entropy = response_logprobs(model, episodes, config)
+    terms = policy_loss(logprobs, tokens["old"], tokens["advantages"], config.clip_eps)
+    if config.kl_coef:
+        terms["kl"] = kl_k3(logprobs, tokens["ref"])
+    if config.distil == "gate":
+        terms |= sdar_loss(logprobs, tokens["teacher"], entropy, config.gate, config.gate_beta)
+    if config.distil == "skill_sd":
+        terms |= skill_sd_loss(logprobs, tokens["teacher"], tokens["old"])
+
+    terms["loss"] = (
+        config.policy_coef * terms["policy_loss"]  # L_GRPO: the clipped policy loss,
+        + config.kl_coef * terms.get("kl", 0.0)  # the pull to the start policy;
+        + config.sdar_coef * terms.get("sdar_loss", 0.0)  # lambda L_SDAR
     )
-    mean_entropy = masked_mean(entropy, mask)
-    terms = {"policy_loss": policy, "entropy": mean_entropy}
-
-    # What a method, or a weight of 0, leaves out is 0 in the sum and null in the log.
-    kl = distillation = 0.0
-    if "ref" in batch:
-        kl = terms["kl"] = masked_mean(kl_k3(logprobs, batch["ref"]), mask)
-    if method.teacher in ("gate", "skill_sd"):
-        # Where nobody was taught the gap stays 0, although the student moves.
-        teacher = torch.where(batch["taught"], batch["teacher"], logprobs.detach())
-        if method.teacher == "gate":
-            kind = batch.get("gate", config.gate)  # a control's values, or the name of a gate
-            distillation, more = sdar_loss(logprobs, teacher, mask, kind, config.gate_beta, entropy)
-        else:
-            distillation, more = skill_sd_loss(logprobs, teacher, old, mask)
-        if "divergence" in batch:
-            gap = (teacher - logprobs).detach()
-            weight = (
-                gate(kind, gap, entropy, config.gate_beta, mask) if isinstance(kind, str) else kind
-            )
-            distillation = masked_mean(batch["taught"] * weight * batch["divergence"], mask)
-        terms["sdar_loss"] = distillation
-        stats |= more
-
-    in_advantage = config.distil == "advantage"
-    loss = (
-        (method.policy_weight or in_advantage) * policy  # L_GRPO: the clipped policy loss,
-        - config.entropy_coef * mean_entropy  # the official code's entropy bonus,
-        + config.kl_coef * kl  # the pull to the start policy;
-        + (not in_advantage) * config.sdar_coef * distillation  # lambda L_SDAR
-    )
-    terms["loss"] = loss
-    return loss, stats | {name: term.item() for name, term in terms.items()}
+    terms["entropy"] = entropy
+    if config.distil != "none":  # to the student that sampled, not to one that moves
+        terms["gap"] = tokens["teacher"] - tokens["old"]
+    return terms
 
 
-def update(model, optimizer, episodes, batch, config, rng, teacher=None):
-    """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics.
-    teacher: the model, for a --divergence of whole distributions.
+def update(model, optimizer, episodes, batch, config, rng, objective=objective):
+    """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics, means
+    over all tokens of the step.
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
     and PPO's clip does nothing. From the second one on it has moved. The ratio corrects for that,
     and the clip takes away the reason to move far: a token that is already 20 % likelier than when
     it was sampled is not pushed further."""
-    metrics = dict.fromkeys(("kl", "sdar_loss", "gap_mean", "gate_mean", "gate_active"))
-    total = batch["mask"].sum().item()
-    norms = []
+    lengths = [len(episode.logprobs) for episode in episodes]
+    by_episode = {name: values.split(lengths) for name, values in batch.items()}
+    metrics, norms = {}, []
+
     # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
     # group.
     order = rng.permutation(len(episodes))
     for chosen in np.array_split(order, min(config.minibatches, len(order))):
-        # A mini-batch makes one optimiser step; its micro-batches are what the memory allows.
-        tokens = batch["mask"][chosen].sum().item()
-        parts = micro_batches(chosen, episodes, config.micro_tokens)
-        for rows in tqdm(parts, "learning", **LATE):
+        # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
+        # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
+        total = sum(lengths[row] for row in chosen)
+        model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
+        for rows in tqdm(micro_batches(chosen, episodes, config.micro_tokens), "learning", **BAR):
             micro = [episodes[row] for row in rows]
-            model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
-            logprobs, entropy = response_logprobs(model, micro, config, with_entropy=True)
-            whole = {}
-            if config.divergence != "sampled":
-                whole["divergence"] = full_divergence(model, teacher, micro, config)
-            model.eval()
+            tokens = {}
+            for name, values in by_episode.items():
+                tokens[name] = torch.cat([values[row] for row in rows])
+            terms = objective(model, micro, tokens, config)
+            (terms["loss"].sum() / total).backward()
+            for name, values in terms.items():
+                mean = values.detach().float().sum().item() / sum(lengths)
+                metrics[name] = metrics.get(name, 0.0) + mean
+        model.eval()
 
-            # Rows of these episodes, as many columns as their longest one has.
-            part = {name: x[rows, : logprobs.shape[1]] for name, x in batch.items()} | whole
-            if not norms:
-                drift = masked_mean((logprobs - part["old"]).abs(), part["mask"])
-                message = "before any update the ratio must be 1"
-                require(drift < DRIFT[config.dtype], message, AssertionError)
-
-            # A micro-batch counts by its share of the tokens: means over 300 and 100 tokens become
-            # the mean over 400 as 3/4 and 1/4 of it. Then neither the gradient nor the metrics
-            # depend on how the memory makes us cut.
-            loss, stats = objective(logprobs, entropy, part, config)
-            part_tokens = part["mask"].sum().item()
-            (loss * (part_tokens / tokens)).backward()
-            for name, value in stats.items():
-                metrics[name] = (metrics.get(name) or 0.0) + value * part_tokens / total
-
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        norms.append(norm)
-        if math.isfinite(norm):  # one NaN would be in all weights for good
-            optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        require(norm.isfinite(), "the gradient is not finite: lower --lr")
+        norms.append(norm.item())
+        optimizer.step()
         optimizer.zero_grad()
-
-    metrics["grad_norm"] = sum(norms) / len(norms)
-    metrics["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
-    if "gap" in batch:  # to the student that sampled, not to one that moves
-        metrics["gap_mean"] = masked_mean(batch["gap"], batch["mask"]).item()
-    return metrics
+    return metrics | {"grad_norm": sum(norms) / len(norms)}
 
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) -------------
@@ -1209,255 +807,116 @@ def update(model, optimizer, episodes, batch, config, rng, teacher=None):
 # that is how good the teacher is, and if it is no better than the student there is nothing to learn
 # from it.
 
-EVAL_BATCH = 64  # episodes of the panel in one call; fixed, since their random numbers depend on it
 
-
-def evaluate(model, chat, envs, config, bandit=None):
+def evaluate(model, chat, envs, config):
     """Play the panel without and with the skill in the prompt: plain n/N of single tries.
 
-    Returns success, success_skill, episodes, by_type {task type or data set: [episodes, won
-    without, won with the skill]}, and of those without: valid_rate, the share of answers with an
-    action that could be read; response_tokens, tokens an answer."""
+    Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
+    the skill]}, and valid, the share of valid answers of those without."""
     # The panel, and what is sampled on it, is the same at every call, and for every run: two runs
     # differ in their policies alone.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
-    starts = [(task, seed, number) for number, (task, seed) in enumerate(panel)]
+    starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
+    play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
+    alone, skilled = play(with_skill=False), play(with_skill=True)
 
-    def play(with_skill):
-        played = []
-        for first in range(0, len(starts), EVAL_BATCH):
-            some, stream = starts[first : first + EVAL_BATCH], (1, first)
-            played += rollout(
-                model, chat, envs, some, config, stream, config.eval_temperature, with_skill, bandit
-            )
-        return {episode.group: episode for episode in played}
-
-    plain, skilled = play(False), play(True)
     by_type = {}
-    for number in sorted(plain.keys() & skilled.keys()):  # a failing environment may cost some
-        counts = by_type.setdefault(envs[0].label(panel[number][0]), [0, 0, 0])
+    for (task, _), *both in zip(panel, alone, skilled):
+        counts = by_type.setdefault(envs[0].label(task), [0, 0, 0])
         counts[0] += 1
-        counts[1] += plain[number].won
-        counts[2] += skilled[number].won
+        for reader, episode in enumerate(both, 1):
+            counts[reader] += episode.won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
-    answers = sum(episode.turns for episode in plain.values())
+    invalid = sum(episode.invalid for episode in alone)
     return {
         "success": won / episodes,
         "success_skill": won_skill / episodes,
         "episodes": episodes,
         "by_type": by_type,
-        "valid_rate": 1 - sum(episode.invalid for episode in plain.values()) / answers,
-        "response_tokens": sum(len(one.logprobs) for one in plain.values()) / answers,
+        "valid": 1 - invalid / sum(episode.turns for episode in alone),
     }
 
 
-def draw_starts(env, config, rng):
-    """A step's (task, seed, group): each task drawn is played group_size times, from one state."""
-    # Each entry of the list at most once, where it is long enough.
+def draw_starts(env, config, step, rng):
+    """A step's starts (task, seed, numbers), group after group: each task that is drawn is played
+    group_size times, from one state."""
     tasks, n = env.tasks("train"), config.tasks_per_step
     starts = []
-    for group, task in enumerate(rng.choice(len(tasks), n, replace=len(tasks) < n)):
-        starts += [(tasks[task], int(rng.integers(10**6)), group)] * config.group_size
+    for task in rng.choice(len(tasks), n, replace=len(tasks) < n):
+        seed = int(rng.integers(10**6))
+        for _ in range(config.group_size):
+            starts.append((tasks[task], seed, (3, config.seed, step, len(starts))))
     return starts
 
 
-COPIES = ("lagged", "ema")  # teachers with weights of their own, which a checkpoint keeps
-
-
-@torch.no_grad()
-def follow(teacher, model, config, step):
-    """Before a step's scoring, move a teacher that is a copy to where the student is: a part of the
-    way (ema), or all of it, every `teacher_refresh` steps (lagged) or each (live)."""
-    # Of what the student was n steps ago an ema keeps (1 - 1/refresh)^n: a memory of about
-    # `refresh` steps.
-    if config.teacher == "ema":
-        for weight, target in zip(teacher.parameters(), model.parameters()):
-            weight.lerp_(target, 1 / config.teacher_refresh)
-    elif config.teacher == "live" or (step - 1) % config.teacher_refresh == 0:
-        teacher.load_state_dict(model.state_dict())
-
-
-def train(config):
-    """A whole run, written below config.out alone. Returns the last step's metrics, and start_*
-    from before training.
+def train(config, step_batch=step_batch, objective=objective, score=score, skill_bank=SkillBank):
+    """A whole run, written below config.out alone. Returns the last step's metrics.
 
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
-    and resumed: nothing is drawn from a generator that lives longer than a step."""
-    # Bad input is found before anything is written.
-    envs = make_envs(config)
-    envs[0].tasks("train")  # none? say so now
-    check_out(config)
+    and resumed: nothing is drawn from a generator that lives longer than a step. An experiment
+    hands in its own step_batch, objective, score or skill bank."""
+    envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
-    lock = only_writer(config.out)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    method, bandit = METHODS[config.method], Bandit()
+    start = copy.deepcopy(model)  # the KL pulls to it
+    teacher = start if config.teacher == "frozen" else model
 
-    # The start policy, which the KL pulls to; and the teacher: the student itself, or a copy that
-    # stays behind.
-    start, teacher = copy.deepcopy(model), model
-    if config.teacher == "frozen":
-        teacher = start
-    elif config.teacher in COPIES or config.divergence != "sampled":
-        teacher = copy.deepcopy(model)
+    done, metrics = load_checkpoint(config, model, optimizer, envs[0].bank), {}
+    if done == 0:
+        clock = time.perf_counter()
+        before = evaluate(model, chat, envs, config)
+        say_before(config, before, time.perf_counter() - clock)
+        metrics = {f"eval_{name}": value for name, value in before.items()}
+    for step in tqdm(range(done + 1, config.steps + 1), config.method, unit="step"):
+        # Play: the tasks of this step, each by a group of episodes.
+        clock = [time.perf_counter()]
+        rng = np.random.default_rng([2, config.seed, step])
+        starts = draw_starts(envs[0], config, step, rng)
+        temperature, skilled = config.temperature, config.skilled
+        episodes = rollout(model, chat, envs, starts, config, temperature, skilled)
 
-    def save(step):
-        """All randomness comes from (seed, step), so there is no generator to keep."""
-        state = {"step": step, "before": before, "optimizer": optimizer.state_dict()}
-        state |= {"arms": bandit.arms, "config": vars(config)}
-        if config.teacher in COPIES:
-            state["teacher"] = teacher.state_dict()
-        save_checkpoint(config, model, chat, state)
+        # Score: the sampled tokens as the student and, with the skill, the teacher read them.
+        clock.append(time.perf_counter())
+        batch = step_batch(model, start, teacher, episodes, config, step, score)
 
-    done, before = load_checkpoint(config, model, optimizer, teacher, bandit)
-    if before is None:
-        begun = time.perf_counter()
-        before = evaluate(model, chat, envs, config, bandit)
-        preflight(config, before, time.perf_counter() - begun)
-        begin_run(config, model, envs[0], before)
-        save(done)
+        # Learn: some optimiser steps on this one batch.
+        clock.append(time.perf_counter())
+        metrics = update(model, optimizer, episodes, batch, config, rng, objective)
+        clock.append(time.perf_counter())
 
-    temperature = config.temperature
-    with steps_to_do(config, done) as (progress, stop):
-        for step in progress:
-            # Play: the tasks of this step, each by a group of episodes.
-            clock = [time.perf_counter()]
-            rng = np.random.default_rng([2, config.seed, step])
-            starts, stream = draw_starts(envs[0], config, rng), (3, config.seed, step)
-            episodes = rollout(
-                model, chat, envs, starts, config, stream, temperature, method.skilled, bandit
-            )
-
-            # Score: the sampled tokens as the teacher reads them, with the skill.
-            clock.append(time.perf_counter())
-            if teacher not in (model, start):
-                follow(teacher, model, config, step)
-            teacher_logprobs = None
-            if method.teacher:
-                teacher_logprobs = score(teacher, episodes, config, with_skill=True)
-
-            # Learn: some optimiser steps on this one batch.
-            clock.append(time.perf_counter())
-            batch = step_batch(model, start, teacher_logprobs, episodes, config, step, bandit)
-            metrics = update(model, optimizer, episodes, batch, config, rng, teacher)
-            clock.append(time.perf_counter())
-
-            # Look: the held-out panel, the log, a checkpoint.
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                after = evaluate(model, chat, envs, config, bandit)
-                metrics |= {f"eval_{name}": value for name, value in after.items()}
-                alone, skilled = after["success"], after["success_skill"]
-                say(f"step {step}: held-out success {alone:.2f} (with the skill {skilled:.2f})")
-            metrics = log_step(config, step, episodes, metrics, clock)
-            shown = {"success": "success", "gap": "gap_mean", "gate": "gate_mean"}
-            progress.set_postfix({word: metrics[name] for word, name in shown.items()})
-            if step == config.steps or step % config.save_every == 0 or stop:
-                save(step)
-            if stop and step < config.steps:
-                raise KeyboardInterrupt
-
-    lock.close()
-    print_success("after", after)
-    print(
-        f"Held-out success without the skill: {before['success']:.0%} -> {after['success']:.0%}. "
-        f"What was learned, token by token: python sdar.py inspect --run {config.out}"
-    )
-    return {f"start_{name}": value for name, value in before.items()} | metrics
+        # Look: the held-out panel, the log, a checkpoint.
+        last = step == config.steps
+        if last or (config.eval_every and step % config.eval_every == 0):
+            after = evaluate(model, chat, envs, config)
+            metrics |= {f"eval_{name}": value for name, value in after.items()}
+        metrics = log_step(config, step, episodes, metrics, clock)
+        if last or step % config.save_every == 0:
+            save_checkpoint(config, model, chat, optimizer, envs[0].bank, step)
+    return metrics
 
 
-# ================= PART II: THE WORKSHOP. The reader of the paper can stop here. =================
+# ================= PART II: AROUND THE RUN. The reader of the paper can stop here. =================
 
-# --- 8. The CUDA kernel: log-prob and entropy of a row of logits in one read -------------
+# --- 8. Loading: settings, environments, a model -----------------------------------------
 #
-# Optional (--kernel). A row of Qwen's logits holds 151,936 numbers; PyTorch reads and writes it
-# several times for log-softmax, entropy and their gradient. The kernel reads it once forward and
-# once backward: what limits it is reading. Its source explains how.
+# Bad input ends here, in one line that names the thing and the fix, before anything is written.
 
 HERE = Path(__file__).resolve().parent
-KERNEL_SOURCE = HERE / ".assets" / "logprobs.cu"
-
-
-@lru_cache
-def compiled(name, dtype):
-    """A function of logprobs.cu for logits of a dtype, compiled by NVRTC at its first use.
-
-    PyTorch has no public compiler of CUDA source that needs no toolkit. _compile_kernel is private
-    and used here alone; load_kernel falls back where it is gone or changed."""
-    from torch.utils import cpp_extension
-
-    kind = (torch.float32, torch.bfloat16).index(dtype)
-    bits = ("int", "short")[kind]
-    options = ["--ftz=true", f"-DTYPE={kind}", f"-DBits=unsigned {bits}"]
-    if not cpp_extension.CUDA_HOME:  # it asks for a toolkit's folder, and needs nothing of it
-        cpp_extension.CUDA_HOME = "/nowhere"
-    source = KERNEL_SOURCE.read_text("utf-8")
-    return torch.cuda._compile_kernel(source, name, nvcc_options=options)  # noqa: SLF001
-
-
-class KernelLogprobs(torch.autograd.Function):
-    """Log-probs and entropies (N,) of ids (N,) in logits (N, V), in float32.
-
-    No other tensor of N x V is made: the backward pass writes the gradient over the logits. That is
-    allowed because nobody else reads them, and a second backward pass is made an error. With p the
-    softmax of a row at temperature 1 / scale, the gradient of logit i is
-
-        scale (g [i = id] - p_i (g + h (log p_i + entropy)))
-
-    where g and h are the gradients that come in for log-prob and entropy."""
-
-    @staticmethod
-    def forward(ctx, logits, ids, temperature, with_entropy):
-        logits = logits.contiguous()
-        out = torch.empty(len(ids), 4, device=logits.device)  # log-prob, entropy, max, log of sum
-        ctx.scale = 1 / temperature
-        ctx.save_for_backward(logits, ids, out)
-        launch("forward", logits, ids, out, logits.shape[1], ctx.scale)
-        return out[:, 0].clone(), out[:, 1].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_logprobs, of_entropy):
-        logits, ids, out = ctx.saved_tensors
-        torch.autograd.graph.increment_version(logits)  # a second backward pass is an error
-        gradients = [of_logprobs.float().contiguous(), of_entropy.float().contiguous()]
-        launch("backward", logits, ids, out, *gradients, logits.shape[1], ctx.scale)
-        return logits, None, None, None
-
-
-def launch(name, logits, *arguments):
-    """Run a function of logprobs.cu with one block of 512 threads a row."""
-    compiled(name, logits.dtype)((len(logits), 1, 1), (512, 1, 1), [logits, *arguments])
-
-
-@lru_cache
-def load_kernel(dtype):
-    """The kernel for logits of a dtype ("float32" or "bfloat16"); None, and a line, if it fails."""
-    try:
-        for name in ("forward", "backward"):
-            compiled(name, getattr(torch, dtype))
-    except Exception as error:  # whatever a private function raises when it has changed
-        say(f"--kernel: not compiled, PyTorch's own functions do the work: {error!r:.200}")
-        return None
-    return KernelLogprobs.apply
-
-
-# --- 9. Loading: the configuration, environments, a model --------------------------------
-#
-# Bad input ends here, in one line that names the thing and the fix, before anything is written. A
-# model is taken by what it computes, not by its name: it must be causal, see everything before a
-# token, bear a padded KV cache, and give its logits as last states times one matrix.
-
 TINY_FOLDER = HERE / ".assets" / "tiny-policy"
-SMALLEST, LARGEST = {int: 1, float: 1e-9}, 1e9  # of a setting: float32 can square them
-PROBE = "Où est the Mug?\n<action>go to drawer 12</action>"  # a tokenizer must give it back
+CHOICES = {
+    "preset": PRESETS,
+    "method": METHODS,
+    "device": ("cpu", "cuda"),
+    "dtype": DRIFT,
+    "distil": ("gate", "skill_sd", "rlsd", "none"),
+    "gate": GATES,
+    "teacher": ("live", "frozen"),
+    "retrieval": SkillBank.STRATEGIES,
+}
 MAY_BE_ZERO = (
-    *("seed", "max_turns", "eval_every", "eval_temperature", "clip_eps", "dual_clip", "kl_coef"),
-    *("entropy_coef", "invalid_penalty", "sdar_coef", "gate_beta", "skill_accuracy"),
+    *("seed", "steps", "max_turns", "policy_coef", "clip_eps", "kl_coef", "invalid_penalty"),
+    *("sdar_coef", "gate_beta", "eval_every", "eval_temperature"),
 )
-
-
-def say(text):
-    """Print a line on stderr, above a progress bar, if there is one."""
-    tqdm.write(text, sys.stderr)
 
 
 def flag(name):
@@ -1466,98 +925,50 @@ def flag(name):
 
 
 def check_config(config):
-    """UserError for a value that no run could use: a choice that does not exist, a number that is
-    negative, not finite or out of float32's reach, or settings that do not go together."""
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        require(value in choices, unknown(flag(name), value, choices))
-    for name, value in vars(config).items():
-        if type(value) in (int, float):
-            least, nothing = SMALLEST[type(value)], value == 0 and name in MAY_BE_ZERO
-            fine = nothing or least <= value <= LARGEST
-            require(fine, f"{flag(name)} {value}: must be from {least:g} to {LARGEST:g}")
+    """Make every setting a value of its own type. UserError for one that no run could use, or for
+    two that make no sense together."""
+    for f in fields(config):
+        value, name = getattr(config, f.name), flag(f.name)
+        with naming(f"{name} {value!r}: must be of type {f.type.__name__}", UserError):
+            typed = f.type(value)
+            require(f.type is str or float(value) == typed, "it is not")
+        if f.type is str:
+            require(typed.isprintable(), f"{name} {typed!r} holds what cannot be written")
+            typed = os.path.expanduser(typed)
+        elif f.type is not bool:
+            least = 0 if f.name in MAY_BE_ZERO else 1e-9
+            require(least <= typed <= 1e9, f"{name} {typed}: must be from {least:g} to 1e9")
+        choices = CHOICES.get(f.name, [typed])
+        require(typed in choices, f"{name} {typed!r}: known are {', '.join(map(str, choices))}")
+        setattr(config, f.name, typed)
 
-    episodes = config.tasks_per_step * config.group_size
-    panel = 0 if config.eval_episodes == "all" else config.eval_episodes
-    require(type(panel) is int, f"--eval-episodes {panel}: a number, or all")
-    fits = episodes <= 10**4 and panel <= 10**6
-    require(fits, "--tasks-per-step, --group-size, --eval-episodes: too many episodes at once")
-    require(config.lr <= 1, "--lr: at most 1: every weight moves by about so much a step")
-    require(config.group_size > 1, "--group-size must be at least 2: an advantage compares")
+    taught, on_card = config.distil != "none", config.device == "cuda"
+    require(config.group_size > 1, "--group-size: at least 2, an advantage compares")
+    require(config.lr <= 1, "--lr: at most 1, every weight moves by about so much a step")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
-    learns = METHODS[config.method].teacher or config.retrieval != "ucb"
+    learns = taught or config.retrieval != "ucb"
     require(learns, f"--retrieval ucb learns from a teacher, --method {config.method} has none")
-    gated = METHODS[config.method].teacher == "gate"
-    for name, plain in (("distil", "loss"), ("divergence", "sampled")):
-        value = getattr(config, name)
-        message = (
-            f"{flag(name)} {value} is for methods with a gate, --method {config.method} has none"
-        )
-        require(gated or value == plain, message)
-    both = config.distil == "advantage" and config.divergence != "sampled"
-    require(not both, "--distil advantage is of the sampled token: leave --divergence out")
-    knows_gap = config.gate not in ("entropy", "soft_or", *BATCH_GATES)
-    require(
-        knows_gap or config.distil == "loss", f"--distil advantage: not with --gate {config.gate}"
-    )
-    require(config.skill_accuracy <= 1, "--skill-accuracy: a share, from 0 to 1")
-    on_cpu = config.device == "cpu"
-    require(on_cpu or torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
-    require(not (on_cpu and config.kernel), "--kernel is for CUDA: it needs --device cuda")
+    require(not (taught and config.skilled), "--skilled: then the teacher reads no more than it")
+    require(taught or config.policy_coef, "no --policy-coef and no --distil: nothing to learn")
+    require(not on_card or torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
+    require(on_card or not config.kernel, "--kernel is for CUDA: it needs --device cuda")
 
 
-def make_envs(config):
-    """One environment for each episode of a step, or of a part of the panel: they are played in
-    lockstep, so all of them are in use at once."""
-    options = {"data": config.env_data, "url": config.search_url}
+def make_envs(config, skill_bank=SkillBank):
+    """As many environments as episodes are played at once, with one skill bank."""
+    options = {"data": config.env_data, "url": config.search_url, "max_turns": config.max_turns}
     options = {name: value for name, value in options.items() if value}
-    number = max(EVAL_BATCH, config.tasks_per_step * config.group_size)
-    envs = [make_env(config.env, max_turns=config.max_turns, **options) for _ in range(number)]
-    envs[0].tasks(config.eval_split)  # none in it? say so now
-    if config.skill_bank:
-        bank = load_skills(config.skill_bank, envs[0])
-        for env in envs:
-            env.skills = bank
+    envs = [make_env(config.env, **options) for _ in range(config.rollout_batch)]
+    for split in ("train", config.eval_split):
+        envs[0].tasks(split)  # none in it? say so now
+
+    skills = load_skills(config.skills) if config.skills else envs[0].skills
+    fine = skills or config.distil == "none"
+    require(fine, f"{config.env} has no skills, so there is no teacher: --skills FILE, or grpo")
+    bank = skill_bank(skills, config.retrieval)
+    for env in envs:
+        env.bank = bank
     return envs
-
-
-def report_failures(failures, episodes):
-    """A line for failed episodes of a rollout. EnvUnavailable if they are half of it or more: then
-    what is left is no fair sample of the tasks, and something is wrong with the whole engine."""
-    if failures:
-        message = f"{len(failures)} of {episodes} episodes failed: {failures[0]}"
-        require(2 * len(failures) < episodes, message, EnvUnavailable)
-        say(message)
-
-
-@lru_cache
-def stop_criteria(chat, strings):
-    """A function of ids (B, n): which rows now hold one of the strings, however the tokenizer cuts
-    them. None if it cannot write them, as the tiny policy's, which knows whole words alone."""
-    from transformers import StopStringCriteria
-
-    writable = [text for text in strings if chat.tokenizer.decode(chat.encode(text)) == text]
-    return StopStringCriteria(chat.tokenizer, writable) if writable else None
-
-
-def cut_text(chat, limit, text):
-    """The text; if it has more than `limit` tokens, what the tokenizer makes of the first ones."""
-    start = text[: 64 * limit]  # of blanks, a tokenizer may make few tokens or none
-    ids = chat.encode(start)
-    if start == text and len(ids) <= limit:
-        return text
-    return chat.tokenizer.decode(ids[:limit]) + " ..."
-
-
-def check_context(model, env, episodes, config):
-    """UserError if episodes that start with these prompts cannot fit the model's context."""
-    prompt = max((len(episode.view(True)[0]) for episode in episodes), default=0)
-    context = model.config.max_position_embeddings
-    require(
-        prompt + env.max_turns * config.max_new_tokens <= context,
-        f"a prompt of {prompt} tokens and {env.max_turns} responses (--max-turns) of "
-        f"--max-new-tokens {config.max_new_tokens} do not fit the model's context of {context}",
-    )
 
 
 def load_policy(config):
@@ -1567,535 +978,251 @@ def load_policy(config):
     chooses what forward passes compute in."""
     import transformers  # here, since it takes seconds
 
+    log, path = transformers.utils.logging, config.model
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
-        transformers.utils.logging.set_verbosity_error()
-    path = Path(TINY_FOLDER if config.model == "tiny" else config.model)
-    if path.exists() or path.is_absolute() or config.model.startswith("."):  # else on the hub
-        require(not (path / "checkpoint").is_dir(), f"--model {path}: take {path}/checkpoint")
-        require(
-            (path / "config.json").is_file(),
-            f"--model {path}: no folder with a config.json (the tiny one: `git checkout "
-            ".assets/tiny-policy` or `python sdar.py warmstart`)",
-        )
-        if sum(file.stat().st_size for file in path.glob("*.safetensors")) < 5e8:
-            transformers.utils.logging.disable_progress_bar()  # it takes no two seconds
-        merged = not (path / "adapter_config.json").exists()
-        require(merged, f"--model {path}: merge its LoRA adapter first (peft: merge_and_unload)")
-
-    try:
+        log.set_verbosity_error()
+    if path == "tiny":
+        log.disable_progress_bar()
+        path = str(TINY_FOLDER)
+    with naming(f"--model {path} cannot be used", UserError):
+        merged = not Path(path, "adapter_config.json").exists()
+        require(merged, "merge its LoRA adapter first, peft: merge_and_unload")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        require(tokenizer.chat_template, "it has no chat template; take the -Instruct checkpoint")
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # check_files does not: it names what is wrong
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        model = model.to(config.device).eval()
-        check_files(model, tokenizer, report)
-        check_computation(model)
-        if config.gradient_checkpointing:
-            enable_checkpointing(model)
+        for kind in ("missing_keys", "unexpected_keys"):  # the library draws them, or drops them
+            require(not report[kind], f"its files have {kind}: {sorted(report[kind])[:3]}")
+        ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+        require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
-        read = tokenizer.decode(chat.encode(PROBE)).strip()
-        fine = read == PROBE or chat.whole_words
-        require(fine, f"its tokenizer loses text: it reads {PROBE!r} as {read!r}")
-        message = "its chat template has no place for a system message: it would miss the rules"
-        require(chat.takes_instructions or chat.whole_words, message)
-        return model, chat
-    except Exception as error:  # whatever a broken or absent checkpoint makes the library raise
-        reason = (str(error) or repr(error)).strip().split("\n")[0]
-        raise UserError(f"--model {path}: cannot be used: {reason:.200}") from error
+        context = model.config.max_position_embeddings
+
+    wanted = max(1, config.max_turns) * config.max_new_tokens
+    fits = wanted < context
+    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {context}")
+    if config.gradient_checkpointing:
+        name = "activation_checkpointing_enable"  # transformers 5.24 renamed it
+        name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
+    size, device = model.num_parameters(), config.device
+    tqdm.write(f"{config.model}: {size:,} parameters on {device}, computing in {config.dtype}")
+    return model.to(device).eval(), chat
 
 
-def enable_checkpointing(model):
-    """Turn on the library's own checkpointing of activations, renamed in transformers 5.24. It
-    works in training mode alone: see update."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+@lru_cache
+def load_kernel(dtype):
+    """The CUDA kernel in .lab/kernel for logits of a dtype; None, and a line, if it fails."""
+    sys.path.append(str(HERE / ".lab" / "kernel"))
+    try:
+        from kernel import row_logprobs
+
+        return row_logprobs(dtype)
+    except Exception as error:  # whatever a missing folder or compiler raises
+        tqdm.write(f"--kernel: not compiled, PyTorch's functions do the work: {error!r:.200}")
+        return None
 
 
-def check_files(model, tokenizer, report):
-    """UserError unless the checkpoint was read whole, and says that every layer sees all that came
-    before a token.
-
-    report: what from_pretrained says of its tensors. It does not stop at missing ones, but draws
-    them at random: two runs of one seed would differ, and no metric would say why."""
-    reshaped = [name for name, *_ in report["mismatched_keys"]]
-    for names, fault in (
-        (report["missing_keys"], "its files lack"),
-        (report["unexpected_keys"], "it has no place for"),
-        (reshaped, "its files have in another shape"),
-    ):
-        require(not names, f"{fault} the tensor {min(names, default='')}")
-    for name, weights in model.named_parameters():
-        require(weights.isfinite().all(), f"its weights are not finite in the tensor {name}")
-    ids = max(tokenizer.get_vocab().values()) + 1
-    rows = len(model.get_input_embeddings().weight)
-    require(ids <= rows, f"its tokenizer has {ids} ids, its embedding only {rows} rows")
-
-    settings = model.config.to_dict()
-    context = settings.get("max_position_embeddings")
-    require(context, "its config does not say how long its context is")
-    kinds = settings.get("layer_types")
-    sees_all = set(kinds) == {"full_attention"} if kinds else not settings.get("sliding_window")
-    require(sees_all, "some of its layers do not attend to everything before a token")
-
-
-@torch.no_grad()
-def check_computation(model):
-    """UserError unless the model computes what this file takes for granted, whatever it says.
-
-    Three passes over a few ids show it: a token's state must not change with what follows it, nor
-    in training mode; and sampling through a padded cache must give the logits of a plain pass."""
-
-    def states(ids):
-        return model.base_model(torch.tensor([ids], device=model.device)).last_hidden_state[0]
-
-    def require_same(a, b, message):
-        close = (a - b).abs().max() <= 1e-2 * b.abs().max()  # a card rounds more than a CPU
-        require(close, message)
-
-    short, long = [1, 2, 3], [4, 5, 6, 7, 8]
-    causal = states(long)
-    require_same(states(long[:3]), causal[:3], "it is not causal: a token's state knows the next")
-    model.train()  # as in update with --gradient-checkpointing
-    in_training = states(long)
-    model.eval()
-    require_same(in_training, causal, "it computes otherwise in training mode: has it dropout?")
-
-    # As in a rollout: rows of two lengths, so padding, then two more blocks in another order.
-    sampler = Sampler(model, 1.0)
-    sampler.feed_rows([short, long])
-    sampler.keep([1, 0])
-    sampler.feed_rows([[2, 1], [3]])
-    last = torch.stack([states(long + [2, 1])[-1], states(short + [3])[-1]])
-    expected = F.linear(last, model.get_output_embeddings().weight)
-    message = "with a KV cache and padding its logits are not its last states times one matrix"
-    require_same(sampler.logits, expected, message)
-
-
-# --- 10. The run's folder: config.json, metrics.jsonl, checkpoint/ -----------------------
+# --- 9. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
 #
 # A run that is killed at any moment goes on with --resume, and its metrics become those of a run
 # that was never killed. Two things make that possible: every random number of a step comes from
-# (seed, step), and a checkpoint is either whole or not used.
+# (seed, step), and state.pt, which holds all that a run is, is replaced as a whole.
 
-# A run's folder holds config.json (its settings), metrics.jsonl (one object a step), and:
-#   checkpoint/       a model folder like any other (config.json, model.safetensors, tokenizer),
-#                     with trainer.pt (optimizer, settings, step) and sums.json (hashes) beside it
-#   checkpoint.new/   the same, while it is written
-#   checkpoint.old/   the one before
-PLACES = ("checkpoint", "checkpoint.new", "checkpoint.old")  # the newest first
-MAY_DIFFER = (  # between a run and its continuation; nothing else may
+MAY_DIFFER = (  # between a run and its continuation
     *("steps", "out", "search_url", "resume", "overwrite", "save_every", "eval_every", "device"),
-    *("micro_tokens", "rollout_batch", "gradient_checkpointing", "kernel", "anyway"),
+    *("micro_tokens", "rollout_batch", "gradient_checkpointing", "kernel"),
 )
 
 
-def check_out(config):
-    """UserError if the run's folder cannot be written, or holds something that may not go."""
+def load_checkpoint(config, model, optimizer, bank):
+    """Steps that are done: 0, or with --resume those of the run's last state, which goes into
+    model, optimizer, bank and log. Later steps are played again. UserError if the folder holds
+    something that may not go."""
     folder = Path(config.out)
-    place = next(path for path in (folder / "x").absolute().parents if path.exists())
-    writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    require(writable, f"--out {folder}: {place} is no folder that can be written")
-    replaced = config.overwrite and (folder / "metrics.jsonl").exists()
-    free = config.resume or replaced or not any(folder.glob("*"))
-    require(free, f"--out {folder} is not empty: --resume it or --overwrite it")
-
-
-def only_writer(folder):
-    """An open file; until it is closed, at the latest when this process ends, every other process
-    of this machine that asks for the same folder gets a UserError. Without locks on Windows.
-
-    The file is in the system's temporary folder: a run's own one may not exist yet."""
-    key = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()
-    lock = open(Path(gettempdir(), f"sdar-{key[:20]}.lock"), "a+")
-    try:
-        if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        raise UserError(f"--out {folder} is being written by process {lock.read()}") from None
-    lock.truncate(0)
-    print(os.getpid(), end="", file=lock, flush=True)
-    return lock
-
-
-def write_whole(path, text):
-    """Write a text file beside and rename it: what was there is lost only when the new is whole."""
-    fresh = Path(f"{path}.new")
-    fresh.write_text(text, "utf-8", errors="replace")
-    fresh.replace(path)
-
-
-ENOUGH = 16  # episodes of an evaluation that may stop a run
-
-
-def preflight(config, before, seconds):
-    """Say what the evaluation before training tells of the run. before: what evaluate returned,
-    after so many seconds. UserError, unless --anyway, if nothing will be learned."""
-    n, method = before["episodes"], METHODS[config.method]
-    an_episode = seconds / (2 * n)
-    episodes = config.steps * config.tasks_per_step * config.group_size
-    text = (
-        f"{before['valid_rate']:.0%} of the answers are valid; {before['response_tokens']:.1f} "
-        f"tokens an answer, {an_episode:.2g} s an episode: playing the run's {episodes} episodes "
-        f"takes about {an_episode * episodes / 60:.1f} minutes, learning as long again or longer"
-    )
-    print(text)
-
-    alone = before["success"]
-    taught = method.teacher and before["success_skill"] > before["success"]
-    problems = []
-    if before["valid_rate"] < 0.5:
-        problems.append(
-            "fewer than half of the answers are valid: `python sdar.py warmstart --model` teaches "
-            "the toy's format; prompts are in .assets/environments.json"
-        )
-    if method.teacher and not taught:
-        problems.append(
-            "the skill helps nothing, so there is no teacher: other skills, a larger model, or "
-            "--method grpo"
-        )
-    if alone in (0, 1) and not (taught or method.skilled):
-        outcome = "won" if alone else "lost"
-        problems.append(
-            f"no group has two different scores, all are {outcome}: other tasks, more --max-turns "
-            "or a warm start"
-        )
-    if problems and n >= ENOUGH and not config.anyway:
-        raise UserError("; ".join(problems) + " (--anyway: train nevertheless)")
-    for problem in problems:
-        print(f"Nothing may be learned: {problem}.")
-
-
-def begin_run(config, model, env, before):
-    """Say where training starts from, and empty the folder of what is overwritten.
-
-    Only now is anything written: bad input has been found before. What is removed has a name that
-    runs give; other files stay."""
-    text = (
-        "{method} on {env} with {model} ({size:,} parameters), {preset} preset, seed {seed}: "
-        "{steps} steps of {tasks_per_step} tasks x {group_size} episodes"
-    )
-    print(text.format(size=model.num_parameters(), **vars(config)))
-    if {*env.tasks("train")} & {*env.tasks(config.eval_split)}:
-        print("Nothing is held out: these are training tasks, the data has no other split.")
-    print_success("before", before)
-
-    folder = Path(config.out)
+    log, path = folder / "metrics.jsonl", folder / "state.pt"
+    if not config.steps:
+        return 0
+    replaced = (config.resume or config.overwrite) and log.exists()
+    free = replaced or not folder.exists() or not any(folder.iterdir())
+    require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in PLACES:  # else --resume could take them for this run's
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "metrics.jsonl").write_text("")
+    if not (config.resume and path.exists()):
+        return 0
+
+    with naming(f"--resume: {path} cannot be read", UserError):
+        state = torch.load(path, map_location=model.device)
+        for name, value in vars(config).items():
+            was = state["config"].get(name)
+            same = value == was or name in MAY_DIFFER
+            require(same, f"{flag(name)} was {was!r}, now it is {value!r}")
+        step = state["step"]
+        require(step < config.steps, f"all of its {step} steps are done, raise --steps")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    bank.arms = state["arms"]
+    log.write_text(state["log"], "utf-8")
+    return step
 
 
-@contextmanager
-def steps_to_do(config, done):
-    """Around the training loop: (its steps, a progress bar; a list of the signals received). Ctrl-C
-    and SIGTERM wait for the end of a step, which is then saved; a second one does not wait."""
-    stop = []
-
-    def wait(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
-    steps = range(done + 1, config.steps + 1)
-    try:
-        with tqdm(steps, config.method, config.steps, initial=done, unit="step") as progress:
-            yield progress, stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def save_checkpoint(config, model, chat, optimizer, bank, step):
+    """state.pt, to resume from: it takes the old one's place when it is whole. Beside it
+    checkpoint/, a model folder like any other, and config.json."""
+    folder = Path(config.out)
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"config": vars(config), "arms": bank.arms}
+    state["log"] = (folder / "metrics.jsonl").read_text("utf-8")
+    torch.save(state, folder / "state.new")
+    os.replace(folder / "state.new", folder / "state.pt")
+    model.save_pretrained(folder / "checkpoint")
+    chat.tokenizer.save_pretrained(folder / "checkpoint")
+    (folder / "config.json").write_text(json.dumps(vars(config), indent=1), "utf-8")
 
 
 def log_step(config, step, episodes, metrics, clock):
     """Append a line to metrics.jsonl. Returns it.
 
-    clock: seconds at the start, and after rollout, teacher and update. Rates and means are over all
-    episodes or tokens of the step. flat_groups is the share of groups whose episodes all scored the
-    same: there every advantage is 0, and GRPO learns nothing. dropped: episodes whose engine died;
-    overflowed: those that filled the model's context. NaN becomes null, since NaN is no JSON."""
-    n = len(episodes)
-    turns = sum(episode.turns for episode in episodes)
-    tokens = sum(len(episode.logprobs) for episode in episodes)
-    seconds = np.diff(clock)
-    scores = {(episode.group, total_score(episode, config)) for episode in episodes}
-    kinds = Counter(group for group, _ in scores)  # different scores of each group
+    clock: seconds at the start, and after rollout, scoring and update. Rates and means are over all
+    episodes or tokens of the step. flat_groups is the share of groups whose episodes all have the
+    same reward: there every advantage is 0, and GRPO learns nothing."""
 
+    def mean(name):
+        return float(np.mean([getattr(episode, name) for episode in episodes]))
+
+    rewards = [(episode.reward, episode.invalid) for episode in episodes]
+    groups = np.reshape(rewards, (-1, config.group_size, 2))
+    tokens = sum(len(episode.logprobs) for episode in episodes)
+    seconds = np.diff(clock).tolist()
     line = {
         "step": step,
-        "success": sum(episode.won for episode in episodes) / n,
-        "reward": sum(episode.reward for episode in episodes) / n,
-        "turns": turns / n,
-        "invalid_rate": sum(episode.invalid for episode in episodes) / turns,
-        "response_tokens": tokens / n,
-        "overflowed": sum(episode.overflowed for episode in episodes),
-        "flat_groups": [*kinds.values()].count(1) / len(kinds),
-        "dropped": config.tasks_per_step * config.group_size - n,
+        "success": mean("won"),
+        "reward": mean("reward"),
+        "turns": mean("turns"),
+        "invalid_rate": mean("invalid") / mean("turns"),
+        "response_tokens": tokens / len(episodes),
+        "flat_groups": float((groups == groups[:, :1]).all((1, 2)).mean()),
         "seconds_rollout": seconds[0],
-        "seconds_teacher": seconds[1],
+        "seconds_score": seconds[1],
         "seconds_update": seconds[2],
         "tokens_per_second": tokens / sum(seconds),
         **metrics,
     }
-    for name, value in line.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            line[name] = None
-    skipped = line["skipped_updates"]
-    if skipped:
-        say(f"step {step}: {skipped} updates skipped, their gradients were not finite: lower --lr?")
-    with open(Path(config.out, "metrics.jsonl"), "a") as log:
+    folder = Path(config.out)
+    if step == 1:  # of a run that is replaced nothing may be resumed
+        (folder / "state.pt").unlink(missing_ok=True)
+    with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
+    if "eval_success" in line:
+        say_success(f"step {step}", line)
     return line
-
-
-def hashes(folder):
-    """{file: SHA-256} of a checkpoint, but for sums.json, which keeps them: the last file that is
-    written, so that a checkpoint that was cut short has none."""
-    files = [path for path in folder.iterdir() if path.name != "sums.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def is_whole(folder):
-    """True if a checkpoint is as it was written."""
-    try:
-        return json.loads((folder / "sums.json").read_text()) == hashes(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def save_checkpoint(config, model, chat, state):
-    """Write the model in Hugging Face format with the trainer's state, and config.json beside it.
-
-    A new checkpoint is written to checkpoint.new; when it is whole it takes the place of the old
-    one, which becomes checkpoint.old. Wherever this is cut short, one of the three is whole."""
-    folder = Path(config.out)
-    fresh, old = folder / "checkpoint.new", folder / "checkpoint.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)  # makes the folder
-    chat.tokenizer.save_pretrained(fresh)
-    torch.save(state, fresh / "trainer.pt")
-    (fresh / "sums.json").write_text(json.dumps(hashes(fresh)))
-
-    shutil.rmtree(old, ignore_errors=True)
-    if (folder / "checkpoint").exists():
-        (folder / "checkpoint").rename(old)
-    fresh.rename(folder / "checkpoint")
-    write_whole(folder / "config.json", json.dumps(vars(config), indent=1))
-
-
-def load_checkpoint(config, model, optimizer, teacher, bandit):
-    """With --resume, go on from the newest whole checkpoint of the run's folder.
-
-    Returns (steps done, the evaluation before training); (0, None) where there is nothing to go on
-    from. Model, optimizer, a lagged teacher and the bandit are set to what they were; lines of the
-    log after the checkpoint are cut off, their steps are played again."""
-    if not config.resume:
-        return 0, None
-    folder = Path(config.out)
-    log = folder / "metrics.jsonl"
-    whole = [folder / name for name in PLACES if is_whole(folder / name)]
-    if not whole:
-        strange = {path.name for path in folder.glob("*")} - {"metrics.jsonl", "checkpoint.new"}
-        require(not strange, f"--resume: {folder} holds no run that can be read")
-        return 0, None  # it was killed before it saved: begin anew
-
-    # Only the same run can go on: no setting may differ that decides its numbers.
-    with naming(f"--resume: {whole[0]} cannot be used", UserError):
-        state = torch.load(whole[0] / "trainer.pt", weights_only=True, map_location=model.device)
-        step, before, settings = state["step"], dict(state["before"]), dict(state["config"])
-        optimizer.load_state_dict(state["optimizer"])
-        for weights, moments in optimizer.state.items():
-            shapes = {moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
-            require(shapes == {weights.shape}, "its optimizer is of another model")
-        if config.teacher in COPIES:
-            teacher.load_state_dict(state["teacher"])
-        bandit.arms = dict(state["arms"])
-    for name, value in vars(config).items():
-        same = settings.get(name) == value or name in MAY_DIFFER
-        require(same, f"--resume: {flag(name)} is not as in {folder}/config.json")
-    require(step < config.steps, f"--resume: {folder} has all of its {step} steps; raise --steps")
-    with naming(f"--resume: {log} lacks steps of the checkpoint's {step}", UserError):
-        lines = log.read_text("utf-8").split("\n")[:step]  # later ones are played again
-        steps = [json.loads(line)["step"] for line in lines]
-        require(steps == [*range(1, step + 1)], f"it has {steps}")
-
-    weights, _ = load_policy(replace(config, model=str(whole[0])))
-    model.load_state_dict(weights.state_dict())
-    write_whole(log, "\n".join(lines) + "\n" * (step > 0))
-    say(f"--resume: from {whole[0]}, step {step}")
-    return step, before
 
 
 def wilson(wins, n, z=1.96):
     """95 % Wilson score interval of a proportion: (low, high). Unlike mean +- 2 standard errors it
     is right near 0 and 1, where a trained policy ends (Wilson, JASA 22, 1927)."""
-    square = z * z
-    middle = wins + square / 2
-    half = z * math.sqrt(wins * (n - wins) / n + square / 4)
-    total = n + square
-    return max(0.0, middle - half) / total, (middle + half) / total
+    middle = wins + z * z / 2
+    half = z * math.sqrt(wins * (n - wins) / n + z * z / 4)
+    return max(0.0, middle - half) / (n + z * z), (middle + half) / (n + z * z)
 
 
-def print_success(title, result):
-    """Print what evaluate returned, without and with the skill, with 95 % intervals."""
-    n = result["episodes"]
-    for name, reader in (("success", "alone"), ("success_skill", "with the skill")):
-        low, high = wilson(result[name] * n, n)
-        print(f"{title}, {reader}: won {result[name]:.3f} of {n} [{low:.2f}, {high:.2f}]")
+def say_success(title, line):
+    """Print held-out success, eval_* of a line of the log, with 95 % intervals."""
+    n, parts = line["eval_episodes"], []
+    for name, reader in (("eval_success", "alone"), ("eval_success_skill", "with the skill")):
+        low, high = wilson(line[name] * n, n)
+        parts.append(f"{line[name]:.3f} [{low:.2f}, {high:.2f}] {reader}")
+    tqdm.write(f"{title}: of {n} held-out tasks won {', '.join(parts)}")
 
 
-# --- 11. Command line --------------------------------------------------------------------
+def say_before(config, before, seconds):
+    """Say what the evaluation before training, which took so many seconds, tells of the run."""
+    say_success("before", {f"eval_{name}": value for name, value in before.items()})
+    alone, skilled, valid = before["success"], before["success_skill"], before["valid"]
+    an_episode = seconds / (2 * before["episodes"])
+    episodes = config.steps * config.tasks_per_step * config.group_size
+    tqdm.write(
+        f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode: playing the run's "
+        f"{episodes} takes some {an_episode * episodes / 3600:.1g} hours, learning as long again"
+    )
+    taught = config.distil != "none"
+    helps = skilled > alone and (taught or config.skilled)
+    for problem, text in (
+        (valid < 0.5, "fewer than half of the answers are valid: warm it up (.lab/warmstart.py)"),
+        (taught and not helps, "the skill helps nothing: other --skills, or a larger --model"),
+        (alone in (0, 1) and not helps, "all episodes end alike: other tasks, or more --max-turns"),
+    ):
+        if problem:
+            tqdm.write(f"Warning, there may be nothing to learn: {text}")
+
+
+# --- 10. Command line --------------------------------------------------------------------
 #
 # A field of Config is a flag: --group-size 4 sets group_size. Its help is the comment beside it.
-# The instruments (compare, inspect, ...) are scripts in the folder .lab, with the same flags and
-# some of their own. Bad input is one line on stderr and exit code 2, from whichever function.
 
 SYMBOLS = {  # of the paper, which are flags, too
-    "sdar_coef": ["--lambda"],
-    "gate_beta": ["--beta"],
-    "clip_eps": ["--epsilon"],
-    "group_size": ["--G"],
+    "sdar_coef": "--lambda",
+    "gate_beta": "--beta",
+    "clip_eps": "--epsilon",
+    "group_size": "--G",
 }
-GROUPS = {  # the field at which a group of flags begins
-    "env": "what is run",
-    "device": "the machine",
-    "tasks_per_step": "rollouts",
-    "lr": "GRPO",
-    "sdar_coef": "SDAR",
-    "eval_every": "evaluation",
-}
-OF_TRAINING = ("steps", "out", "anyway", "resume", "overwrite", "save_every", "eval_every")
-COMMANDS = """commands
-  train      train a policy; what `python sdar.py` does
-  evaluate   play the held-out panel with a model
-  compare    train several methods or settings over seeds: a table and curves
-  inspect    look at one group of episodes, token by token
-  plot       draw the curves of runs
-  bench      where the time and the memory of a step go
-  warmstart  build the tiny policy again, in some minutes
-  exercise   the course: functions to write again, bugs to find"""
-INSTRUMENTS = {  # {command: its script in the folder .lab}
-    "compare": "compare.py",
-    "inspect": "microscope.py",
-    "plot": "plots.py",
-    "bench": "bench.py",
-    "warmstart": "warmstart.py",
-    "exercise": "course/exercise.py",
-}
+INSTRUMENTS = """instruments, each with its own --help:
+  python .lab/microscope.py          look at a group of episodes, token by token
+  python .lab/compare.py             train several methods or settings over seeds: a table, curves
+  python .lab/plots.py               draw the curves of runs
+  python .lab/bench.py               where the time and the memory of a step go
+  python .lab/warmstart.py           build the tiny policy again, or teach a model the toy's format
+  python .lab/player.py              play an environment yourself
+  python .lab/course/exercise.py     the course: functions to write again, bugs to find"""
 
 
-def number_or_all(text):
-    """An int, or "all"."""
-    return text if text == "all" else int(text)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
-def parse_flags(command, description, argv, own=(), without=()):
-    """The flags that were typed, {name: value}: of Config, and the command's own. What was not
-    typed is not in it, so that a preset can fill it in.
-
-    own: (flag, keywords of add_argument) pairs; without: fields of Config that the command would
-    ignore. UserError for an unknown flag, which names its neighbour; argparse.ArgumentError for a
-    value of another type."""
-    parser = argparse.ArgumentParser(
-        usage=f"python sdar.py {command} [flags]",
-        description=description,
+def make_parser(usage="python sdar.py [flags]", **more):
+    """A parser of Config's fields. What is not typed is not in its result: a preset fills it in."""
+    parser = Parser(
+        usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,  # what is not typed is not there
+        argument_default=argparse.SUPPRESS,
+        **more,
     )
-    known = ["--help"]
-    for name, keywords in own:
-        if "action" not in keywords:
-            keywords = {"type": as_typed, **keywords}
-        known += parser.add_argument(name, **keywords).option_strings
     help = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        if f.name in without:
-            continue
-        names = [flag(f.name), *SYMBOLS.get(f.name, [])]
-        kind = {"type": as_typed if f.type is str else f.type, "metavar": "VALUE"}
-        if f.name == "eval_episodes":
-            kind["type"] = number_or_all
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{help[f.name]} [{f.default}]"
-        known += group.add_argument(*names, dest=f.name, help=text, **kind).option_strings
-
-    typed, rest = parser.parse_known_args(argv)
-    if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], known, 1, cutoff=0)
-        raise UserError(f"unknown flag {rest[0]}: did you mean {near[0]}?")
-    return vars(typed)
+        names = [flag(f.name), *SYMBOLS.get(f.name, "").split()]
+        kind = {"action": "store_true"} if f.type is bool else {"metavar": "VALUE"}
+        parser.add_argument(*names, dest=f.name, help=f"{help[f.name]} [{f.default}]", **kind)
+    return parser
 
 
-def untested_versions():
-    """Which installed libraries are outside the range that is tested, in words; "" if none is, or
-    where requirements.txt, the one place with the ranges, was not copied along."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.requirements import InvalidRequirement, Requirement  # transformers needs it, too
-
-    path, found = HERE / "requirements.txt", []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            wanted = Requirement(line)
-            installed = version(wanted.name)
-        except (InvalidRequirement, PackageNotFoundError):  # a line of the user's; pytest
-            continue
-        if not wanted.specifier.contains(installed, prereleases=True):
-            found.append(f"{wanted.name} {installed} (tested: {wanted.specifier})")
-    return ", ".join(found)
-
-
-def run_command(argv):
-    """Run what a command line says. Returns an exit code, or None for 0."""
-    command, *rest = argv or ["train"]
-    if command.startswith("-"):
-        command, rest = "train", argv
-    known = ["train", "evaluate", *INSTRUMENTS]
-    require(command in known, unknown("command", command, known))
-    if command in INSTRUMENTS:
-        script = HERE / ".lab" / INSTRUMENTS[command]
-        require(script.exists(), f"{command} comes with the repository, in its folder .lab")
-        sys.path.insert(0, str(script.parent))
-        return importlib.import_module(script.stem).main(rest)
-
-    ignored = OF_TRAINING if command == "evaluate" else ()
-    config = Config(**parse_flags(command, COMMANDS, rest, without=ignored))
-    untested = untested_versions()
-    if untested:
-        say(f"sdar.py: untested versions, which may do otherwise: {untested}")
-    if command == "train":
-        train(config)
-    else:
-        envs = make_envs(config)
-        print_success(config.model, evaluate(*load_policy(config), envs, config))
+def run(command):
+    """Call a function, and turn what it raises into an exit code: 0; 2 bad input (one line on
+    stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
+    and shows its traceback."""
+    try:
+        return command() or 0
+    except (UserError, OSError) as error:
+        message, code = error, 2
+    except KeyboardInterrupt:
+        message, code = "stopped; a training run goes on with the same command and --resume", 130
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return code
 
 
 def main(argv):
-    """Run a command. Returns the exit code: 0; 1 a run of compare failed; 2 bad input (one line on
-    stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
-    and shows its traceback."""
-    tolerant_output()
-    try:
-        return run_command(argv) or 0
-    except (UserError, EnvUnavailable, argparse.ArgumentError, OSError) as error:
-        message, code = error, 2
-    except KeyboardInterrupt:
-        message, code = "stopped; the same command with --resume goes on with a training run", 130
-    print(f"sdar.py: {message}", file=sys.stderr)
-    return code
+    """Train as a command line says. Returns the exit code."""
+
+    def command():
+        config = configure(**vars(make_parser(epilog=INSTRUMENTS).parse_args(argv)))
+        train(config)
+        if config.steps:
+            print(f"What was learned: python .lab/microscope.py --run {config.out}")
+
+    return run(command)
 
 
 if __name__ == "__main__":
