@@ -82,7 +82,9 @@ def naming(what, kind=EnvUnavailable):
         yield
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise kind(f"{what} ({type(error).__name__}: {reason:.300})") from error
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise kind(f"{what}: {reason:.300}") from error
 
 
 # --- Skills: the source of the privileged context c+ (paper, section 2.1) ----------------
@@ -211,6 +213,7 @@ class TextEnv:
     default_turns = 10
     plain = False  # sdar.py sets it: the tiny policy writes no tags
     slow = False  # a step waits for a server or a process: it is worth a thread
+    longest = 3000  # characters of an observation
 
     def __init__(self, max_turns=0):
         vars(self).update(TEXTS.get(self.name, {}))
@@ -230,7 +233,7 @@ class TextEnv:
         self.turns = 0
         self.listed = []
         observation, state = self._reset(task, seed)
-        return observation, self._info(state)
+        return observation[: self.longest], self._info(state)
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
@@ -243,7 +246,8 @@ class TextEnv:
         info = self._info(state)
         terminated = bool(state.get("over", info["won"]))
         truncated = not terminated and self.turns >= self.max_turns
-        return observation, float(terminated and info["won"]), terminated, truncated, info
+        reward = float(terminated and info["won"])
+        return observation[: self.longest], reward, terminated, truncated, info
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
@@ -526,7 +530,7 @@ def is_a(text, start):
 
 
 # ALFWorld's engine is slow, and not safe in threads: a process a core plays it.
-CORES = os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 GAMES = {}  # in such a process, {number of an environment: its game}
 
 
@@ -549,9 +553,8 @@ def process_begins():
 
 
 def play_game(number, path, action):
-    """In a process of games: start a game (action None) or act in it. Returns (text, won, commands).
-
-    What hangs for two minutes takes its process along."""
+    """In a process of games: start a game (action None) or act in it. Returns (text, won,
+    admissible commands). What hangs for two minutes takes its process along."""
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 
@@ -669,14 +672,17 @@ class WebShopEnv(TextEnv):
             return f"Instruction: {self.task}\n{self._without_task(observation)}", self._page()
 
     def _step(self, action):
+        self.listed = []  # another page, other links: all are listed again
         match = re.fullmatch(r"(search|click)\[\s*(.*?)\s*\]", action.strip().lower())
-        words = match and match[2]
-        if match and match[1] == "click":
+        verb, words = match.groups() if match else ("", "")
+        if verb == "click":
             words = self.clickable.get(words)
-        if not words or words.startswith("<"):  # <: the engine's own commands, fragile
+        elif words.startswith("<"):  # the engine's own commands, fragile
+            words = ""
+        if not words:
             return "Nothing happens.", self.page | {"valid": match is not None}
         with naming(f"WebShop failed at {action!r}"):
-            observation, score, over, _ = self.shop.step(f"{match[1]}[{words}]")
+            observation, score, over, _ = self.shop.step(f"{verb}[{words}]")
             page = self._page()
         return self._without_task(observation), page | {"won": over and score == 1, "over": over}
 

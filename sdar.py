@@ -59,6 +59,7 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -84,7 +85,7 @@ PRESETS = {
     "paper": {  # the published run, for any other model
         "steps": 150,
         "dtype": "bfloat16",
-        "micro_tokens": 16384,
+        "micro_batch": 4,
         "tasks_per_step": 16,
         "max_new_tokens": 512,
         "lr": 1e-6,
@@ -95,7 +96,7 @@ PRESETS = {
     },
     "small": {  # a language model of 0.1 to 3 billion parameters on the toy, on one card
         "dtype": "bfloat16",
-        "micro_tokens": 16384,
+        "micro_batch": 8,
         "max_new_tokens": 64,
         "lr": 5e-6,
         "sdar_coef": 0.1,
@@ -142,7 +143,7 @@ class Config:
     # the machine: what changes memory and speed, and results by rounding alone
     device: str = ""  # cpu or cuda; empty: cuda if there is one, for any model but tiny
     dtype: str = "float32"  # of forward passes: float32 or bfloat16; paper: bfloat16
-    micro_tokens: int = 8192  # padded tokens in one training pass; paper: 16384
+    micro_batch: int = 32  # episodes in one scoring or training pass; paper: 4
     rollout_batch: int = 64  # episodes played at once
     gradient_checkpointing: bool = False  # compute activations again instead of keeping them
     kernel: bool = False  # CUDA kernel for log-probs, compiled at first use
@@ -153,7 +154,6 @@ class Config:
     temperature: float = 1.0  # of sampling, and therefore of every log-prob
     max_turns: int = 0  # turns an episode; 0: the environment's own, of the toy 10
     max_new_tokens: int = 8  # tokens a response; paper: 512
-    max_obs_tokens: int = 512  # tokens an observation, its list of actions not counted
     skilled: bool = False  # the student itself reads the skill while it trains
 
     # GRPO, the backbone
@@ -227,7 +227,7 @@ class Chat:
         expected = marks[self.plain :]  # the tiny policy's has no place for a system message
         require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
 
-        frames = [self._tokenize(frame) for frame in parts[::2]]
+        frames = self._tokenize(parts[::2])
         *self._begin, answer, self._between, again, between_again, self._after = frames
         alike = (answer, self._between) == (again, between_again)
         alike = alike and self._after[: len(answer)] == answer
@@ -237,12 +237,11 @@ class Chat:
         self.end_id = self._between[0]
         self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
-        self._control = {*self._added.values()} - {tokenizer.unk_token_id}
-        fine = self.end_id in self._control
+        fine = self.end_id in self._added.values()
         require(fine, "its chat template closes a turn with no control token")
 
-    def _tokenize(self, text, **options):
-        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+    def _tokenize(self, texts, **options):
+        return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
 
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
@@ -253,13 +252,7 @@ class Chat:
         for token in self._added:
             text = text.replace(token, f"{token[0]}\0{token[1:]}")
         parts = self._tokenize(text.split("\0"), split_special_tokens=True)
-        return [id for part in parts for id in part if id not in self._control]
-
-    def cut(self, text, limit):
-        """The text; if it has more than `limit` tokens, the first of them."""
-        text = text[: 64 * limit]  # a page may have a megabyte
-        ids = self.encode(text)
-        return text if len(ids) <= limit else self.tokenizer.decode(ids[:limit]) + " ..."
+        return sum(parts, [])
 
     def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
@@ -291,6 +284,7 @@ class Episode:
     skills: list  # what the teacher reads there and the student does not
     skill_ids: list  # its ids; empty where no skill fits the task
     logprobs: list = field(default_factory=list)  # the sampler's, of the sampled ids
+    begin: int = 0  # where in ids the newest response begins
     read: int = 0  # how many of its ids the KV cache holds
     turns: int = 0
     invalid: int = 0  # turns whose action was invalid
@@ -324,8 +318,6 @@ class Episode:
 #              fed: . . p p p     then a, <end>, .         . a hole: nothing new in this row
 #     turn 2   fed: o o o          ...                     o the next observation
 #              fed: . o o
-
-BAR = {"delay": 2, "leave": False}  # a progress bar for what takes more than two seconds
 
 
 def padded(rows, device="cpu", side="right"):
@@ -404,11 +396,13 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     numbers: ints that name an episode's random numbers. with_skill: the student reads the skill,
     too."""
     episodes = []
-    progress = tqdm(desc="playing", total=len(starts), unit="episode", **BAR)
+    progress = tqdm(desc="playing", total=len(starts), unit="episode", delay=2, leave=False)
     for first in range(0, len(starts), len(envs)):
+        places = list(zip(envs, starts[first:]))
+        resets = [partial(env.reset, task, seed) for env, (task, seed, _) in places]
         playing = []
-        for env, start in zip(envs, starts[first:]):
-            playing.append(start_episode(chat, env, start, config, with_skill))
+        for place, seen in zip(places, call_all(resets, envs[0].slow)):
+            playing.append(start_episode(chat, *place, *seen, with_skill))
         episodes += playing
 
         # Who has ended leaves the batch, and its cache.
@@ -425,15 +419,14 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     return episodes
 
 
-def start_episode(chat, env, start, config, with_skill):
+def start_episode(chat, env, start, observation, info, with_skill):
     """The Episode after its first observation."""
-    task, seed, numbers = start
+    _, seed, numbers = start
     env.plain = chat.plain
-    observation, info = env.reset(task, seed)
     skills = env.bank.retrieve(info["task"], info["task_type"], seed)
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
     skill_ids = chat.encode(skill) if skills else []
-    ids, at = chat.first(env, as_read(chat, observation, info, config))
+    ids, at = chat.first(env, as_read(chat, observation, info))
     if with_skill:  # it becomes part of the conversation: both readers see it, nobody is taught
         ids = ids[:at] + skill_ids + ids[at:]
         skill_ids = []
@@ -450,22 +443,21 @@ def start_episode(chat, env, start, config, with_skill):
     )
 
 
-def as_read(chat, observation, info, config):
+def as_read(chat, observation, info):
     """An observation as the policy reads it. A language model is also told what is new that it can
-    do, the turn, and the form of an answer. No blanks at the ends: some templates drop them."""
+    do, the turn, and the form of an answer."""
     if chat.plain:
         return observation
-    return (chat.cut(observation, config.max_obs_tokens) + info["hint"]).strip()
+    return (observation + info["hint"]).strip()  # some templates drop blanks at the ends
 
 
 def answer(sampler, chat, episodes, config):
-    """Sample a response to each conversation, and write it there. Returns their texts.
-
-    A response ends with an end of turn, with a closing tag, or after max_new_tokens. Who has
-    finished waits for the slowest."""
+    """Sample a response to each conversation, and write it there. Who has finished waits for the
+    slowest. Returns the responses' texts."""
     size = config.max_new_tokens
     uniforms = np.stack([episode.random.random(size, dtype=np.float32) for episode in episodes])
-    begins = [len(episode.ids) for episode in episodes]
+    for episode in episodes:
+        episode.begin = len(episode.ids)
     talking = list(range(len(episodes)))  # rows
     for uniform in uniforms.T:
         with forward_dtype(sampler.model, config):
@@ -474,19 +466,20 @@ def answer(sampler, chat, episodes, config):
         for row in talking:
             episodes[row].add([ids[row]], sampled=1)
             episodes[row].logprobs.append(logprobs[row])
-        talking = [row for row in talking if not finished(chat, episodes[row], begins[row])]
+        talking = [row for row in talking if not has_answered(chat, episodes[row])]
         if not talking:
             break
-
-    responses = [episode.ids[begin:] for episode, begin in zip(episodes, begins)]
+    responses = [episode.ids[episode.begin :] for episode in episodes]
     return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def finished(chat, episode, begin):
-    """True if the ids from `begin` on are a whole response."""
-    if episode.ids[-1] in chat.end_ids or chat.plain:
-        return episode.ids[-1] in chat.end_ids
-    tail = chat.tokenizer.decode(episode.ids[begin:][-16:])  # a tag may be cut into many tokens
+def has_answered(chat, episode):
+    """True if the newest response is whole: it has an end of turn or, of a language model, the tag
+    that closes its action, into however many tokens that was cut."""
+    ended = episode.ids[-1] in chat.end_ids
+    if ended or chat.plain:
+        return ended
+    tail = chat.tokenizer.decode(episode.ids[episode.begin :][-16:])
     return any(tag in tail for tag in episode.env.closing_tags)
 
 
@@ -506,7 +499,7 @@ def act(chat, episodes, responses, context, config):
 
         # Only what is added here, and the responses, the policy ever reads. Nothing of it is
         # sampled.
-        prompt = chat.next(as_read(chat, observation, info, config), episode.ids[-1])
+        prompt = chat.next(as_read(chat, observation, info), episode.ids[-1])
         needed = len(episode.ids) + len(prompt) + len(episode.skill_ids) + config.max_new_tokens
         episode.running = not (terminated or truncated or needed > context)
         if episode.running:
@@ -574,20 +567,16 @@ def response_logprobs(model, episodes, config, with_skill=False):
         )
 
 
-def micro_batches(rows, episodes, budget):
-    """Cut `rows`, numbers of episodes, into parts of at most `budget` tokens, padding included."""
-    longest = max(len(episodes[row].ids) + len(episodes[row].skill_ids) for row in rows)
-    at_once = max(1, budget // longest)
-    return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+def in_parts(rows, size):
+    """The list cut into parts of at most `size`."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
     """Log-probs (N,) of all sampled tokens of a step's episodes, without a graph."""
-    parts = micro_batches(range(len(episodes)), episodes, config.micro_tokens)
     scored = []
-    for rows in tqdm(parts, "scoring", **BAR):
-        micro = [episodes[row] for row in rows]
+    for micro in in_parts(episodes, config.micro_batch):
         logprobs, _ = response_logprobs(model, micro, config, with_skill)
         scored.append(logprobs)
     return torch.cat(scored)
@@ -704,10 +693,10 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     # weights and not two ways of computing. And it is a check: a shift by one, a text that was
     # tokenised again, another temperature would show in no curve.
     old = score(model, episodes, config)
-    sampled = [logprob for episode in episodes for logprob in episode.logprobs]
+    sampled = sum([episode.logprobs for episode in episodes], [])
     drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
-    fine = drift < DRIFT[config.dtype]
-    require(fine, f"ids sampled are not ids scored ({drift:.2g} nats apart), or --lr is too large")
+    message = f"ids sampled are not ids scored ({drift:.2g} nats apart), or --lr is too large"
+    require(drift < DRIFT[config.dtype], message)
     batch = {"old": old}
     if config.kl_coef:
         batch["ref"] = score(start, episodes, config)
@@ -715,8 +704,7 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     # One advantage for all tokens of an episode. Rows of rewards are groups, since a group's
     # episodes are played one after the other and none is dropped.
     rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
-    rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, config.group_size)
-    advantages = group_advantages(rewards)
+    advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
     lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
     batch["advantages"] = advantages.flatten().repeat_interleave(lengths).to(old)
     if config.distil == "none":
@@ -771,7 +759,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     it was sampled is not pushed further."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
-    metrics, norms = {}, []
+    metrics, norms = defaultdict(float), []
 
     # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
     # group.
@@ -781,7 +769,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
         model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
-        for rows in tqdm(micro_batches(chosen, episodes, config.micro_tokens), "learning", **BAR):
+        for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
             tokens = {}
             for name, values in by_episode.items():
@@ -789,8 +777,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
             terms = objective(model, micro, tokens, config)
             (terms["loss"].sum() / total).backward()
             for name, values in terms.items():
-                mean = values.detach().float().sum().item() / sum(lengths)
-                metrics[name] = metrics.get(name, 0.0) + mean
+                metrics[name] += values.detach().float().sum().item() / len(batch["old"])
         model.eval()
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -821,19 +808,19 @@ def evaluate(model, chat, envs, config):
     alone, skilled = play(with_skill=False), play(with_skill=True)
 
     by_type = {}
-    for (task, _), *both in zip(panel, alone, skilled):
+    for (task, _), student, teacher in zip(panel, alone, skilled):
         counts = by_type.setdefault(envs[0].label(task), [0, 0, 0])
         counts[0] += 1
-        for reader, episode in enumerate(both, 1):
-            counts[reader] += episode.won
+        counts[1] += student.won
+        counts[2] += teacher.won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
-    invalid = sum(episode.invalid for episode in alone)
+    invalid, turns = np.sum([(episode.invalid, episode.turns) for episode in alone], 0).tolist()
     return {
         "success": won / episodes,
         "success_skill": won_skill / episodes,
         "episodes": episodes,
         "by_type": by_type,
-        "valid": 1 - invalid / sum(episode.turns for episode in alone),
+        "valid": 1 - invalid / turns,
     }
 
 
@@ -860,20 +847,22 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
     start = copy.deepcopy(model)  # the KL pulls to it
     teacher = start if config.teacher == "frozen" else model
+    room = model.config.max_position_embeddings
+    fits = envs[0].max_turns * config.max_new_tokens < room
+    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {room}")
 
     done, metrics = load_checkpoint(config, model, optimizer, envs[0].bank), {}
     if done == 0:
         clock = time.perf_counter()
-        before = evaluate(model, chat, envs, config)
-        say_before(config, before, time.perf_counter() - clock)
-        metrics = {f"eval_{name}": value for name, value in before.items()}
+        metrics = evaluate(model, chat, envs, config)
+        say_before(config, metrics, time.perf_counter() - clock)
     for step in tqdm(range(done + 1, config.steps + 1), config.method, unit="step"):
         # Play: the tasks of this step, each by a group of episodes.
         clock = [time.perf_counter()]
         rng = np.random.default_rng([2, config.seed, step])
         starts = draw_starts(envs[0], config, step, rng)
-        temperature, skilled = config.temperature, config.skilled
-        episodes = rollout(model, chat, envs, starts, config, temperature, skilled)
+        temperature = config.temperature
+        episodes = rollout(model, chat, envs, starts, config, temperature, config.skilled)
 
         # Score: the sampled tokens as the student and, with the skill, the teacher read them.
         clock.append(time.perf_counter())
@@ -887,15 +876,15 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
         # Look: the held-out panel, the log, a checkpoint.
         last = step == config.steps
         if last or (config.eval_every and step % config.eval_every == 0):
-            after = evaluate(model, chat, envs, config)
-            metrics |= {f"eval_{name}": value for name, value in after.items()}
+            result = evaluate(model, chat, envs, config)
+            metrics |= {f"eval_{name}": value for name, value in result.items()}
         metrics = log_step(config, step, episodes, metrics, clock)
         if last or step % config.save_every == 0:
             save_checkpoint(config, model, chat, optimizer, envs[0].bank, step)
     return metrics
 
 
-# ================= PART II: AROUND THE RUN. The reader of the paper can stop here. =================
+# ============== PART II: AROUND THE RUN. The reader of the paper can stop here. ==============
 
 # --- 8. Loading: settings, environments, a model -----------------------------------------
 #
@@ -928,30 +917,32 @@ def check_config(config):
     """Make every setting a value of its own type. UserError for one that no run could use, or for
     two that make no sense together."""
     for f in fields(config):
-        value, name = getattr(config, f.name), flag(f.name)
-        with naming(f"{name} {value!r}: must be of type {f.type.__name__}", UserError):
+        value = getattr(config, f.name)
+        with naming(f"{flag(f.name)} {value!r}", UserError):
             typed = f.type(value)
-            require(f.type is str or float(value) == typed, "it is not")
-        if f.type is str:
-            require(typed.isprintable(), f"{name} {typed!r} holds what cannot be written")
-            typed = os.path.expanduser(typed)
-        elif f.type is not bool:
-            least = 0 if f.name in MAY_BE_ZERO else 1e-9
-            require(least <= typed <= 1e9, f"{name} {typed}: must be from {least:g} to 1e9")
-        choices = CHOICES.get(f.name, [typed])
-        require(typed in choices, f"{name} {typed!r}: known are {', '.join(map(str, choices))}")
-        setattr(config, f.name, typed)
+            if f.type is str:
+                require(typed.isprintable(), "it holds a character that cannot be written")
+                typed = os.path.expanduser(typed)
+            else:
+                least = 0 if f.name in MAY_BE_ZERO or f.type is bool else 1e-9
+                fine = float(value) == typed and least <= typed <= 1e9
+                require(fine, f"must be {f.type.__name__}, from {least:g} to 1e9")
+            choices = CHOICES.get(f.name, [typed])
+            require(typed in choices, f"known are {', '.join(map(str, choices))}")
+            setattr(config, f.name, typed)
 
-    taught, on_card = config.distil != "none", config.device == "cuda"
     require(config.group_size > 1, "--group-size: at least 2, an advantage compares")
     require(config.lr <= 1, "--lr: at most 1, every weight moves by about so much a step")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
-    learns = taught or config.retrieval != "ucb"
-    require(learns, f"--retrieval ucb learns from a teacher, --method {config.method} has none")
-    require(not (taught and config.skilled), "--skilled: then the teacher reads no more than it")
-    require(taught or config.policy_coef, "no --policy-coef and no --distil: nothing to learn")
-    require(not on_card or torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
-    require(on_card or not config.kernel, "--kernel is for CUDA: it needs --device cuda")
+    if config.distil == "none":
+        require(config.retrieval != "ucb", "--retrieval ucb learns from a teacher: there is none")
+        require(config.policy_coef, "--policy-coef 0 without a teacher: nothing is learned")
+    else:
+        require(not config.skilled, "--skilled: the teacher would read what the student reads")
+    if config.device == "cuda":
+        require(torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
+    else:
+        require(not config.kernel, "--kernel is for CUDA: it needs --device cuda")
 
 
 def make_envs(config, skill_bank=SkillBank):
@@ -959,9 +950,7 @@ def make_envs(config, skill_bank=SkillBank):
     options = {"data": config.env_data, "url": config.search_url, "max_turns": config.max_turns}
     options = {name: value for name, value in options.items() if value}
     envs = [make_env(config.env, **options) for _ in range(config.rollout_batch)]
-    for split in ("train", config.eval_split):
-        envs[0].tasks(split)  # none in it? say so now
-
+    envs[0].tasks("train")  # there are none? say so now
     skills = load_skills(config.skills) if config.skills else envs[0].skills
     fine = skills or config.distil == "none"
     require(fine, f"{config.env} has no skills, so there is no teacher: --skills FILE, or grpo")
@@ -978,12 +967,12 @@ def load_policy(config):
     chooses what forward passes compute in."""
     import transformers  # here, since it takes seconds
 
-    log, path = transformers.utils.logging, config.model
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
-        log.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+    path = config.model
     if path == "tiny":
-        log.disable_progress_bar()
         path = str(TINY_FOLDER)
+        transformers.utils.logging.disable_progress_bar()
     with naming(f"--model {path} cannot be used", UserError):
         merged = not Path(path, "adapter_config.json").exists()
         require(merged, "merge its LoRA adapter first, peft: merge_and_unload")
@@ -991,36 +980,29 @@ def load_policy(config):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        for kind in ("missing_keys", "unexpected_keys"):  # the library draws them, or drops them
-            require(not report[kind], f"its files have {kind}: {sorted(report[kind])[:3]}")
+        missing = report["missing_keys"]  # the library would draw them at random
+        require(not missing, f"its files lack the tensor {min(missing, default='')}")
         ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
-        context = model.config.max_position_embeddings
 
-    wanted = max(1, config.max_turns) * config.max_new_tokens
-    fits = wanted < context
-    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {context}")
     if config.gradient_checkpointing:
         name = "activation_checkpointing_enable"  # transformers 5.24 renamed it
         name = name if hasattr(model, name) else "gradient_checkpointing_enable"
         getattr(model, name)({"use_reentrant": False})
-    size, device = model.num_parameters(), config.device
-    tqdm.write(f"{config.model}: {size:,} parameters on {device}, computing in {config.dtype}")
-    return model.to(device).eval(), chat
+    size = model.num_parameters()
+    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {config.device}")
+    return model.to(config.device).eval(), chat
 
 
 @lru_cache
 def load_kernel(dtype):
-    """The CUDA kernel in .lab/kernel for logits of a dtype; None, and a line, if it fails."""
+    """The CUDA kernel for logits of a dtype, or None where it cannot be compiled."""
     sys.path.append(str(HERE / ".lab" / "kernel"))
-    try:
+    with naming("--kernel comes with the repository, in its folder .lab", UserError):
         from kernel import row_logprobs
 
         return row_logprobs(dtype)
-    except Exception as error:  # whatever a missing folder or compiler raises
-        tqdm.write(f"--kernel: not compiled, PyTorch's functions do the work: {error!r:.200}")
-        return None
 
 
 # --- 9. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
@@ -1031,7 +1013,7 @@ def load_kernel(dtype):
 
 MAY_DIFFER = (  # between a run and its continuation
     *("steps", "out", "search_url", "resume", "overwrite", "save_every", "eval_every", "device"),
-    *("micro_tokens", "rollout_batch", "gradient_checkpointing", "kernel"),
+    *("micro_batch", "rollout_batch", "gradient_checkpointing", "kernel"),
 )
 
 
@@ -1039,39 +1021,44 @@ def load_checkpoint(config, model, optimizer, bank):
     """Steps that are done: 0, or with --resume those of the run's last state, which goes into
     model, optimizer, bank and log. Later steps are played again. UserError if the folder holds
     something that may not go."""
+    if config.steps == 0:
+        return 0
     folder = Path(config.out)
     log, path = folder / "metrics.jsonl", folder / "state.pt"
-    if not config.steps:
-        return 0
-    replaced = (config.resume or config.overwrite) and log.exists()
-    free = replaced or not folder.exists() or not any(folder.iterdir())
-    require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
     folder.mkdir(parents=True, exist_ok=True)
+    again = log.exists() and (config.resume or config.overwrite)
+    free = again or not any(folder.iterdir())
+    require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
     if not (config.resume and path.exists()):
         return 0
 
-    with naming(f"--resume: {path} cannot be read", UserError):
+    with naming(f"--resume: {path}", UserError):
         state = torch.load(path, map_location=model.device)
+        step = state["step"]
+        require(step < config.steps, f"all of its {step} steps are done, raise --steps")
         for name, value in vars(config).items():
             was = state["config"].get(name)
             same = value == was or name in MAY_DIFFER
             require(same, f"{flag(name)} was {was!r}, now it is {value!r}")
-        step = state["step"]
-        require(step < config.steps, f"all of its {step} steps are done, raise --steps")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    bank.arms = state["arms"]
-    log.write_text(state["log"], "utf-8")
-    return step
+        bank.arms = state["arms"]
+        log.write_text(state["log"], "utf-8")
+        return step
 
 
 def save_checkpoint(config, model, chat, optimizer, bank, step):
     """state.pt, to resume from: it takes the old one's place when it is whole. Beside it
     checkpoint/, a model folder like any other, and config.json."""
     folder = Path(config.out)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"config": vars(config), "arms": bank.arms}
-    state["log"] = (folder / "metrics.jsonl").read_text("utf-8")
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": vars(config),
+        "arms": bank.arms,
+        "log": (folder / "metrics.jsonl").read_text("utf-8"),
+    }
     torch.save(state, folder / "state.new")
     os.replace(folder / "state.new", folder / "state.pt")
     model.save_pretrained(folder / "checkpoint")
@@ -1085,26 +1072,24 @@ def log_step(config, step, episodes, metrics, clock):
     clock: seconds at the start, and after rollout, scoring and update. Rates and means are over all
     episodes or tokens of the step. flat_groups is the share of groups whose episodes all have the
     same reward: there every advantage is 0, and GRPO learns nothing."""
-
-    def mean(name):
-        return float(np.mean([getattr(episode, name) for episode in episodes]))
-
-    rewards = [(episode.reward, episode.invalid) for episode in episodes]
-    groups = np.reshape(rewards, (-1, config.group_size, 2))
-    tokens = sum(len(episode.logprobs) for episode in episodes)
+    rows = [(e.won, e.reward, e.turns, e.invalid, len(e.logprobs)) for e in episodes]
+    success, reward, turns, invalid, tokens = np.mean(rows, 0).tolist()
+    flat = []
+    for group in in_parts(episodes, config.group_size):
+        flat.append(len({(episode.reward, episode.invalid) for episode in group}) == 1)
     seconds = np.diff(clock).tolist()
     line = {
         "step": step,
-        "success": mean("won"),
-        "reward": mean("reward"),
-        "turns": mean("turns"),
-        "invalid_rate": mean("invalid") / mean("turns"),
-        "response_tokens": tokens / len(episodes),
-        "flat_groups": float((groups == groups[:, :1]).all((1, 2)).mean()),
+        "success": success,
+        "reward": reward,
+        "turns": turns,
+        "invalid_rate": invalid / turns,
+        "response_tokens": tokens,
+        "flat_groups": sum(flat) / len(flat),
         "seconds_rollout": seconds[0],
         "seconds_score": seconds[1],
         "seconds_update": seconds[2],
-        "tokens_per_second": tokens / sum(seconds),
+        "tokens_per_second": tokens * len(rows) / sum(seconds),
         **metrics,
     }
     folder = Path(config.out)
@@ -1113,46 +1098,47 @@ def log_step(config, step, episodes, metrics, clock):
     with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
     if "eval_success" in line:
-        say_success(f"step {step}", line)
+        say_success(f"step {step}", line, "eval_")
     return line
 
 
 def wilson(wins, n, z=1.96):
     """95 % Wilson score interval of a proportion: (low, high). Unlike mean +- 2 standard errors it
     is right near 0 and 1, where a trained policy ends (Wilson, JASA 22, 1927)."""
-    middle = wins + z * z / 2
-    half = z * math.sqrt(wins * (n - wins) / n + z * z / 4)
-    return max(0.0, middle - half) / (n + z * z), (middle + half) / (n + z * z)
+    total = n + z * z
+    middle = (wins + z * z / 2) / total
+    half = z / total * math.sqrt(wins * (n - wins) / n + z * z / 4)
+    return max(0.0, middle - half), middle + half
 
 
-def say_success(title, line):
-    """Print held-out success, eval_* of a line of the log, with 95 % intervals."""
-    n, parts = line["eval_episodes"], []
-    for name, reader in (("eval_success", "alone"), ("eval_success_skill", "with the skill")):
-        low, high = wilson(line[name] * n, n)
-        parts.append(f"{line[name]:.3f} [{low:.2f}, {high:.2f}] {reader}")
-    tqdm.write(f"{title}: of {n} held-out tasks won {', '.join(parts)}")
+def say_success(title, result, prefix=""):
+    """Print what evaluate returned, with 95 % intervals. prefix: of its keys in a log."""
+    n = result[prefix + "episodes"]
+    for name, reader in (("success", "alone"), ("success_skill", "with the skill")):
+        share = result[prefix + name]
+        low, high = wilson(share * n, n)
+        tqdm.write(f"{title}, {reader}: won {share:.3f} of {n} [{low:.2f}, {high:.2f}]")
 
 
 def say_before(config, before, seconds):
     """Say what the evaluation before training, which took so many seconds, tells of the run."""
-    say_success("before", {f"eval_{name}": value for name, value in before.items()})
-    alone, skilled, valid = before["success"], before["success_skill"], before["valid"]
+    say_success("before", before)
     an_episode = seconds / (2 * before["episodes"])
     episodes = config.steps * config.tasks_per_step * config.group_size
     tqdm.write(
-        f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode: playing the run's "
-        f"{episodes} takes some {an_episode * episodes / 3600:.1g} hours, learning as long again"
+        f"{before['valid']:.0%} of the answers are valid, {an_episode:.2g} s an episode: playing "
+        f"{episodes} takes some {an_episode * episodes / 3600:.2g} hours, learning as long again"
     )
-    taught = config.distil != "none"
-    helps = skilled > alone and (taught or config.skilled)
-    for problem, text in (
-        (valid < 0.5, "fewer than half of the answers are valid: warm it up (.lab/warmstart.py)"),
-        (taught and not helps, "the skill helps nothing: other --skills, or a larger --model"),
-        (alone in (0, 1) and not helps, "all episodes end alike: other tasks, or more --max-turns"),
-    ):
-        if problem:
-            tqdm.write(f"Warning, there may be nothing to learn: {text}")
+    taught, alone = config.distil != "none", before["success"]
+    helps = before["success_skill"] > alone and (taught or config.skilled)
+    if before["valid"] < 0.5:
+        tqdm.write(
+            "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
+        )
+    if taught and not helps:
+        tqdm.write("Warning: the skill helps nothing; there is no teacher without other --skills")
+    if alone in (0, 1) and not helps:
+        tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
 
 
 # --- 10. Command line --------------------------------------------------------------------

@@ -1,74 +1,61 @@
-"""Be the agent: you see what the model sees.
+"""Be the agent: you see what a language model sees.
 
-python envs.py play toy            # search for it
-python envs.py play toy --skill    # as the teacher, who has been told where it is
-python envs.py play alfworld --data FOLDER --split eval
-python envs.py serve CORPUS.jsonl  # a small search server, for "search"
+python .lab/player.py toy            # search for it; Ctrl-D leaves
+python .lab/player.py toy --skill    # as the teacher, who has been told where it is
+python .lab/player.py alfworld --data FOLDER --split dev
 """
 
 import argparse
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message):
-        self.exit(2, f"envs.py: {message}\n")
+import sdar
 
 
 def main(argv):
-    """Run a command. Returns the exit code: 0, also at the end of input; 2 bad input (one line on
-    stderr); 130 Ctrl-C."""
-    envs.tolerant_output()
-    parser = Parser("envs.py", epilog=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command", parser_class=Parser)
-    playing = commands.add_parser("play", argument_default=argparse.SUPPRESS)
-    playing.add_argument("name", help=f"{', '.join(envs.ENVS)}, or your own, module:Class")
-    playing.add_argument("--data", type=envs.as_typed, help="its games, checkout or questions")
-    playing.add_argument("--url")
-    playing.add_argument("--split", help="train, dev or eval")
-    playing.add_argument("--task")
-    playing.add_argument("--skill", action="store_true", help="read what the teacher reads")
-    serving = commands.add_parser("serve", argument_default=argparse.SUPPRESS)
-    serving.add_argument("file", type=envs.as_typed, help="a JSON-lines file with id and contents")
-    serving.add_argument("--port", type=int, help="8000; 0: any")
-
-    options = vars(parser.parse_args(argv))
-    command = {"play": play, "serve": serve}[options.pop("command")]
+    """Play an episode in the terminal: of the first task of the split, or of one that is named."""
+    raw = argparse.RawTextHelpFormatter
+    parser = sdar.Parser("python .lab/player.py", epilog=__doc__, formatter_class=raw)
+    parser.add_argument("env", help=f"{', '.join(envs.ENVS)}, or your own, module:Class")
+    parser.add_argument("--data", type=os.path.expanduser, help="its games, checkout or questions")
+    parser.add_argument("--url", help="of a search server")
+    parser.add_argument("--split", default="eval", help="train, dev or eval")
+    parser.add_argument("--task", help="its id")
+    parser.add_argument("--skill", action="store_true", help="read what the teacher reads")
+    given = parser.parse_args(argv)
+    options = {name: vars(given)[name] for name in ("data", "url") if vars(given)[name]}
+    env = envs.make_env(given.env, **options)
+    env.plain = True  # people need no tags
+    task = given.task or env.tasks(given.split)[0]
+    envs.require(task in env.goals, f"--task {task}: {given.env} has no such task")
     try:
-        command(**options)
-    except (EOFError, KeyboardInterrupt) as error:
+        play(env, task, given.skill)
+    except EOFError:
         print("\nstopped")
-        return 130 if isinstance(error, KeyboardInterrupt) else 0
-    except (envs.EnvUnavailable, envs.UserError, OSError) as error:
-        print(f"envs.py: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
-def play(name, split="eval", task=None, skill=False, **options):
-    """A person plays an episode in the terminal and sees what the model sees: the first task of the
-    split, or that of an id. skill: and what the teacher sees."""
-    env = envs.make_env(name, **options)
-    env.tagged = False  # people need no tags
-    first = env.tasks(split)[0]
-    observation, info = env.reset(task or first)
-    read = envs.retrieve(env.skills, info["task"], info["task_type"], "keyword")
-    shown = envs.skill_text(read) if skill else ""
-    print(env.instructions, harmless(shown + observation), sep="\n\n")
+def play(env, task, with_skill):
+    """An episode with a person for the policy."""
+    observation, info = env.reset(task)
+    print(env.instructions + "\n")
+    if with_skill:
+        bank = envs.SkillBank(env.skills)
+        for skill in bank.retrieve(info["task"], info["task_type"], 0):
+            print("Skill:", harmless(skill.text))
     ended = False
     while not ended:
-        action, valid = env.parse(input("> "))
+        print(harmless(observation + info["hint"]))
+        action, readable = env.parse(input("> "))
         observation, _, terminated, truncated, info = env.step(action)
+        if not (readable and info["valid"]):
+            print("(an invalid action)")
         ended = terminated or truncated
-        remark = "" if valid and info["valid"] else " (an invalid action)"
-        print(harmless(observation) + remark)
-    print(f"{'won' if info['won'] else 'not won'}, score {info['score']:g}")
+    print(harmless(observation))
+    print("won" if info["won"] else "not won")
 
 
 def harmless(text):
@@ -76,12 +63,6 @@ def harmless(text):
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def serve(file, port=8000):
-    """Start the small search server."""
-    import search_server
-
-    search_server.serve(file, port)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
+    sys.exit(sdar.run(partial(main, sys.argv[1:])))

@@ -1,7 +1,7 @@
 """A small search server for the environment "search": BM25 over a JSON-lines file, on this machine.
 
-    python envs.py serve CORPUS.jsonl             # port 8000
-    python envs.py serve CORPUS.jsonl --port 0    # any free port; the first line printed names it
+    python .lab/search_server.py CORPUS.jsonl             # port 8000
+    python .lab/search_server.py CORPUS.jsonl --port 0    # a free port, named in the first line
 
 A row of the file has an id and contents. The answers are those of the two public servers that
 Search-R1's code talks to: POST /retrieve with query or queries, topk and return_scores gives
@@ -15,6 +15,7 @@ import re
 import sys
 from array import array
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs
+import sdar
+from envs import UserError, naming, require
 
 K1, B = 0.9, 0.4  # BM25: how soon a repeated word stops counting, how far length is corrected for
-LARGEST = 10**6  # bytes of a request
 WANTED = "wanted: query (str) or queries (list of str), topk 1 to 1000, return_scores"
 
 
@@ -38,36 +39,38 @@ class Index:
     """BM25 over rows with contents. Of each word: the numbers of the rows that hold it, int32, and
     its weight in each, float32: NumPy arrays, sixteen bytes or so for a word of a passage."""
 
-    def __init__(self, rows):
-        self.rows = rows
-        numbers, counts = {}, {}  # {word: array}
-        lengths = np.zeros(len(rows), np.float32)
-        for number, row in enumerate(tqdm(rows, "indexing", unit="passage", delay=2)):
-            for word, n in Counter(words(row["contents"])).items():
-                numbers.setdefault(word, array("i")).append(number)
-                counts.setdefault(word, array("i")).append(n)
-                lengths[number] += n
+    def __init__(self, file):
+        """UserError for a line that is no such row."""
+        self.rows, self.postings, lengths = [], {}, []
+        lines = Path(file).read_bytes().splitlines()
+        for number, line in enumerate(tqdm(lines, "indexing", unit="passage", delay=2)):
+            with naming(f"{file}, line {number + 1}: not a row with id and contents", UserError):
+                row = json.loads(line)
+                counts = Counter(words(row["contents"]))
+            self.rows.append(row)
+            lengths.append(counts.total())
+            for word, n in counts.items():
+                found, times = self.postings.setdefault(word, (array("i"), array("i")))
+                found.append(number)
+                times.append(n)
+        require(self.rows, f"{file} is empty")
 
-        norm = K1 * (1 - B + B * lengths / (lengths.mean() or 1))
-        self.postings = {}
-        for word in list(numbers):
-            found = np.frombuffer(numbers.pop(word), np.int32)
-            n = np.frombuffer(counts.pop(word), np.int32).astype(np.float32)
-            self.postings[word] = found, n / (n + norm[found])
+        norm = K1 * (1 - B + B * np.array(lengths) / np.mean(lengths))
+        for word, (found, times) in self.postings.items():
+            found, times = np.array(found), np.array(times)
+            rarity = math.log(1 + (len(self.rows) - len(found) + 0.5) / (len(found) + 0.5))
+            weights = rarity * times / (times + norm[found])
+            self.postings[word] = found, weights.astype(np.float32)
 
     def find(self, query, topk):
-        """The best rows for a query: [(row, score)], best first."""
+        """The best rows for a query: [{"document": row, "score": float}], best first."""
         scores = np.zeros(len(self.rows), np.float32)
         for word in words(query):
-            if word in self.postings:
-                found, weights = self.postings[word]
-                rarity = math.log(1 + (len(self.rows) - len(found) + 0.5) / (len(found) + 0.5))
-                scores[found] += weights * np.float32(rarity)
-        best = np.argsort(-scores, kind="stable")[:topk]
-        if topk < len(scores):  # sorting all of many would be the longest part
-            best = np.argpartition(-scores, topk)[:topk]
-            best = best[np.lexsort((best, -scores[best]))]
-        return [(self.rows[row], float(scores[row])) for row in best if scores[row] > 0]
+            found, weights = self.postings.get(word, ([], []))
+            scores[found] += weights
+        hits = np.flatnonzero(scores)
+        best = hits[np.argsort(-scores[hits], kind="stable")[:topk]]
+        return [{"document": self.rows[row], "score": float(scores[row])} for row in best]
 
 
 def answer(index, body):
@@ -75,15 +78,11 @@ def answer(index, body):
     request = json.loads(body)
     queries = request.get("queries") or [request["query"]]
     topk = request.get("topk") or 3
-    envs.require(type(queries) is list and topk in range(1, 1001), WANTED)
+    require(type(queries) is list and topk in range(1, 1001), WANTED)
 
-    results = []
-    for query in queries:
-        found = index.find(query, topk)
-        if request.get("return_scores"):
-            results.append([{"document": row, "score": score} for row, score in found])
-        else:
-            results.append([row for row, _ in found])
+    results = [index.find(query, topk) for query in queries]
+    if not request.get("return_scores"):
+        results = [[row["document"] for row in found] for found in results]
     return {"result": results}
 
 
@@ -93,8 +92,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         """Answer, or say what a request should hold (422)."""
         try:
-            length = int(self.headers["Content-Length"])
-            body = self.rfile.read(max(0, min(length, LARGEST)))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
             code, value = 200, answer(self.server.index, body)
         except Exception:  # whatever is wrong with a request, the next one is served
             code, value = 422, {"detail": WANTED}
@@ -114,21 +112,19 @@ class Server(ThreadingHTTPServer):
         """A client went away: nothing to say."""
 
 
-def serve(file, port=8000):
-    """Serve a JSON-lines file of rows (id, contents) on loopback for ever. EnvUnavailable for
-    another file; OSError for a port that is taken."""
-    envs.require(0 <= port < 2**16, f"--port {port}: must be from 0 to 65535")
-    index = Index(envs.read_rows(file, id=(str, int), contents=(str,)))
-    with Server(("127.0.0.1", port), Handler) as server:
+def main(argv):
+    """Serve a file's rows on this machine alone, for ever."""
+    parser = sdar.Parser("python .lab/search_server.py", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="JSON lines with id and contents")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    given = parser.parse_args(argv)
+    require(0 <= given.port < 2**16, f"--port {given.port}: must be from 0 to 65535")
+    index = Index(given.file)
+    with Server(("127.0.0.1", given.port), Handler) as server:
         server.index = index
         print(f"search server: http://127.0.0.1:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
 
-def main(argv):
-    """`python envs.py serve` with these arguments. Returns its exit code."""
-    return envs.main(["serve", *argv])
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(partial(main, sys.argv[1:])))

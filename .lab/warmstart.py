@@ -1,8 +1,8 @@
 """How the tiny policy was made: a network of 309 thousand parameters imitates a scripted player.
 
-    python sdar.py warmstart                    # into .assets/tiny-policy, in some minutes
-    python sdar.py warmstart --folder elsewhere --steps 300
-    python sdar.py warmstart --model Qwen/Qwen2.5-0.5B-Instruct --out FOLDER    # any language model
+    python .lab/warmstart.py                          # into .assets/tiny-policy, in some minutes
+    python .lab/warmstart.py --out elsewhere --steps 300
+    python .lab/warmstart.py --model Qwen/Qwen2.5-0.5B-Instruct --out FOLDER    # any language model
 
 Reinforcement learning needs a policy that sometimes wins, and SDAR one that can read a skill. For a
 language model pretraining has done both. Here imitation does. Every demonstration is played in a
@@ -21,17 +21,17 @@ import json
 import math
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
-from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, ToyEnv, skill_text
+from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, SkillBank, ToyEnv, is_a
 
 WARMSTART = 1  # raise it with every change of how the policy is trained: it is part of the recipe
 BATCH = 32  # demonstrations a step
@@ -39,74 +39,75 @@ BATCH = 32  # demonstrations a step
 # --- 1. The scripted player --------------------------------------------------------------
 
 
-def scripted_action(env, known, rng):
-    """The next action of a sensible player of a running ToyEnv episode.
+class Player:
+    """A sensible player of one ToyEnv episode. It uses the skills that it has read, what it has
+    seen in this episode, and nothing else. rng: a random.Random for free choices."""
 
-    known: names of the skills that the player has read, a set; empty: a newcomer who explores. The
-    player uses these facts, what it has seen in this episode, and nothing else. rng: a
-    random.Random for free choices."""
-    house = env.household
-    storages = house.storages
-    wanted = env.goal_class
+    def __init__(self, env, rng):
+        self.env = env
+        self.rng = rng
+        self.seen = set()  # places whose contents it has looked at
+        self.broken = set()  # appliances that it has tried
 
-    # It carries something else, picked up by a random action: put it away.
-    if env.hand is not None and not is_of(env.hand, wanted):
-        place = env.where if env.where in storages else rng.choice(storages)
-        return way_to(env, place) or f"put {env.hand}"
+    def act(self, observation, known):
+        """The next action after an observation. known: names of skills, a set; empty: a newcomer
+        who explores."""
+        env, house, wanted = self.env, self.env.household, self.env.goal_class
+        if env.where in env.opened:
+            self.seen.add(env.where)
+        if observation == "Nothing happens.":
+            self.broken.add(env.where)
 
-    # It carries nothing: take the thing that is wanted, but not one that was already brought.
-    if env.hand is None:
-        brought_to = env.target if env.kind == "two" else None
-        if env.where in env.opened and env.where != brought_to:
-            things = [thing for thing in env.contents[env.where] if is_of(thing, wanted)]
-            if things:
-                return f"take {things[0]}"
-        return look_for(env, wanted, house.home[wanted], wanted in known, rng, brought_to)
+        # It carries something else, picked up by a random action: put it away.
+        if env.hand and not is_a(env.hand, wanted):
+            place = env.where if env.where in env.storages else self.rng.choice(env.storages)
+            return self.way_to(place) or f"put {env.hand}"
 
-    # It carries what is wanted: to the lamp, to an appliance, or to its target.
-    if env.kind == "look":
-        if env.where == house.lamp:
-            return "use desklamp 1"
-        return look_for(env, "desklamp", house.lamp, "lamp" in known, rng) or "use desklamp 1"
-    if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
-        untried = [place for place in APPLIANCES[env.kind] if place not in env.broken]
-        likely = [house.appliance[env.kind]] if env.kind in known else untried
-        place = env.where if env.where in untried else rng.choice(likely)
-        return way_to(env, place) or f"{env.kind} {env.hand}"
-    return way_to(env, env.target) or f"put {env.hand}"
+        # It carries nothing: take the thing that is wanted, but not one that was already brought.
+        if not env.hand:
+            brought_to = env.target if env.kind == "two" else None
+            here = env.contents[env.where] if env.where in env.opened - {brought_to} else []
+            for thing in here:
+                if is_a(thing, wanted):
+                    return f"take {thing}"
+            return self.look_for(wanted, house.home[wanted], wanted in known, brought_to)
 
+        # It carries what is wanted: to the lamp, to an appliance, or to its target.
+        if env.kind == "look":
+            light = "use desklamp 1"
+            if env.where == house.lamp:
+                return light
+            return self.look_for("desklamp", house.lamp, "lamp" in known) or light
+        if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
+            untried = [place for place in APPLIANCES[env.kind] if place not in self.broken]
+            likely = [house.appliance[env.kind]] if env.kind in known else untried
+            place = env.where if env.where in untried else self.rng.choice(likely)
+            return self.way_to(place) or f"{env.kind} {env.hand}"
+        return self.way_to(env.target) or f"put {env.hand}"
 
-def is_of(thing, name):
-    """True if a thing is of a class: "mug 1" is of "mug"."""
-    return thing.startswith(name + " ")
+    def way_to(self, place):
+        """The next action towards a place; None for who stands in front of it and it is open."""
+        if self.env.where != place:
+            return f"go to {place}"
+        return None if place in self.env.opened else f"open {place}"
 
+    def look_for(self, name, home, known, brought_to=None):
+        """A step towards a thing of a class: to where one was seen, to its home if that is known,
+        or to a place that was not seen yet. brought_to: the place that does not count."""
+        # Who stands in front of something closed looks into it first, also who knows that the thing
+        # is elsewhere: see "imitation gap" in FINDINGS.md.
+        env = self.env
+        if env.where in env.storages and env.where not in env.opened:
+            return f"open {env.where}"
 
-def way_to(env, place):
-    """The next action towards a place; None for who stands in front of it and it is open."""
-    if env.where != place:
-        return f"go to {place}"
-    if place not in env.opened:
-        return f"open {place}"
-    return None
-
-
-def look_for(env, name, home, known, rng, brought_to=None):
-    """A step towards a thing of a class: to where one was seen, to its home if that is known, or to
-    a place that was not seen yet. brought_to: the place that does not count."""
-    # Who stands in front of something closed looks into it first, also who knows that the thing is
-    # elsewhere: see "imitation gap" in FINDINGS.md.
-    storages = env.household.storages
-    if env.where in storages and env.where not in env.opened:
-        return f"open {env.where}"
-
-    for place in storages:
-        if place in env.seen and place != brought_to:
-            if any(is_of(thing, name) for thing in env.contents[place]):
-                return way_to(env, place)
-    if known and home not in env.seen:
-        return way_to(env, home)
-    unseen = [place for place in storages if place not in env.seen]
-    return way_to(env, rng.choice(unseen or storages))
+        for place in env.storages:
+            if place in self.seen - {brought_to}:
+                if any(is_a(thing, name) for thing in env.contents[place]):
+                    return self.way_to(place)
+        if known and home not in self.seen:
+            return self.way_to(home)
+        unseen = [place for place in env.storages if place not in self.seen]
+        return self.way_to(self.rng.choice(unseen or env.storages))
 
 
 # --- 2. Demonstrations -------------------------------------------------------------------
@@ -131,71 +132,64 @@ class Habit(random.Random):
         return options[0] if self.random() < self.share else super().choice(options)
 
 
+class Library(SkillBank):
+    """What a demonstration's player has read, in the order of its prompt. rng: random.Random."""
+
+    def __init__(self, rows, rng):
+        super().__init__(rows)
+        self.rng = rng
+
+    def retrieve(self, task, task_type, seed):
+        """The skills of a task, none, or others among them."""
+        rng, relevant = self.rng, super().retrieve(task, task_type, seed)
+        skills = relevant if rng.random() < SKILLED else []
+        if rng.random() < DISTRACTED:
+            others = [skill for skill in self.skills if skill not in relevant]
+            skills = skills + rng.sample(others, rng.randint(1, len(others)))
+            rng.shuffle(skills)
+        return skills
+
+
 TOY = ToyEnv()
 
 
 def demonstration(chat, rng, habit=0.0, world=TOY):
-    """One scripted episode in a fresh random household, as this chat's model reads it. rng:
-    random.Random; habit: see Habit; world: a ToyEnv, which says how many places and turns there
-    are. Returns (ids, weight of each id in the loss), lists.
+    """One scripted episode in a fresh random household, as this chat's model reads it: an Episode
+    whose mask is the weight of each id in the loss. rng: random.Random; habit: see Habit; world: a
+    ToyEnv, which says how many places and turns there are.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
-    tagged = not chat.whole_words
     household = Household.random(rng, world.household.closable)
-    env = ToyEnv(household, max_turns=world.max_turns + (0 if tagged else 2))
-    env.tagged = env.show_admissible = tagged
+    env = ToyEnv(world.max_turns + 2 * chat.plain, household)
+    env.bank = Library(env.skills, rng)
     kind = rng.choice(sorted(TASK_TEXT))
-    task = rng.choice([task for task, goal in env.goals.items() if goal[0] == kind])
-    observation, info = env.reset(task, rng.random())
-
-    skills = skills_to_read(env, rng)
-    known = {skill.name for skill in skills}
-    explored_turns = 0
+    tasks = [(*goal[2:], task) for task, goal in env.goals.items() if goal[0] == kind]
+    tasks.sort(key=lambda task: (task[0], env.storages.index(task[1])))
+    task, seed = rng.choice(tasks)[2], rng.random()
+    observation, info = env.reset(task, seed)
+    episode = sdar.start_episode(chat, env, (task, seed, 0), observation, info, with_skill=True)
+    known, explored_turns = {skill.name for skill in episode.skills}, 0
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, max(1, world.max_turns - 2))
 
-    examples = env.examples if tagged else ()
-    prompt, at = chat.first(env.instructions, sdar.as_read(observation, env, 1), examples)
-    ids = prompt[:at] + chat.encode(skill_text(skills)) + prompt[at:]
-    weights = [0.0] * len(ids)
-    turn, over = 0, False
-    player_rng = Habit(rng.random(), habit) if habit else rng
-    while not over:
-        explores = turn < explored_turns
-        noisy = rng.random() < NOISE
-        action = scripted_action(env, set() if explores else known, player_rng)
+    player = Player(env, Habit(rng.random(), habit) if habit else rng)
+    while True:
+        explores, noisy = env.turns < explored_turns, rng.random() < NOISE
+        action = player.act(observation, set() if explores else known)
         if noisy:
             action = rng.choice(info["admissible"])
             action = re.sub(r" (from|in/on|with) .*", "", action)  # as short as the player's
         said = action
-        if tagged:  # as the list has it
-            whole = [one for one in info["admissible"] if f"{one} ".startswith(f"{action} ")]
-            said = f"<action>{whole[0] if whole else action}</action>"
+        if not chat.plain:  # as the list has it
+            listed = [text for text in info["admissible"] if is_a(text, action)]
+            said = f"<action>{(listed or [action])[0]}</action>"
+        episode.add(chat.encode(said) + [chat.end_id], sampled=int(not (explores or noisy)))
         observation, _, terminated, truncated, info = env.step(action)
-        over = terminated or truncated
-        turn += 1
-
-        response = chat.encode(said) + [chat.end_id]
-        imitated = 0.0 if explores or noisy else 1.0
-        ids += response
-        weights += [imitated] * len(response)
-        if not over:
-            between = chat.next(sdar.as_read(observation, env, turn + 1), ended=True)
-            ids += between
-            weights += [0.0 if tagged else OBSERVATIONS] * len(between)
-    return ids, weights
-
-
-def skills_to_read(env, rng):
-    """The skills that a demonstration's player has read, in the order of its prompt."""
-    relevant = [skill for skill in env.skills if skill.matches(env.task, env.kind)]
-    skills = relevant if rng.random() < SKILLED else []
-    if rng.random() < DISTRACTED:
-        others = [skill for skill in env.skills if skill not in relevant]
-        skills = skills + rng.sample(others, rng.randint(1, len(others)))
-        rng.shuffle(skills)
-    return skills
+        if terminated or truncated:
+            return episode
+        prompt = chat.next(sdar.as_read(chat, observation, info), chat.end_id)
+        episode.add(prompt, sampled=OBSERVATIONS if chat.plain else 0)
 
 
 # --- 3. The tokenizer --------------------------------------------------------------------
@@ -243,7 +237,7 @@ def toy_tokenizer(world=TOY):
         unk_token="<unk>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=TOY_TEMPLATE,
-        whole_words=True,  # what is no word of this world is lost, and load_policy need not mind
+        whole_words=True,  # sdar.Chat's `plain`: no tags, no system message
     )
 
 
@@ -255,9 +249,11 @@ def recipe(chat, world=TOY):
     world, the scripted player, the skills, the tokenizer and the chat template show.
 
     The folder of the policy keeps it: a test says when the carried one is out of date."""
-    rng = random.Random("recipe")
-    demonstrations = [demonstration(chat, rng, world=world) for _ in range(32)]
-    sample = [WARMSTART, len(chat.tokenizer), demonstrations]
+    rng, rows = random.Random("recipe"), []
+    for _ in range(32):
+        episode = demonstration(chat, rng, world=world)
+        rows.append([episode.ids, list(map(float, episode.mask))])
+    sample = [WARMSTART, len(chat.tokenizer), rows]
     return hashlib.sha256(json.dumps(sample).encode()).hexdigest()
 
 
@@ -294,22 +290,20 @@ def make_optimizers(model):
     return muon, adamw
 
 
-def imitation_loss(model, rows):
-    """Mean cross-entropy of demonstrations, (ids, weights) pairs, by the weights of their ids."""
-    ids = sdar.padded([ids for ids, _ in rows])  # (B, S)
-    weights = sdar.padded([weights for _, weights in rows])[:, 1:]
-    real = sdar.padded([[1] * len(ids) for ids, _ in rows])
+def imitation_loss(model, episodes):
+    """Mean cross-entropy of demonstrations by the weights of their ids."""
+    ids = sdar.padded([episode.ids for episode in episodes])  # (B, S)
+    real = sdar.padded([[1] * len(episode.ids) for episode in episodes])
+    masks = [torch.tensor(episode.mask, dtype=torch.float32) for episode in episodes]
+    weights = pad_sequence(masks, batch_first=True)[:, 1:]
     logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
-def warmstart(folder, chat, steps=900, habit=0.0, world=TOY):
-    """Train the tiny policy by imitation and save it in `folder`, a Path. habit, world: see
-    demonstration. Deterministic on one machine and PyTorch. OSError for a folder that cannot be
-    written."""
-    fresh = folder.with_name(f".{folder.name}-unfinished")
-    fresh.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+def warmstart(chat, steps=900, habit=0.0, world=TOY):
+    """A tiny policy, trained by imitation. habit, world: see demonstration. Deterministic on one
+    machine and PyTorch."""
     rng = random.Random(0)
     torch.manual_seed(0)
     model = new_policy(chat.tokenizer)
@@ -317,114 +311,105 @@ def warmstart(folder, chat, steps=900, habit=0.0, world=TOY):
 
     def rate(step):
         """Up in 50 steps, then down along a cosine to a fiftieth."""
-        cosine = math.cos(math.pi * step / steps)
+        cosine = math.cos(math.pi * step / max(1, steps))
         return min(1, (step + 1) / 50) * (0.51 + 0.49 * cosine)
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
     for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
-        rows = [demonstration(chat, rng, habit, world) for _ in range(BATCH)]
-        imitation_loss(model, rows).backward()
+        episodes = [demonstration(chat, rng, habit, world) for _ in range(BATCH)]
+        imitation_loss(model, episodes).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for item in (*optimizers, *schedulers):
             item.step()
         model.zero_grad()
-    save_policy(folder, fresh, model, chat, recipe(chat, world))
+    return model.eval()
 
 
-def imitate(model, chat, config):
+def imitate(model, chat, config, world=TOY):
     """Teach a language model the same, in place: AdamW, the mean log-prob of what the player says.
     A step's demonstrations are as many as the config's tasks times its group size."""
     rng = random.Random(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
     rows = range(config.tasks_per_step * config.group_size)
-    with tqdm(range(config.steps), desc=f"imitation by {config.model}", unit="step") as progress:
-        for step in progress:
-            optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / 10)
-            episodes = []
-            for ids, weights in (demonstration(chat, rng) for _ in rows):
-                mask = [int(weight) for weight in weights]
-                episodes.append(sdar.Episode("", "", 0, ids, mask, 0, [], []))
-            tokens = max(1, sum(sum(episode.mask) for episode in episodes))
-            total = 0.0
-            model.train(config.gradient_checkpointing)
-            for part in sdar.micro_batches(rows, episodes, config.micro_tokens):
-                micro = [episodes[row] for row in part]
-                logprobs, _ = sdar.response_logprobs(model, micro, config)
-                loss = -logprobs.sum() / tokens
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.set_postfix(loss=f"{total:.3f}")
+    progress = tqdm(range(config.steps), desc=f"imitation by {config.model}", unit="step")
+    for step in progress:
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / 10)
+        episodes = [demonstration(chat, rng, world=world) for _ in rows]
+        tokens = max(1, sum(sum(episode.mask) for episode in episodes))
+        total = 0.0
+        model.train(config.gradient_checkpointing)
+        for micro in sdar.in_parts(episodes, config.micro_batch):
+            logprobs, _ = sdar.response_logprobs(model, micro, config)
+            loss = -logprobs.sum() / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{total:.3f}")
     model.eval()
 
 
-def save_policy(folder, fresh, model, chat, made_from):
-    """Write the policy to `fresh`, which takes the place of `folder` when it is whole. made_from:
-    its recipe."""
-    import transformers
+# --- 5. The command ----------------------------------------------------------------------
 
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(fresh)
-    chat.tokenizer.save_pretrained(fresh)
-    sums = sdar.hashes(fresh) | {"recipe": made_from}
-    (fresh / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
+IMITATION = {"preset": "small", "steps": 200, "lr": 2e-5, "group_size": 2}
 
-    old = folder.with_name(f".{folder.name}-replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+def settings(argv):
+    """Config of a command line, and its habit. Only the carried policy is replaced unasked."""
+    parser = sdar.make_parser("python .lab/warmstart.py [flags]", description=__doc__)
+    text = "share of the cases in which the tiny policy's player takes its first choice [0]"
+    parser.add_argument("--habit", type=float, default=0.0, help=text)
+    given = vars(parser.parse_args(argv))
+    habit, tiny = given.pop("habit"), given.get("model", "tiny") == "tiny"
+    sdar.require(0 <= habit <= tiny, f"--habit {habit}: from 0 to 1, and without --model")
+    if tiny:
+        carried = {"out": str(sdar.TINY_FOLDER), "overwrite": True} if "out" not in given else {}
+        return sdar.configure(**carried | {"steps": 900} | given), habit
+    sdar.require("out" in given, "--out: the folder for the checkpoint")
+    return sdar.configure(**IMITATION | given), habit
 
 
 def main(argv):
     """Make the tiny policy, or teach a language model, and play the held-out panel with it. Returns
-    None."""
-    about = "build the tiny policy again, in some minutes; or with --model teach a language model"
-    where = {"type": Path, "default": sdar.TINY_FOLDER, "help": "of the tiny policy, replaced"}
-    sure = {"type": float, "default": 0.0, "help": "share of the player's first choices [0]"}
-    own = [("--folder", where), ("--habit", sure)]
-    flags = sdar.parse_flags("warmstart", about, argv, own)
-    folder, habit = flags.pop("folder"), flags.pop("habit")
-    sdar.require(0 <= habit <= 1, f"--habit {habit}: a share, from 0 to 1")
-    if flags.get("model", "tiny") != "tiny":
-        sdar.require(not habit, "--habit is for the tiny policy's player, not for --model")
-        return teach(flags)
-    ours = (folder / "sums.json").is_file() or not folder.exists()
-    above = next(place for place in folder.absolute().parents if place.exists())
-    sdar.require(ours and above.is_dir(), f"--folder {folder}: something else is there")
-    toy = {"model": str(folder), "preset": "toy", "device": "cpu"}
-    config = sdar.Config(**{"steps": 900} | flags | toy)
-    envs = sdar.make_envs(config)
-    fine = isinstance(envs[0], ToyEnv)
-    sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
+    the exit code."""
 
-    chat = sdar.Chat(toy_tokenizer(envs[0]))
-    warmstart(folder, chat, config.steps, habit, envs[0])
-    model, chat = sdar.load_policy(config)
-    result = sdar.evaluate(model, chat, envs, config)
-    sdar.print_success(str(folder), result)
+    def command():
+        config, habit = settings(argv)
+        folder = Path(config.out)
+        folder.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+        free = not any(folder.iterdir()) or config.overwrite and (folder / "config.json").exists()
+        sdar.require(free, f"--out {folder} is not empty: --overwrite the policy in it")
+        envs = sdar.make_envs(config)
+        fine = isinstance(envs[0], ToyEnv)
+        sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
+
+        if config.model == "tiny":
+            chat = sdar.Chat(toy_tokenizer(envs[0]))
+            model = warmstart(chat, config.steps, habit, envs[0])
+        else:
+            model, chat = sdar.load_policy(config)
+            sdar.say_success("before", sdar.evaluate(model, chat, envs, config))
+            imitate(model, chat, config, envs[0])
+        save_policy(folder, model, chat, envs[0])
+        sdar.say_success(config.out, sdar.evaluate(model, chat, envs, config))
+
+    return sdar.run(command)
 
 
-IMITATION = {"steps": 200, "lr": 2e-5, "tasks_per_step": 8, "group_size": 2}
+def save_policy(folder, model, chat, world):
+    """Write a model folder; into the tiny policy's also its recipe, and what it was written as."""
+    import transformers
 
-
-def teach(flags):
-    """Imitation for a language model: a checkpoint in --out that `--model` takes."""
-    sdar.require(flags.get("out"), "--out: the folder for the checkpoint")
-    sdar.require(flags.get("env", "toy") == "toy", "--env: the scripted player knows the toy alone")
-    config = sdar.Config(**{"preset": "small"} | IMITATION | flags)
-    sdar.check_out(config)
-    envs = sdar.make_envs(config)
-    model, chat = sdar.load_policy(config)
-    sdar.print_success("before", sdar.evaluate(model, chat, envs, config))
-    imitate(model, chat, config)
-    model.save_pretrained(config.out)
-    chat.tokenizer.save_pretrained(config.out)
-    sdar.print_success(config.out, sdar.evaluate(model, chat, envs, config))
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    if chat.plain:
+        weights = (folder / "model.safetensors").read_bytes()
+        sums = {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+        sums["recipe"] = recipe(chat, world)
+        (folder / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.main(["warmstart", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

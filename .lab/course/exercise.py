@@ -1,16 +1,17 @@
 """The course: functions to write again, planted bugs to find, experiments to predict.
 
-    python sdar.py exercise blank gate        # empties a function, and says what it is for
-    python sdar.py exercise hint gate         # its formula
-    python sdar.py exercise check gate        # is it right? One sentence says what a symptom means
-    python sdar.py exercise restore gate      # brings it back; yours is kept in sdar.py.mine
-    python sdar.py exercise bug 3 --steps 20 --out runs/bug3    # sdar.py with planted bug 3
-    python sdar.py exercise compare runs/right runs/bug3        # where two logs differ
-    python sdar.py exercise answer 3 eos      # a bug's name, or an experiment's letter: beta a
-    python sdar.py exercise gradient          # .assets/gate.svg, and the same as text
+    python .lab/course/exercise.py blank kl_k3      # empties a function, and says what it is for
+    python .lab/course/exercise.py hint kl_k3       # its formula
+    python .lab/course/exercise.py check kl_k3      # one sentence: what is wrong, what that means
+    python .lab/course/exercise.py restore kl_k3    # brings it back; yours is kept in sdar.py.mine
+    python .lab/course/exercise.py bug 6 --steps 3 --out runs/bug6      # sdar.py with bug 6
+    python .lab/course/exercise.py bug 6 microscope                     # an instrument with it
+    python .lab/course/exercise.py compare runs/right runs/bug6         # where two logs differ
+    python .lab/course/exercise.py answer 6 eos     # a bug's name, an experiment's letter: beta a
+    python .lab/course/exercise.py gradient         # .assets/gate.svg, and the same as text
 
-All exercises: .lab/course/EXERCISES.md. A planted bug is in memory only, no file shows it. Do not
-unpack the long strings of puzzles.json unless you want to be told.
+All exercises: .lab/course/EXERCISES.md. Bugs are planted in memory only. The file bugs.py beside
+this one has them in plain words: do not read it unless you want to be told.
 """
 
 import base64
@@ -21,22 +22,27 @@ import re
 import sys
 import textwrap
 import zlib
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BLANKS = {  # {function to write again: its file}
+sys.path[:0] = map(str, (ROOT, HERE.parent, HERE.parent / "trl", HERE))
+# sdar.py is imported where it is needed, and not here: a learner's version may be broken, and is to
+# be restored all the same.
+
+BLANKS = {  # {what to write again: its file}
     "group_advantages": "sdar.py",
-    "gate": "sdar.py",
+    "GATES": "sdar.py",
     "sdar_loss": "sdar.py",
     "kl_k3": "sdar.py",
     "retrieve": "envs.py",
-    "gated_term": ".lab/trl_trainer.py",
+    "gated_terms": ".lab/trl/trainer.py",
     "policy_loss": "sdar.py",
     "view": "sdar.py",
-    "predicting_states": "sdar.py",
+    "response_logprobs": "sdar.py",
 }
-EMPTY = 'NotImplementedError("exercise: write {} again")'
+EMPTY = "exercise: write {} again"
 PICTURE = ROOT / ".assets" / "gate.svg"
 
 
@@ -46,36 +52,17 @@ def texts(name):
 
 
 def puzzles():
-    """{"1": {"answer": hash, "code": what plants it, "hint"}, ..., "beta": {"answer", "hint"}},
-    code and hint packed."""
+    """{"1": {"answer": hash, "hint": packed}, ..., "beta": ...}: bugs and experiments."""
     return json.loads((HERE / "puzzles.json").read_text())
 
 
-def unpack(text):
-    """The text of a packed string."""
-    return zlib.decompress(base64.b85decode(text)).decode()
-
-
-def judge(puzzle, answer):
+def judge(puzzle, said):
     """(is it right, a hint) for an answer: a bug by its name, an experiment's conclusion by its
     letter."""
     entry = puzzles()[puzzle]
-    said = f"sdar {puzzle} {answer.strip().lower()}"
-    right = hashlib.sha256(said.encode()).hexdigest() == entry["answer"]
-    return right, unpack(entry["hint"])
-
-
-def verdict(kind, said):
-    """What is wrong with an answer, in words; "" if it is right; None if there is nothing of this
-    kind, "bug" or "experiment", to judge. said: a puzzle and the answer, as in "6 eos"."""
-    puzzle, _, answer = said.partition(" ")
-    known = puzzles()
-    if not puzzle or (puzzle in known and puzzle.isdigit() != (kind == "bug")):
-        return None
-    if puzzle not in known:
-        return f"{puzzle!r} is none of {', '.join(known)}"
-    right, hint = judge(puzzle, answer)
-    return "" if right else f"{puzzle} is not {answer!r}. {hint}"
+    text = f"sdar {puzzle} {said.strip().lower()}"
+    right = hashlib.sha256(text.encode()).hexdigest() == entry["answer"]
+    return right, zlib.decompress(base64.b85decode(entry["hint"])).decode()
 
 
 def answer(puzzle, said):
@@ -83,15 +70,13 @@ def answer(puzzle, said):
     if puzzle not in puzzles():
         raise ValueError(f"{puzzle!r} is none of {', '.join(puzzles())}")
     right, hint = judge(puzzle, said)
-    return "Right." if right else f"{puzzle} is not {said!r}. {hint}"
+    return "Right." if right else f"Not yet: {puzzle} is not {said!r}. {hint}"
 
 
 def check(name):
     """What the grader says of a function, in words: the first number that is wrong and what that
     means, or what its writer now knows."""
-    sys.path[:0] = [str(ROOT), str(HERE)]
-    import graders
-
+    graders = importlib.import_module("graders")
     try:
         getattr(graders, f"grade_{name}")()
     except AssertionError as error:
@@ -101,24 +86,40 @@ def check(name):
     return f"Right. {texts(name)['learned']}"
 
 
+def plant(number):
+    """Put a bug into sdar, in memory. Returns sdar."""
+    import bugs
+
+    import sdar
+
+    wrong = bugs.BUGS[int(number) - 1]()
+    setattr(sdar, wrong.__name__, wrong)
+    return sdar
+
+
+def bug(number, *flags):
+    """Train with a planted bug, or call an instrument with it. Returns the exit code."""
+    sdar = plant(number)
+    if flags[:1] == ("microscope",):
+        microscope = importlib.import_module("microscope")
+        return sdar.run(partial(microscope.main, list(flags[1:])))
+    return sdar.main(list(flags))
+
+
 def compare(right, other):
-    """Print the columns in which the logs of two runs differ, at the first step where they do."""
-    sys.path[:0] = [str(ROOT), str(HERE.parent)]
+    """The columns in which the logs of two runs differ, at the first step where they do."""
     import plots
 
     logs = [plots.read_run(folder)[1] for folder in (right, other)]
     for one, two in zip(*logs):
         rows = []
-        for name in one.keys() & two.keys():
-            a, b = one[name], two[name]
+        for name in sorted(one.keys() & two.keys()):
             timed = "second" in name or name == "eval_by_type"
-            if not timed and a != b:
-                cells = ["null" if value is None else f"{value:.4f}" for value in (a, b)]
-                rows.append(f"{name:<18}{cells[0]:>10}{cells[1]:>10}")
+            if not timed and one[name] != two[name]:
+                rows.append(f"{name:<18}{one[name]:>10.4f}{two[name]:>10.4f}")
         if rows:
-            print(f"step {one['step']:<13}{'first':>10}{'second':>10}", *sorted(rows), sep="\n")
-            return
-    print("no difference in any step")
+            return "\n".join([f"step {one['step']:<13}{'first':>10}{'second':>10}", *rows])
+    return "no difference in any step"
 
 
 def blank(name, folder=ROOT):
@@ -129,19 +130,27 @@ def blank(name, folder=ROOT):
     there, goes to the end of sdar.py.mine."""
     original = Path(folder, ".blanked", f"{name}.py")
     path, before, text, after = find(name, folder)
-    told = ""
+    kept = ""
     if original.exists():
-        told = keep(text, name, folder)
+        kept = keep(text, name, folder)
     else:
         original.parent.mkdir(exist_ok=True)
         write_whole(original, text)
-    text = original.read_text("utf-8")
+    write_whole(path, before + emptied(original.read_text("utf-8"), name) + after)
+    back = f"Back: python .lab/course/exercise.py restore {name}"
+    return f"{path.name}: {name} is empty; what stands there says what it is for.{kept} {back}"
+
+
+def emptied(text, name):
+    """The text of a function without its body, or of a table without its rows."""
+    aim, empty = texts(name)["aim"], EMPTY.format(name)
+    if "def" not in text.split("\n")[0]:
+        comment = textwrap.indent(f"{aim}\n\n{empty}", "    # ", lambda line: True)
+        return f"{name} = {{\n{comment}\n}}\n"
     margin = text[: text.index("def")]  # of a method
     signature = text[: text.index(f'{margin}    """')]
-    body = f'    """{texts(name)["aim"]}\n    """\n    raise {EMPTY.format(name)}\n'
-    write_whole(path, before + signature + textwrap.indent(body, margin) + after)
-    told = f"{path.name}: {name} is empty; its docstring says what it is for.{told}"
-    return f"{told} Back: python sdar.py exercise restore {name}"
+    body = f'    """{aim}\n    """\n    raise NotImplementedError("{empty}")\n'
+    return signature + textwrap.indent(body, margin)
 
 
 def restore(name, folder=ROOT):
@@ -151,20 +160,21 @@ def restore(name, folder=ROOT):
     path, before, text, after = find(name, folder)
     if not original.exists():
         raise ValueError(f"{path.name}: {name} is not blanked")
-    told = keep(text, name, folder)
+    kept = keep(text, name, folder)
     write_whole(path, before + original.read_text("utf-8") + after)
     original.unlink()
-    return f"{path.name}: {name} is as it was.{told}"
+    return f"{path.name}: {name} is as it was.{kept}"
 
 
 def find(name, folder):
-    """(file, text before, text of a function, text after). By its lines, not by its syntax: that
-    may be broken."""
+    """(file, text before, text of a function or a table, text after). By its lines, not by its
+    syntax: that may be broken."""
     path = Path(folder, BLANKS[name])
     source = path.read_text("utf-8")
-    parts = re.split(rf"(?m)(^ *def {name}\((?:.*\n)(?:[ \t)].*\n|\n(?=\n*[ \t)]))*)", source)
+    first = rf"(?: *def {name}\(|{name} = ).*\n"
+    parts = re.split(rf"(?m)(^{first}(?:[ \t)}}].*\n|\n(?=\n*[ \t)}}]))*)", source)
     if len(parts) != 3:
-        raise ValueError(f"{path.name} has no function {name}, or several")
+        raise ValueError(f"{path.name} has no {name}, or several")
     return path, *parts
 
 
@@ -187,86 +197,67 @@ def write_whole(path, text):
     fresh.replace(path)
 
 
-def planted(number):
-    """sdar.py as a new module with a planted bug."""
-    sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location("sdar", ROOT / "sdar.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sdar"] = module
-    spec.loader.exec_module(module)
-    exec(unpack(puzzles()[number]["code"]), vars(module))
-    return module
-
-
 def gradient(path=PICTURE):
     """Draw what the gradient of log pi is multiplied by on a token, over its gap: taken from the
     losses by autograd."""
-    sys.path[:0] = [str(ROOT), str(HERE.parent)]
+    import bugs
     import plots
     import torch
 
     import sdar
 
-    gap = torch.arange(-20, 21)[None] / 10
-    mask = torch.ones(1, 41)
-
-    def loss_of(kind, beta):
-        return lambda student: sdar.sdar_loss(student, gap, mask, kind, beta)[0]
-
-    def undetached(student):
-        return (torch.sigmoid(5 * (gap - student)) * (gap - student)).mean()
-
+    gap = torch.arange(-20, 21) / 10
     losses = {
-        "gap gate, beta 5": loss_of("gap", 5),
-        "gap gate, beta 1": loss_of("gap", 1),
-        "beta 0, as in GRPO+OPSD": loss_of("gap", 0),
-        "reverse KL": loss_of("reverse_kl", 1),
-        "beta 5, not detached (a bug)": undetached,
+        "gap gate, beta 5": sdar.sdar_loss,
+        "gap gate, beta 1": partial(sdar.sdar_loss, beta=1.0),
+        "beta 0, as in GRPO+OPSD": partial(sdar.sdar_loss, beta=0.0),
+        "reverse KL": lambda student, teacher: {"sdar_loss": (teacher - student) ** 2 / 2},
+        "beta 5, not detached (a bug)": bugs.detach(),
     }
     curves = {}
     for label, loss in losses.items():
-        student = torch.zeros(1, 41, requires_grad=True)
-        (slope,) = torch.autograd.grad(loss(student), student)
-        curves[label] = torch.stack([gap, -41 * slope], -1).numpy()
+        student = torch.zeros(41, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(student, gap)["sdar_loss"].sum(), student)
+        curves[label] = torch.stack([gap, -slope], -1)[None].numpy()
     plots.check_file("gradient", path, (".svg", ".png", ".pdf"))
     title = "push on log pi of a sampled token, over its gap in nats (+: up)"
     plots.draw({title: curves}, path)
     if importlib.util.find_spec("matplotlib"):
         dark = Path(path).with_stem(f"{Path(path).stem}-dark")
         plots.picture({title: curves}, dark, dark=True)
+    return f"{path} is drawn"
+
+
+def hint(name):
+    """The formula of a function, in words."""
+    return texts(name)["hint"]
 
 
 def main(argv):
-    """Run one of the commands. Returns an exit code, or None for 0."""
+    """Run one of the commands. Returns the exit code: 1 for an answer that is not right yet."""
     command, *rest = argv or ["help"]
-    what = rest[0] if rest else ""
-    of_function = {"blank": blank, "restore": restore, "check": check}
+    of_function = {"blank": blank, "hint": hint, "check": check, "restore": restore}
+    of_two = {"compare": compare, "answer": answer}
     try:
-        if command in of_function and rest == [what] and what in BLANKS:
-            said = of_function[command](what)
-            print(said)
-            return int(said.startswith("Not yet"))
-        if command == "hint" and rest == [what] and what in BLANKS:
-            print(texts(what)["hint"])
-        elif command == "bug" and what.isdigit() and what in puzzles():
-            return planted(what).main(rest[1:])
-        elif command == "compare" and len(rest) == 2:
-            compare(*rest)
-        elif command == "answer" and len(rest) == 2:
-            said = answer(*rest)
-            print(said)
-            return int(said != "Right.")
+        if command in ("help", "--help", "-h"):
+            said = f"{__doc__}\nfunctions: {', '.join(BLANKS)}; bugs: 1 to 8"
+        elif command in of_function and len(rest) == 1 and rest[0] in BLANKS:
+            said = of_function[command](*rest)
+        elif command in of_two and len(rest) == 2:
+            said = of_two[command](*rest)
         elif command == "gradient" and len(rest) < 2:
-            gradient(*rest)
-        elif command in ("help", "--help", "-h"):
-            print(f"{__doc__}\nfunctions: {', '.join(BLANKS)}; bugs: 1 to 8")
+            said = gradient(*rest)
+        elif command == "bug" and rest and rest[0] in puzzles() and rest[0].isdigit():
+            return bug(*rest)
         else:
-            known = "blank, hint, check, restore with " + ", ".join(BLANKS)
-            raise ValueError(f"unknown {' '.join(argv)!r}; known: {known}; bug, compare, answer")
+            known = f"{', '.join(of_function)} with one of {', '.join(BLANKS)}"
+            known += "; bug 1 to 8; compare RUN RUN; answer; gradient"
+            raise ValueError(f"unknown {' '.join(argv)!r}; known: {known}")
     except (ValueError, OSError) as error:
-        print(f"sdar.py exercise: {error}", file=sys.stderr)
+        print(f"exercise.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(said)
+    return int(said.startswith("Not yet"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """SDAR in a household, with another gate on wrong places that were tried before.
 
-    export PYTHONPATH=.lab
-    python .lab/circles.py first --env large_household:Forty --model runs/forty [flags of train]
+    python .lab/experiments/circles.py first --env large_household:Forty --model runs/forty [flags]
 
 The teacher assents to a place that the student has tried already, though it is wrong, and its gate
 opens (FINDINGS, section 25). With "first" such a token gets the mean gate of the step's wrong
 places that are tried for the first time; with "own" its own gate, a control. All gates are those of
-the moment of sampling, as --gate shuffled's are.
+the moment of sampling, as in the variants.
 """
 
 import itertools
@@ -14,68 +13,76 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import variants  # it says where sdar.py is, too
+
 import envs
 import sdar
 
 KINDS = ("first", "own")
 VISIT = re.compile(r"go to (.+)")
-step_batch = sdar.step_batch
 
 
-def wrong_places(episode, world):
-    """Its tokens that name a wrong place to search: two lists of columns, those of places tried for
-    the first time and those of places tried again. The search ends at the object's home."""
-    home = world.household.home[world.goals[episode.task][2]]
-    runs = itertools.groupby(sampled for sampled in episode.mask)
-    lengths = [len([*run]) for sampled, run in runs if sampled]
-    tried, first, again = set(), [], []
-    column = 0
-    for response, length in zip(episode.transcript[1::2], lengths):
-        visit = VISIT.fullmatch(response.strip())
-        if visit and visit[1] == home:
-            break
-        if visit:
-            inside = range(column + 1, column + length - 1)  # between `go to` and the end
-            (again if visit[1] in tried else first).extend(inside)
-            tried.add(visit[1])
-        column += length
-    return first, again
+def wrong_places(episode, tokenizer):
+    """What its sampled tokens name, a text each: "first", a wrong place to search, tried for the
+    first time; "again", one that was tried before; "", anything else. The search ends at the
+    object's home."""
+    home = episode.env.household.home[episode.env.goals[episode.task][2]]
+    named, tried = [], set()
+    for sampled, pairs in itertools.groupby(zip(episode.mask, episode.ids), lambda pair: pair[0]):
+        if sampled:
+            ids = [id for _, id in pairs]
+            visit = VISIT.fullmatch(tokenizer.decode(ids, skip_special_tokens=True).strip())
+            place = visit and visit[1]
+            kind = "again" if place in tried else "first"
+            tried.add(place)
+            if not place or home in tried:
+                kind = ""
+            inside = range(1, len(ids) - 1)  # between `go to` and the end
+            named += [kind if i in inside else "" for i in range(len(ids))]
+    return named
 
 
-def without_pay(gate, first, again):
-    """The gates (B, T) when a wrong place is worth no more for being tried again. first, again
-    (B, T): True at wrong places."""
+def without_pay(gate, named):
+    """The gates (N,) when a wrong place is worth no more for being tried again. named: what each
+    token names."""
+    first = torch.tensor([kind == "first" for kind in named]).to(gate.device)
+    again = torch.tensor([kind == "again" for kind in named]).to(gate.device)
     return gate.masked_fill(again, gate[first].mean()) if first.any() else gate
 
 
-def main(argv):
-    """Train with a gate of this kind."""
-    kind, *flags = argv or [""]
-    if kind not in KINDS:
-        print(f"{kind!r}: choose from {', '.join(KINDS)}", file=sys.stderr)
-        return 2
+def hooks(kind, tokenizer):
+    """What sdar.train takes for gates of this kind."""
+    found = variants.hooks(["gate:own"])
 
-    def with_other_gates(model, start, teacher_logprobs, episodes, config, step=1, bandit=None):
-        """sdar.step_batch's tensors, and the gates."""
-        batch = step_batch(model, start, teacher_logprobs, episodes, config, step, bandit)
-        world = sdar.make_env(config.env)
-        fine = isinstance(world, envs.ToyEnv)
-        sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
-        gated = sdar.METHODS[config.method].teacher == "gate"
-        fine = gated and (config.gate, config.distil) == ("gap", "loss")
-        sdar.require(fine, "circles.py changes the gap gate in the loss: sdar or opsd, --gate gap")
-
-        gate = sdar.gate("gap", batch["gap"], beta=config.gate_beta)
-        marks = gate.new_zeros(2, *gate.shape).bool()
-        for row, episode in enumerate(episodes):
-            for mark, columns in zip(marks, wrong_places(episode, world)):
-                mark[row, columns] = True
-        batch["gate"] = without_pay(gate, *marks) if kind == "first" else gate
+    def step_batch(model, start, teacher, episodes, *rest):
+        batch = found["step_batch"](model, start, teacher, episodes, *rest)
+        if kind == "first":
+            named = [wrong_places(episode, tokenizer) for episode in episodes]
+            batch["gate"] = without_pay(batch["gate"], sum(named, []))
         return batch
 
-    sdar.step_batch = with_other_gates
-    return sdar.main(["train", *flags])
+    return {**found, "step_batch": step_batch}
+
+
+def main(argv):
+    """Train with gates of a kind. Returns the exit code."""
+
+    def command():
+        parser = sdar.make_parser("python .lab/experiments/circles.py KIND [flags of sdar.py]")
+        parser.add_argument("kind", choices=KINDS)
+        given = vars(parser.parse_args(argv))
+        kind = given.pop("kind")
+        config = sdar.configure(**given)
+        variants.check(["gate:own"], config)
+        fine = isinstance(envs.make_env(config.env), envs.ToyEnv)
+        sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
+        _, chat = sdar.load_policy(config)
+        sdar.train(config, **hooks(kind, chat.tokenizer))
+
+    return sdar.run(command)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Toy households with more places to search, for longer episodes.
 
-    export PYTHONPATH=.lab
-    python sdar.py warmstart --env large_household:Forty --steps 2000 --folder runs/forty
-    python sdar.py compare --env large_household:Forty --model runs/forty --preset toy
+    export PYTHONPATH=.lab/experiments
+    python .lab/warmstart.py --env large_household:Forty --steps 2000 --out runs/forty
+    python .lab/compare.py --env large_household:Forty --model runs/forty --preset toy
 
 The tiny policy has no words for their places, so each needs a policy of its own. Of the scripted
 player's episodes without a skill .21 and .18 are won; in the default household, in ten turns, .08.
@@ -13,26 +13,21 @@ import random
 from envs import SURFACES, Household, ToyEnv
 
 
-def household(size):
-    """A household of `size` places that hold things, four of them open; drawn as the default's."""
-    each = (size - len(SURFACES)) // 2
-    closable = [f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, each + 1)]
-    return Household.random(random.Random(2605), tuple(closable))
-
-
 class Forty(ToyEnv):
-    """40 places, 20 turns."""
+    """40 places that hold things, four of them open; 20 turns."""
 
     default_turns = 20
+    size = 40
 
-    def __init__(self, **options):
-        super().__init__(household(40), **options)
+    def __init__(self, max_turns=0):
+        numbers = range(1, (self.size - len(SURFACES)) // 2 + 1)
+        closable = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in numbers)
+        household = Household.random(random.Random(2605), closable)  # drawn as the default's
+        super().__init__(max_turns, household)
 
 
-class Eighty(ToyEnv):
+class Eighty(Forty):
     """80 places, 40 turns."""
 
     default_turns = 40
-
-    def __init__(self, **options):
-        super().__init__(household(80), **options)
+    size = 80

@@ -1,99 +1,79 @@
-"""Pictures for the pages, light and dark, into .assets. Needs matplotlib.
+"""The table and the pictures, light and dark, of what compare.py has written. Needs matplotlib.
 
-    python .lab/pictures.py runs/compare    # learning*.svg (grpo and sdar), compare*.svg (all)
-    python .lab/pictures.py long runs/long/compare-method-teacher.json  # long*.svg
-    python .lab/pictures.py map runs/map    # map*.svg: lambda, learning rate and teacher
+    python .lab/experiments/pictures.py runs/compare/compare.json
+    python .lab/experiments/pictures.py runs/compare/compare.json --rows sdar,grpo --name learning
+    python .lab/experiments/pictures.py runs/long/compare-method-teacher.json --name long
+    python .lab/experiments/pictures.py runs/map/compare-*.json --map --name map
 
-They read what `compare` has written.
+Of several files all rows are taken.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import compare
 import numpy as np
+
+LAB = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(LAB), str(LAB.parent)]
+import compare
 import plots
 
 import sdar
 
-ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 TITLE = "held-out success without the skill"
 
 
 def main(argv):
-    """Draw what the command line names. Returns 2 if it is not there."""
-    draw, folders = draw_curves, argv
-    if argv and argv[0] in OTHERS:
-        draw, folders = OTHERS[argv[0]], argv[1:]
-    try:
-        print(*draw(*folders[:1]), sep="\n")
-    except (sdar.UserError, OSError, ModuleNotFoundError) as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
-        return 2
+    """Print the table of a comparison, and draw it."""
+    parser = sdar.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", help="compare*.json: one, or more to join")
+    parser.add_argument("--rows", help="those to draw, a comma between them [all]")
+    parser.add_argument("--map", action="store_true", help="over lambda and learning rate")
+    parser.add_argument("--name", default="compare", help="of the pictures [compare]")
+    parser.add_argument("--place", default=LAB.parent / ".assets", help="folder [.assets]")
+    given = parser.parse_args(argv)
+
+    with sdar.naming(f"{' '.join(given.reports)} cannot be drawn", sdar.UserError):
+        report, *others = [json.loads(Path(path).read_text("utf-8")) for path in given.reports]
+        for other in others:
+            report["rows"] |= other["rows"]
+        if given.rows:
+            report["rows"] = {label: report["rows"][label] for label in given.rows.split(",")}
+        compare.print_table(report)
+        curves = compare.learning_curves(report)
+        for dark in (False, True):
+            path = Path(given.place, f"{given.name}{'-dark' if dark else ''}.svg")
+            if given.map:
+                draw_map(report, path, dark)
+            else:
+                plots.picture({TITLE: curves}, path, dark)
+            print(path)
 
 
-def read_curves(report):
-    """{label: its runs' learning curves} of a file that compare has written."""
-    report = json.loads(Path(report).read_text("utf-8"))
-    curves = {}
-    for label, row in report["evaluations"].items():
-        curves[label] = compare.learning_curves(row, report["start"])
-    return curves
-
-
-def draw_panel(name, curves, place):
-    """One panel, light and dark. Returns the paths of the pictures."""
-    written = []
-    for dark in (False, True):
-        path = Path(place, f"{name}{'-dark' if dark else ''}.svg")
-        plots.picture({TITLE: curves}, path, dark)
-        written.append(path)
-    return written
-
-
-def draw_curves(folder="runs/compare", place=ASSETS):
-    """Success over steps, of grpo and sdar, and of all methods."""
-    curves = read_curves(Path(folder, "compare.json"))
-    two = {label: curves[label] for label in ("sdar", "grpo")}
-    return draw_panel("learning", two, place) + draw_panel("compare", curves, place)
-
-
-def draw_long(report="runs/long/compare-method-teacher.json", place=ASSETS):
-    """Success over more steps, of all that was compared."""
-    return draw_panel("long", read_curves(report), place)
-
-
-def draw_map(folder="runs/map", place=ASSETS):
+def draw_map(report, path, dark):
     """Success of the last weights alone, and below it with the skill (a live teacher's; the others
-    have weights of their own): a panel a teacher, a row a lambda, a column a learning rate. Returns
-    the paths of the pictures."""
-    rows = {}  # {(teacher, lambda, learning rate): (student, teacher)}
-    for path in Path(folder).glob("sdar*/config.json"):
-        config, log = plots.read_run(path.parent)
-        if len(log) < config["steps"]:  # it is not finished
-            continue
-        key = config["teacher"], config["sdar_coef"], config["lr"]
-        ends = log[-1]["eval_success"], log[-1]["eval_success_skill"]
-        rows.setdefault(key, []).append(ends)
-    sdar.require(rows, f"{folder} holds no runs of a map: compare --sweep makes them")
-    teachers, lambdas, rates = (sorted({key[i] for key in rows}) for i in range(3))
-    written = []
-    for dark in (False, True):
-        path = Path(place, f"map{'-dark' if dark else ''}.svg")
-        with plots.figure(path, dark, (2.6 * len(teachers) + 1, 5.6)) as figure:
-            places = figure.subplots(2, len(teachers), squeeze=False)
-            for (reader, column), axes in np.ndenumerate(places):
-                cells = np.full((len(lambdas), len(rates)), np.nan)
-                for (teacher, coef, rate), ends in rows.items():
-                    if teacher == teachers[column]:
-                        at = lambdas.index(coef), rates.index(rate)
-                        cells[at] = np.mean(ends, 0)[reader]
-                title = f"{teachers[column]}, {('alone', 'with the skill')[reader]}"
-                draw_cells(axes, title, cells, lambdas, rates)
-        written.append(path)
-    return written
+    have weights of their own): a panel a teacher, a row a lambda, a column a learning rate."""
+    found = {}  # {(teacher, lambda, learning rate): (alone, with the skill)}
+    for row in report["rows"].values():
+        settings = row["settings"]
+        teacher = " ".join(settings["variant"]) or settings["teacher"]
+        lasts = [lines[-1] for lines in row["seeds"].values()]
+        ends = [(last["eval_success"], last["eval_success_skill"]) for last in lasts]
+        if ends and settings["distil"] != "none":
+            found[teacher, settings["sdar_coef"], settings["lr"]] = np.mean(ends, 0)
+    sdar.require(found, "no row has a teacher")
+    teachers, lambdas, rates = (sorted({*values}) for values in zip(*found))
+    shares = np.full((2, len(teachers), len(lambdas), len(rates)), np.nan)
+    for (teacher, coef, rate), ends in found.items():
+        shares[:, teachers.index(teacher), lambdas.index(coef), rates.index(rate)] = ends
+
+    with plots.figure(path, dark, (2.6 * len(teachers) + 1, 5.6)) as figure:
+        places = figure.subplots(2, len(teachers), squeeze=False)
+        for (reader, column), axes in np.ndenumerate(places):
+            title = f"{teachers[column]}, {('alone', 'with the skill')[reader]}"
+            draw_cells(axes, title, shares[reader, column], lambdas, rates)
 
 
 def draw_cells(axes, title, cells, lambdas, rates):
@@ -109,7 +89,5 @@ def draw_cells(axes, title, cells, lambdas, rates):
     axes.set_ylabel("lambda")
 
 
-OTHERS = {"map": draw_map, "long": draw_long}
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

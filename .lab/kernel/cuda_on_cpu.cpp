@@ -1,4 +1,4 @@
-// The kernels of sdar.py, which the test writes to kernel.cu, run by the threads of a CPU: a block is 64 threads.
+// Stand-ins for the words of CUDA in logprobs.cu, which on_cpu.py writes to kernel.cu: a block is 64 threads of a CPU.
 #include <barrier>
 #include <cmath>
 #include <cstring>

@@ -1,7 +1,7 @@
 """Six small ALFWorld games, one of each task type, to play without the data set.
 
-    python .lab/alfworld_games.py games                   # writes them into the folder games
-    python envs.py play alfworld --data games
+    python .lab/tests/alfworld_games.py games             # writes them into the folder games
+    python .lab/player.py alfworld --data games
 
 They need the package (pip install alfworld), not its download: the engine, its rules and its words
 are ALFWorld's, the kitchen is hand-written (.assets/test/kitchen.pddl, goals.json).
@@ -13,7 +13,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import envs
 
 KITCHEN = envs.HERE / ".assets" / "test"

@@ -1,7 +1,7 @@
 """A search server that misbehaves, to see what an environment does with it.
 
-    python .lab/faulty_server.py half     # prints its address; or another kind, see FAULTS
-    python envs.py play search --data questions.jsonl --url http://127.0.0.1:...
+    python .lab/tests/faulty_server.py half     # prints its address; or another kind, see FAULTS
+    python .lab/player.py search --data questions.jsonl --url http://127.0.0.1:...
 
 Whatever it does must end in one line that names the server, never in an observation for the model.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-FAULTS = Path(__file__).resolve().parent.parent / ".assets" / "test" / "faulty_servers.json"
+FAULTS = Path(__file__).resolve().parents[2] / ".assets" / "test" / "faulty_servers.json"
 FAULTS = json.loads(FAULTS.read_text())  # {kind: {"status", "body", "times": it is repeated, ...}}
 
 

@@ -1,6 +1,6 @@
 """What the gradients are in expectation, exactly: a world so small that it can be enumerated.
 
-    python .lab/oracles.py        # checks every claim, and that every planted bug is seen
+    python .lab/tests/oracles.py     # checks every claim, and that every planted bug is seen
 
 Three tokens, sequences of three: 27 of them. Every expectation is a sum over all, in float64, so
 there is no sampling error, and two gradients that should be equal agree to the twelfth digit. Each
@@ -11,10 +11,11 @@ implementation could make; each names the oracle that must notice it.
 import itertools
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import sdar
 
 
@@ -40,16 +41,16 @@ class Enumerated:
         self.rows = torch.tensor([[prefixes.index(s[:t]) for t in range(3)] for s in sequences])
 
     def expected_gradient(self, loss, batch=1, sampled_by=None):
-        """Of the sampled-token estimator as train() uses it, grad loss(student, teacher (batch, 3),
-        indices of sequences): its mean, by the student's probabilities or by logits `sampled_by`,
-        and its variance, summed over the logits."""
+        """Of the sampled-token estimator as train() uses it, the mean over tokens of loss(student,
+        teacher (batch, 3), indices of sequences): its gradient's mean, by the student's
+        probabilities or by logits `sampled_by`, and its variance, summed over the logits."""
         logits = self.logits.clone().requires_grad_()
         student = torch.log_softmax(logits, -1)[self.rows, self.ids]  # (27, 3)
         teacher = self.teacher[self.rows, self.ids]
         p = self.probability(sampled_by)
         first, second = 0.0, 0.0
         for chosen in map(list, itertools.product(range(27), repeat=batch)):
-            value = loss(student[chosen], teacher[chosen], chosen)
+            value = loss(student[chosen], teacher[chosen], chosen).mean()
             (slope,) = torch.autograd.grad(value, logits, retain_graph=True)
             weight = p[chosen].prod()
             first = first + weight * slope
@@ -79,17 +80,30 @@ class Enumerated:
 
 def gated(kind, beta=5.0):
     """The gated loss as a function of (student, teacher, indices)."""
-    return lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)[0]
+    return lambda s, t, _: sdar.sdar_loss(s, t, torch.ones_like(s), kind, beta)["sdar_loss"]
 
 
-def reverse_kl(student, teacher):
-    """KL(student || teacher) at each prefix."""
+def weighted(gate):
+    """The gated loss with a gate of one's own, a function of (gap, entropy, beta)."""
+
+    def loss(s, t, i):
+        with patch.dict(sdar.GATES, {"gap": gate}):
+            return gated("gap")(s, t, i)
+
+    return loss
+
+
+def kl(student, teacher):
+    """KL(student || teacher) at each prefix: the reverse KL."""
     return (student.exp() * (student - teacher)).sum(1)
 
 
 def same(a, b, tolerance=1e-12):
     apart = (a - b).abs().max()
-    assert apart <= tolerance, f"the gradients are {apart:.2g} apart"
+    assert apart <= tolerance, f"{apart:.2g} apart"
+
+
+# --- The gate ------------------------------------------------------------------------------
 
 
 def oracle_constant_gate(world):
@@ -129,8 +143,8 @@ def entropy_fall(probabilities, batch, step):
     fall = 0.0
     for sampled in itertools.product(range(len(start)), repeat=batch):
         logits = start.log().requires_grad_()
-        student = torch.log_softmax(logits, -1)[list(sampled)][:, None]
-        slope = grad_of(gated("gap", 0.0)(student, student.detach(), None), logits)
+        student = torch.log_softmax(logits, -1)[list(sampled)]
+        slope = grad_of(gated("gap", 0.0)(student, student.detach(), None).mean(), logits)
         moved = torch.softmax(logits.detach() - step * slope, -1)
         fall += start[list(sampled)].prod() * (entropy_of(start) - entropy_of(moved))
     return fall
@@ -138,17 +152,16 @@ def entropy_fall(probabilities, batch, step):
 
 def entropy_of(p):
     """In nats."""
-    return -(p * p.log()).sum()
+    return -(p * p.log()).sum(-1)
 
 
 def oracle_entropy_gate(world):
     """The student's entropy is the same whatever token was sampled: its gate, too, has expected
     gradient zero."""
-    scores = torch.log_softmax(world.logits, -1)
-    entropy = -(scores.exp() * scores).sum(1)[world.rows]
+    entropy = entropy_of(torch.softmax(world.logits, -1))[world.rows]
 
     def loss(s, t, i):
-        return sdar.sdar_loss(s, t, torch.ones_like(s), "entropy", 5.0, entropy[i])[0]
+        return sdar.sdar_loss(s, t, entropy[i], "entropy")["sdar_loss"]
 
     same(world.expected_gradient(loss)[0], torch.zeros(13, 3))
 
@@ -166,7 +179,7 @@ def oracle_gap_gate(world):
 def oracle_small_gaps(_):
     """For small gaps that is beta/4 of the reverse KL's gradient."""
     world = Enumerated(scale=1e-4)
-    exact = world.prefix_gradient(reverse_kl)
+    exact = world.prefix_gradient(kl)
     size = exact.abs().max()
     expected, _ = world.expected_gradient(gated("gap"))
     same(expected / (5 / 4 * size), exact / size, 1e-3)
@@ -178,8 +191,7 @@ def oracle_tanh(world):
     Management state it, each in an appendix C; this is the check."""
 
     def loss(s, t, _):
-        weight = torch.tanh(5 / 2 * (t - s)).detach() / 2
-        return -(weight * s).mean()
+        return -torch.tanh(5 / 2 * (t - s)).detach() / 2 * s
 
     same(world.expected_gradient(gated("gap"))[0], world.expected_gradient(loss)[0])
 
@@ -189,11 +201,11 @@ def oracle_distance(world):
     away (the same appendices), since tanh(x/2)/2 is x/4 up to x^3/48."""
     for beta in (0.5, 1.0, 5.0):
         gated_gradient = world.expected_gradient(gated("gap", beta))[0]
-        apart = gated_gradient - beta / 4 * world.prefix_gradient(reverse_kl)
-        scores = torch.log_softmax(world.logits, -1)
-        gap = (world.teacher - scores)[world.rows, world.ids]  # (27, 3)
+        apart = gated_gradient - beta / 4 * world.prefix_gradient(kl)
+        student = torch.log_softmax(world.logits, -1)
+        gap = (world.teacher - student)[world.rows, world.ids]  # (27, 3)
         # d log softmax(z)_i / dz is e_i - p
-        slopes = torch.eye(3, dtype=torch.float64)[world.ids] - scores.exp()[world.rows]
+        slopes = torch.eye(3, dtype=torch.float64)[world.ids] - student.exp()[world.rows]
         sizes = gap.abs() ** 3 * slopes.norm(dim=-1)
         bound = beta**3 / 48 * (world.probability() * sizes.mean(1)).sum()
         assert apart.norm() <= bound, f"beta {beta}: {apart.norm():.3g} apart, bound {bound:.3g}"
@@ -202,11 +214,12 @@ def oracle_distance(world):
 def oracle_reverse_kl(world):
     """With the gap itself as the gate it is the reverse KL's gradient; so is Skill-SD's, on
     policy."""
-    exact = world.prefix_gradient(reverse_kl)
-    same(world.expected_gradient(gated("reverse_kl"))[0], exact)
+    exact = world.prefix_gradient(kl)
+    gap_itself = weighted(lambda gap, entropy, beta: gap)
+    same(world.expected_gradient(gap_itself)[0], exact)
 
     def skill_sd(s, t, _):
-        return sdar.skill_sd_loss(s, t, s, torch.ones_like(s))[0]
+        return sdar.skill_sd_loss(s, t, s.detach())["sdar_loss"]
 
     same(world.expected_gradient(skill_sd)[0], exact)
 
@@ -216,29 +229,30 @@ def oracle_centred(world):
     mean of the batch's own gates is not quite fixed: it costs 1/M of a batch of M sequences, as
     GRPO's own mean does, so nothing in a real one."""
     plain, variance = world.expected_gradient(gated("gap"))
+    gate = sdar.GATES["gap"]
     gap = world.teacher - torch.log_softmax(world.logits, -1)
-    g = torch.sigmoid(5 * gap)[world.rows, world.ids]
-    mean = (world.probability() * g.mean(1)).sum()
-
-    def less_mean(s, t, _):
-        weights = sdar.gate("gap", t - s) - mean
-        return sdar.sdar_loss(s, t, torch.ones(1, 3), weights)[0]
-
-    fixed, less = world.expected_gradient(less_mean)
+    gates = gate(gap, None, 5.0)[world.rows, world.ids]
+    mean = (world.probability() * gates.mean(1)).sum()
+    fixed, less = world.expected_gradient(weighted(lambda *args: gate(*args) - mean))
     same(fixed, plain)
     assert less < variance / 2, (less, variance)
-    one, _ = world.expected_gradient(gated("centred"), 1)
-    two, _ = world.expected_gradient(gated("centred"), 2)
+
+    centred = weighted(lambda *args: gate(*args) - gate(*args).mean())
+    one, _ = world.expected_gradient(centred, 1)
+    two, _ = world.expected_gradient(centred, 2)
     same(two - plain, (one - plain) / 2)
 
 
+# --- GRPO ----------------------------------------------------------------------------------
+
+
 def oracle_policy_loss(world):
-    """With the score itself as advantage PPO's loss is, on policy, the policy gradient (a token's
+    """With the reward itself as advantage PPO's loss is, on policy, the policy gradient (a token's
     share of it)."""
 
     def loss(s, t, i):
-        mask = torch.ones_like(s)
-        return sdar.policy_loss(s, s.detach(), world.rewards[i, None], mask)[0]
+        advantages = world.rewards[i, None].expand_as(s)
+        return sdar.policy_loss(s, s.detach(), advantages)["policy_loss"]
 
     exact = world.gradient(lambda p, _: (p * world.rewards).sum())
     same(world.expected_gradient(loss)[0], -exact / 3)
@@ -249,126 +263,166 @@ def oracle_grpo(world):
     policy gradient, since the mean holds the episode itself. With it: the gradient of the chance to
     beat another episode."""
 
-    def grpo(std):
+    def grpo(scale):
         def loss(s, t, i):
-            group = torch.zeros(2, dtype=torch.long)
-            advantages = sdar.group_advantages(world.rewards[i], group, None, std)
-            mask = torch.ones_like(s)
-            return sdar.policy_loss(s, s.detach(), advantages[:, None], mask)[0]
+            rewards = world.rewards[i][None]
+            advantages = sdar.group_advantages(rewards) * scale(rewards)
+            advantages = advantages.view(2, 1).expand_as(s).double()
+            return sdar.policy_loss(s, s.detach(), advantages)["policy_loss"]
 
         return world.expected_gradient(loss, batch=2)[0]
 
     exact = world.gradient(lambda p, _: (p * world.rewards).sum())
-    same(grpo(False), -exact / 2 / 3)
+    without_std = grpo(lambda rewards: rewards.std(1) + 1e-6)
+    same(without_std, -exact / 2 / 3, 1e-7)  # advantages are float32
     beats = (world.rewards[:, None] - world.rewards).sign()
     ahead = (beats * world.probability()).sum(1)
     exact = world.gradient(lambda p, _: (p * ahead).sum())
-    same(grpo(True), -exact / 2**0.5 / 3, 1e-4)  # eps 1e-6 in the denominator
+    same(grpo(lambda rewards: 1.0), -exact / 2**0.5 / 3, 1e-4)  # eps 1e-6 in the denominator
 
 
-GATE, ADVANTAGES = sdar.gate, sdar.group_advantages
+def oracle_k3(world):
+    """On policy the mean of k3 is KL(policy || reference). Its gradient is another divergence's,
+    that of KL(reference || policy): where the policy never goes it feels no pull."""
+    student = torch.log_softmax(world.logits, -1)
+    of_tokens = sdar.kl_k3(student, world.teacher)  # (13, 3)
+    same((student.exp() * of_tokens).sum(1), kl(student, world.teacher))
+    expected, _ = world.expected_gradient(lambda s, t, _: sdar.kl_k3(s, t))
+    same(expected, world.prefix_gradient(lambda s, t: kl(t, s)))
 
 
-def no_constant_gate(kind, gap, *rest):
-    return GATE("gap", gap)
+# --- Every token's own slope ---------------------------------------------------------------
 
 
-def twice_the_gate(kind, gap, *rest):
-    return 2 * GATE(kind, gap, *rest)
+def oracle_slopes(world):
+    """A token's gradient is what finite differences of its loss say, off policy and where PPO
+    clips, too. The gated loss is the exception, on purpose: its gate is held, so the slope is minus
+    the gate."""
+    draw = torch.Generator().manual_seed(1)
+    student = torch.log_softmax(world.logits, -1).flatten().requires_grad_()
+    teacher = world.teacher.flatten()
+    nudge, advantages = torch.randn(2, 39, generator=draw, dtype=torch.float64)
+    old = student.detach() + nudge / 4
+    losses = [
+        lambda x: sdar.policy_loss(x, old, advantages)["policy_loss"],
+        lambda x: sdar.kl_k3(x, teacher),
+        lambda x: sdar.skill_sd_loss(x, teacher, old)["sdar_loss"],
+        lambda x: sdar.rlsd_advantages(advantages, x - old),
+    ]
+    step = 1e-6
+    for loss in losses:
+        differences = (loss(student + step) - loss(student - step)) / (2 * step)
+        same(grad_of(loss(student).sum(), student), differences.detach(), 1e-8)
+    entropy = advantages.abs()
+    for kind in sdar.GATES:
+        terms = sdar.sdar_loss(student, teacher, entropy, kind)
+        same(grad_of(terms["sdar_loss"].sum(), student), -terms["gate"])
 
 
-def gap_in_the_entropy(kind, gap, entropy, *rest):
-    return GATE(kind, gap, entropy + gap)
+def oracle_rlsd(world):
+    """RLSD's teacher never turns an advantage and moves it by a tenth at most. Where it prefers
+    what was sampled it adds to a reward and takes off a blame; where it says nothing, nothing."""
+    gap = (world.teacher - torch.log_softmax(world.logits, -1))[world.rows, world.ids]
+    advantages = world.rewards[:, None].expand_as(gap)
+    share = sdar.rlsd_advantages(advantages, gap) / advantages
+    assert 0.9 - 1e-12 <= share.min() < 0.95 and 1.05 < share.max() <= 1.1 + 1e-12
+    assert torch.equal((share - 1).sign(), (gap * advantages).sign())
+    assert torch.equal(sdar.rlsd_advantages(advantages, 0 * gap), advantages)
 
 
-def gate_not_detached(s, t, mask, kind, beta):
-    gap = t - s
-    return sdar.masked_mean(torch.sigmoid(beta * gap) * gap, mask), {}
+# --- Mistakes, and who sees them -----------------------------------------------------------
+
+GAP, ENTROPY = sdar.GATES["gap"], sdar.GATES["entropy"]
+K3, ADVANTAGES = sdar.kl_k3, sdar.group_advantages
 
 
-def gap_turned(kind, gap, *rest):
-    return GATE(kind, -gap, *rest)
+def gate_of_the_gap(gap, entropy, beta):
+    return GAP(gap, entropy, 5.0)
 
 
-def loss_turned(x, mask):
-    return -(x * mask).sum() / mask.sum()
+def gate_turned(gap, entropy, beta):
+    return GAP(-gap, entropy, beta)
 
 
-def beta_forgotten(kind, gap, *rest):
-    return GATE(kind, gap, None, 1.0)
+def gate_doubled(gap, entropy, beta):
+    return 2 * GAP(gap, entropy, beta)
 
 
-def beta_doubled(kind, gap, entropy=None, beta=5.0, *rest):
-    return torch.sigmoid(2 * beta * gap).detach()
+def gate_of_a_clamped_gap(gap, entropy, beta):
+    return GAP(gap.clamp(-0.5, 0.5), entropy, beta)
 
 
-def gap_clamped(kind, gap, *rest):
-    return gap.detach().clamp(-0.5, 0.5)
+def beta_doubled(gap, entropy, beta):
+    return GAP(gap, entropy, 2 * beta)
 
 
-def gap_without_sign(kind, gap, *rest):
-    return gap.detach().abs()
+def gap_in_the_entropy(gap, entropy, beta):
+    return ENTROPY(gap, entropy + gap, beta)
 
 
-def skill_sd_ratio_detached(s, t, old, mask):
-    return sdar.masked_mean((t - s).exp() - 1 + s - t, mask), {}
+def gate_not_detached(s, t, entropy=None, kind="gap", beta=5.0):
+    gate = GAP(t - s, entropy, beta)
+    return {"sdar_loss": gate * (t - s), "gate": gate}
 
 
-def centred_by_itself(kind, gap, *rest):
-    g = GATE("gap", gap)
-    return g * (1 - g) if kind == "centred" else g
+def loss_turned(s, t, entropy=None, kind="gap", beta=5.0):
+    gate = sdar.GATES[kind](t - s, entropy, beta).detach()
+    return {"sdar_loss": gate * (s - t), "gate": gate}
 
 
-def sum_for_mean(x, mask):
-    return (x * mask).sum()
+def skill_sd_ratio_detached(s, t, old):
+    return {"sdar_loss": (t - s).exp() - 1 + s - t}
 
 
-def ratio_without_gradient(s, old, advantages, mask):
-    return (s * 0).sum(), {}
+def ratio_without_gradient(s, old, advantages, clip_eps=0.2):
+    return {"policy_loss": -advantages * (s.detach() - old).exp() + 0 * s}
 
 
-def std_with_n(*args):
-    return ADVANTAGES(*args) * 2 ** (0.5 * args[3])
+def k3_turned(s, ref):
+    return K3(ref, s)
 
 
-def groups_shuffled(scores, groups, *rest):
-    return ADVANTAGES(scores, torch.arange(2), *rest)
+def std_with_n(rewards):
+    return ADVANTAGES(rewards) * 2**0.5
 
 
-BUGS = [  # (the oracle that must see it, the function of sdar.py, what is put in its place)
-    (oracle_constant_gate, "gate", no_constant_gate),
-    (oracle_constant_gate_off_policy, "gate", twice_the_gate),
-    (oracle_constant_gate_drift, "gate", twice_the_gate),
-    (oracle_entropy_gate, "gate", gap_in_the_entropy),
+def rlsd_without_sign(advantages, gap, mix=0.5, clip_eps=0.2):
+    return advantages * (1 - mix + mix * gap.exp().clamp(1 - clip_eps, 1 + clip_eps))
+
+
+BUGS = [  # (the oracle that must see it, the gate or function of sdar.py, what stands in its place)
+    (oracle_constant_gate, "none", gate_of_the_gap),
+    (oracle_constant_gate_off_policy, "gap", gate_doubled),
+    (oracle_constant_gate_drift, "gap", gate_doubled),
+    (oracle_entropy_gate, "entropy", gap_in_the_entropy),
+    (oracle_gap_gate, "gap", gate_turned),
     (oracle_gap_gate, "sdar_loss", gate_not_detached),
-    (oracle_gap_gate, "gate", gap_turned),
-    (oracle_gap_gate, "masked_mean", loss_turned),
-    (oracle_small_gaps, "gate", beta_forgotten),
-    (oracle_tanh, "gate", gap_clamped),
-    (oracle_distance, "gate", beta_doubled),
-    (oracle_reverse_kl, "gate", gap_clamped),
-    (oracle_reverse_kl, "gate", gap_without_sign),
+    (oracle_gap_gate, "sdar_loss", loss_turned),
+    (oracle_small_gaps, "gap", beta_doubled),
+    (oracle_tanh, "gap", gate_of_a_clamped_gap),
+    (oracle_distance, "gap", beta_doubled),
+    (oracle_reverse_kl, "sdar_loss", loss_turned),
     (oracle_reverse_kl, "skill_sd_loss", skill_sd_ratio_detached),
-    (oracle_centred, "gate", centred_by_itself),
-    (oracle_policy_loss, "masked_mean", sum_for_mean),
+    (oracle_centred, "sdar_loss", gate_not_detached),
     (oracle_policy_loss, "policy_loss", ratio_without_gradient),
     (oracle_grpo, "group_advantages", std_with_n),
-    (oracle_grpo, "group_advantages", groups_shuffled),
+    (oracle_k3, "kl_k3", k3_turned),
+    (oracle_slopes, "sdar_loss", gate_not_detached),
+    (oracle_slopes, "policy_loss", ratio_without_gradient),
+    (oracle_rlsd, "rlsd_advantages", rlsd_without_sign),
 ]
 
 ORACLES = [value for name, value in sorted(globals().items()) if name.startswith("oracle_")]
 
 
 def is_seen(oracle, target, bug):
-    """True if the oracle fails once `bug` stands in the place of sdar.py's function `target`."""
-    right = getattr(sdar, target)
-    setattr(sdar, target, bug)
+    """True if the oracle fails once `bug` stands in the place of a gate or function `target`."""
+    place = sdar.GATES if target in sdar.GATES else vars(sdar)
     try:
-        oracle(Enumerated())
+        with patch.dict(place, {target: bug}):
+            oracle(Enumerated())
     except AssertionError:
         return True
-    finally:
-        setattr(sdar, target, right)
     return False
 
 

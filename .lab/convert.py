@@ -1,0 +1,110 @@
+"""Questions and skills of others, as envs.py reads them.
+
+    python .lab/convert.py questions train.parquet questions.jsonl
+    python .lab/convert.py skills skill_mapping.json skills.json --env alfworld
+
+questions: rows as FlashRAG, Search-R1 or SDAR write them, in JSON lines or a parquet file, become
+the lines of envs.SearchEnv. Where they name a split, --eval-split takes that name ("test").
+skills: skill_mapping.json of the official repository, beside its Markdown files, becomes the list
+of envs.load_skills. In WebShop a task is told by keywords, elsewhere by its type.
+"""
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sdar
+from envs import ENVS, UserError, naming, require
+
+OURS = {  # {task type of the official skills: our name of it}, where it is another
+    "pick_and_place": "pick_and_place_simple",
+    "direct_retrieval": "direct",
+    "multi_hop_reasoning": "multi_hop",
+    "entity_attribute_lookup": "attribute",
+}
+
+
+def main(argv):
+    """Read one file and write the other."""
+    parser = sdar.Parser(usage=__doc__)
+    parser.add_argument("kind", choices=("questions", "skills"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--env", choices=ENVS)
+    given = parser.parse_args(argv)
+    is_bank = given.kind == "skills"
+    text = skills(given.file, given.env) if is_bank else questions(given.file)
+    given.out.write_text(text, "utf-8")
+
+
+def questions(file):
+    """The questions of a file as JSON lines; without those that have no question or no answer."""
+    if file.suffix == ".parquet":
+        with naming(f"{file} cannot be read by pyarrow (pip install pyarrow)", UserError):
+            from pyarrow import parquet
+
+            rows = parquet.read_table(file).to_pylist()
+        lines = [json.dumps(row, default=str) for row in rows]
+    else:
+        lines = file.read_bytes().splitlines()
+
+    found = []
+    for number, line in enumerate(lines, 1):
+        with naming(f"{file}, line {number}: not a row of questions", UserError):
+            row = question_of(json.loads(line, object_hook=flat), number)
+            if row["question"].strip() and row["golden_answers"]:
+                found.append(json.dumps(row))
+    print(f"{len(found)} of {len(lines)} rows have a question and an answer")
+    return "\n".join(found)
+
+
+def flat(row):
+    """The fields of a row that have a value, and of the dicts in it: SDAR has env_kwargs, Search-R1
+    reward_model and extra_info, and in parquet what only another row has is None."""
+    fields = {}
+    for value in row.values():
+        if isinstance(value, dict):
+            fields |= value
+    return fields | {name: value for name, value in row.items() if value is not None}
+
+
+def question_of(fields, number):
+    """A row in our form. number: its line, which is its id where it brings none."""
+    truth = fields.get("target", fields.get("ground_truth", []))
+    golden = fields.get("golden_answers", truth)
+    if isinstance(golden, str):  # one answer, or a list that became a text
+        golden = json.loads(golden) if golden.startswith("[") else [golden]
+    require(isinstance(golden, list), f"golden_answers is {golden!r:.50}")
+    return {
+        "id": fields.get("id", number),
+        "question": fields.get("question", ""),
+        "golden_answers": [text for text in golden if text.strip()],
+        "data_source": fields.get("data_source", ""),
+        "split": fields.get("split", ""),
+    }
+
+
+def skills(file, env):
+    """The skill bank, as JSON, of skill_files {skill: Markdown}, task_to_skill {task type: skill}
+    and task_keywords {task type: texts}. The skill general_skills is for every task."""
+    bank = []
+    with naming(f"{file} is no skill_mapping.json beside its Markdown files", UserError):
+        mapping = json.loads(file.read_bytes())
+        for name, markdown in mapping["skill_files"].items():
+            text = file.with_name(markdown).read_text("utf-8-sig")
+            row = {"name": name, "text": re.sub("^#.*\n", "", text).strip()}
+            types = [kind for kind, skill in mapping["task_to_skill"].items() if skill == name]
+            if env == "webshop":
+                row["keywords"] = sum([mapping["task_keywords"][kind] for kind in types], [])
+            else:
+                row["task_types"] = [OURS.get(kind, kind) for kind in types]
+            if [] not in row.values() or name == "general_skills":
+                bank.append(row)
+    return json.dumps(bank, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(sdar.run(partial(main, sys.argv[1:])))

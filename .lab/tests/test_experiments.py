@@ -1,0 +1,429 @@
+"""Tests of the experiments: variants.py, bandits.py, circles.py."""
+
+import copy
+import json
+import math
+
+import bandits
+import circles
+import numpy as np
+import torch
+import variants
+from pytest import approx, mark
+
+import envs
+import sdar
+from sdar import configure, main
+from test_sdar import play, pytestmark, small, table, trained  # noqa: F401
+
+TASK = "put a mug in desk 1"
+
+
+def run(tmp_path, *words, **changes):
+    """A small run with variants: (what train() returned, the lines of its metrics.jsonl)."""
+    return trained(tmp_path, "-".join(["run", *words]), variants.hooks(words), **changes)
+
+
+def one_batch(policy, words, **changes):
+    """Before an update: (hooks of the variants, episodes, step_batch's values, config)."""
+    config = configure(**{"group_size": 4, "minibatches": 1, **changes})
+    start = copy.deepcopy(policy[0])
+    start.model.norm.weight.data *= 1.1
+    episodes = play(policy, config)
+    episodes[0].reward = episodes[5].reward = 1.0
+    hooks = variants.hooks(words)
+    batch = hooks["step_batch"](policy[0], start, policy[0], episodes, config, 1)
+    return hooks, episodes, batch, config
+
+
+def one_update(policy, *words, **changes):
+    """An update by SGD: (change of the weights, that is -gradient; metrics)."""
+    hooks, episodes, batch, config = one_batch(policy, words, **changes)
+    model, rng = copy.deepcopy(policy[0]), np.random.default_rng(0)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = sdar.update(model, sgd, episodes, batch, config, rng, hooks["objective"])
+    weights = [torch.nn.utils.parameters_to_vector(m.parameters()) for m in (model, policy[0])]
+    return weights[0] - weights[1], metrics
+
+
+# --- Gates -------------------------------------------------------------------------------
+
+
+def test_without_words_the_hooks_change_nothing(policy):
+    (plain, metrics), (own, its_metrics) = one_update(policy), one_update(policy, "gate:own")
+    config, episodes = configure(group_size=4, minibatches=1), play(policy, configure(group_size=4))
+    episodes[0].reward = episodes[5].reward = 1.0
+    expected = sdar.step_batch(policy[0], policy[0], policy[0], episodes, config, 1)
+    batch = one_batch(policy, [])[2]
+    for name in ("old", "advantages", "teacher"):
+        assert torch.equal(batch[name], expected[name])
+    assert torch.allclose(plain, own, atol=1e-6)  # in one optimiser step they are the loss's gates
+    assert metrics == approx(its_metrics, abs=1e-6)
+
+
+@mark.parametrize("kind", ["constant", "shuffled", "centred"])
+def test_controls_change_the_gradient_and_keep_or_take_off_the_mean(policy, kind):
+    gap, plain = one_update(policy)
+    control, metrics = one_update(policy, f"gate:{kind}")
+    assert not torch.allclose(control, gap, atol=1e-5)
+    factor = 0 if kind == "centred" else 1
+    assert metrics["gate"] == approx(factor * plain["gate"], abs=1e-6)
+    assert metrics["loss"] == approx(
+        metrics["policy_loss"] + 0.01 * metrics["kl"] + metrics["sdar_loss"], abs=1e-6
+    )
+
+
+@mark.parametrize("words", [["gate:shuffled"], ["gate:constant", "divergence:jsd"]])
+def test_gradient_and_metrics_do_not_depend_on_the_micro_batch(policy, words):
+    one, metrics = one_update(policy, *words)
+    many, metrics_many = one_update(policy, *words, micro_batch=3)
+    assert torch.allclose(one, many, atol=1e-6)
+    assert one.abs().max() > 1e-4
+    assert metrics == approx(metrics_many, rel=1e-4, abs=1e-6)
+
+
+def test_controls_take_the_steps_first_gaps_once(policy):
+    hooks, episodes, batch, config = one_batch(policy, ["gate:shuffled"])
+    first = torch.sigmoid(5 * (batch["teacher"] - batch["old"]))
+    assert not torch.equal(batch["gate"], first)
+    assert torch.equal(batch["gate"].sort()[0], first.sort()[0])
+    with torch.no_grad():
+        policy[0].lm_head.weight *= 0.5  # the student moves
+    terms = hooks["objective"](policy[0], episodes, batch, config)
+    assert torch.equal(terms["gate"], batch["gate"])
+
+
+def test_reverse_kl_is_a_gate_of_the_gap_itself(policy):
+    _, metrics = one_update(policy, gate="reverse_kl")
+    assert metrics["gate"] == approx(metrics["gap"], abs=1e-5)
+
+
+# --- Divergences -------------------------------------------------------------------------
+
+# Two distributions over two tokens: (1/2, 1/2) and (1/4, 3/4), and what is between them.
+DIVERGENCES = """
+"reverse"  "0.5*log(2)+0.5*log(2/3)"
+"forward"  "0.25*log(1/2)+0.75*log(3/2)"
+"jsd"      "(0.5*log(4/3)+0.5*log(4/5)+0.25*log(2/3)+0.75*log(6/5))/2"
+"""
+
+
+@mark.parametrize("kind, formula", table(DIVERGENCES))
+def test_divergence_by_hand(kind, formula):
+    student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    value = variants.between(student, teacher, kind)
+    assert value.item() == approx(eval(formula, {"log": math.log}))
+    assert variants.between(student, student, kind).item() == approx(0)
+
+
+@mark.parametrize("kind", ["reverse", "forward", "jsd"])
+def test_full_divergence_is_that_of_the_two_readers(kind, policy):
+    config = configure(group_size=2, temperature=0.7)
+    episodes = play(policy, config, episodes=4)
+    episodes[0].skill_ids = []  # it is taught nothing
+    teacher = copy.deepcopy(policy[0])
+    teacher.model.norm.weight.data *= 1.1
+    found = variants.full_divergence(policy[0], teacher, episodes, config, kind)
+    parts = found.split([len(episode.logprobs) for episode in episodes])
+    for part, episode in zip(parts, episodes):
+        readers = []
+        for model, (ids, mask) in ((policy[0], episode.view(False)), (teacher, episode.view(True))):
+            logits = model(torch.tensor([ids])).logits[0, :-1] / 0.7
+            readers.append(torch.log_softmax(logits, -1)[torch.tensor(mask[1:]) > 0])
+        expected = variants.between(*readers, kind) * bool(episode.skill_ids)
+        assert part.tolist() == approx(expected.tolist(), abs=1e-5)
+    found.sum().backward()
+    assert [weight.grad for weight in teacher.parameters() if weight.grad is not None] == []
+    assert policy[0].lm_head.weight.grad.abs().sum() > 0
+
+
+def test_a_divergence_of_all_tokens_is_trained_on(tmp_path):
+    only = {"gate": "none", "method": "opsd", "kl_coef": 0.0}
+    final, _ = run(tmp_path, "divergence:forward", **only)
+    assert final["sdar_loss"] == approx(final["loss"])
+    assert final["sdar_loss"] > 0
+
+
+def test_a_divergence_teaches_nobody_without_a_skill(tmp_path, monkeypatch):
+    monkeypatch.setattr(envs.Skill, "matches", lambda *args: False)  # nothing is found
+    final, _ = run(tmp_path, "divergence:reverse", lr=3e-3)
+    assert final["sdar_loss"] == 0
+
+
+def test_a_divergence_is_from_the_teacher_of_the_steps_start(policy):
+    hooks, episodes, batch, config = one_batch(policy, ["divergence:reverse"])
+    frozen = copy.deepcopy(policy[0])
+    with torch.no_grad():
+        policy[0].lm_head.weight *= 0.5
+    terms = hooks["objective"](policy[0], episodes, batch, config)
+    values = variants.full_divergence(policy[0], frozen, episodes, config, "reverse")
+    assert torch.allclose(terms["sdar_loss"], terms["gate"] * values, atol=1e-6)
+
+
+# --- Advantages --------------------------------------------------------------------------
+
+
+@mark.parametrize("kind, more", [("gap", [-0.125, 0.125]), ("reverse_kl", [0, math.log(3) / 5])])
+def test_distilled_advantages_by_hand(kind, more):
+    zero = torch.zeros(2)
+    gaps = torch.tensor([0.0, math.log(3) / 5])  # gates 1/2 and 3/4
+    batch = {"advantages": zero + 2, "old": zero, "teacher": gaps}
+    config = configure(sdar_coef=4)
+    found = variants.advantage(kind, batch, [], config, 1)["advantages"]
+    assert found.tolist() == approx([2 + 4 * one for one in more])
+
+
+@mark.parametrize("method", ["sdar", "opsd"])
+def test_on_policy_an_advantage_has_the_gradient_of_the_centred_gate(method, policy):
+    """At ratio 1, before the clip does anything. Of rewards OPSD takes no notice."""
+    shared = {"method": method, "sdar_coef": 0.5, "kl_coef": 0.0, "grad_clip": 1e6}
+    found = [one_update(policy, word, **shared)[0] for word in ("gate:centred", "advantage:gap")]
+    assert torch.allclose(*found, atol=1e-6)
+    assert found[0].abs().max() > 1e-4
+
+
+@mark.parametrize("method", ["grpo", "rlsd"])
+def test_without_the_deviation_an_advantage_is_the_reward_less_the_mean(method, policy):
+    _, episodes, batch, _ = one_batch(policy, ["std:off"], method=method)
+    plain = one_batch(policy, [], method=method)[2]["advantages"]
+    rewards = [one.reward - 0.01 * one.invalid for one in episodes]
+    rewards = torch.tensor(rewards).view(-1, 4)
+    centred = variants.by_token((rewards - rewards.mean(1, keepdim=True)).flatten(), episodes)
+    scaled = variants.by_token(rewards.std(1).repeat_interleave(4), episodes) * plain
+    if method == "grpo":
+        assert torch.allclose(batch["advantages"], centred, atol=1e-5)
+    assert torch.allclose(batch["advantages"], scaled, atol=1e-5)
+    assert batch["advantages"].abs().max() > 0.5
+
+
+# --- Teachers ----------------------------------------------------------------------------
+
+FOLLOWS = """
+"ema,4"     3  0.25
+"ema"       3  0.1
+"lagged,2"  2  0
+"lagged,2"  3  1
+"lagged"    3  0
+"""
+
+
+@mark.parametrize("kind, step, moved", table(FOLLOWS))
+def test_a_copied_teacher_follows_when_it_should(kind, step, moved, policy):
+    teacher, model = copy.deepcopy(policy[0]), policy[0]
+    before = [weight.clone() for weight in teacher.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1
+    variants.follow(teacher, model, kind, step)
+    for weight, was in zip(teacher.parameters(), before):
+        assert torch.allclose(weight, was + moved, atol=1e-6)
+
+
+def test_teachers_differ_after_the_first_update(tmp_path):
+    """Live is the step's own weights; lagged and frozen are still the start's, ema is between."""
+    size, gaps = {"steps": 3, "lr": 3e-3}, []
+    for words in ([], ["teacher:lagged,2"], ["teacher:ema,2"]):
+        gaps.append([row["gap"] for row in run(tmp_path, *words, **size)[1]])
+    frozen = [row["gap"] for row in trained(tmp_path, "frozen", teacher="frozen", **size)[1]]
+    live, lagged, ema = gaps
+    assert live[0] == lagged[0] == frozen[0] == ema[0]
+    assert live[1] != lagged[1] == frozen[1]
+    assert ema[1] not in (live[1], frozen[1])
+    assert lagged[2] != frozen[2]
+
+
+def test_a_divergence_is_from_a_copied_teacher(policy, monkeypatch):
+    seen = []
+    full = variants.full_divergence
+    monkeypatch.setattr(
+        variants, "full_divergence", lambda *args: seen.append(args[1]) or full(*args)
+    )
+    hooks, episodes, batch, config = one_batch(policy, ["teacher:lagged", "divergence:jsd"])
+    with torch.no_grad():
+        policy[0].lm_head.weight *= 0.5
+    batch = hooks["step_batch"](policy[0], policy[0], policy[0], play(policy, config), config, 2)
+    hooks["objective"](policy[0], play(policy, config), batch, config)
+    assert torch.equal(seen[0].lm_head.weight, 2 * policy[0].lm_head.weight)
+
+
+@mark.parametrize("word, low, high", [("skills:0", 0, 0), ("skills:.5", 0.2, 0.8)])
+def test_skills_are_right_in_a_share_of_groups_that_read_alike(word, low, high):
+    world, right = envs.make_env("toy"), []
+    banks = [variants.hooks([word])["skill_bank"](world.skills) for _ in range(2)]
+    for seed, task in enumerate(world.tasks("train")[:200]):
+        kind = world.goals[task][0]
+        found, again = (bank.retrieve(task, kind, seed) for bank in banks)
+        assert found == again
+        correct = envs.SkillBank(world.skills).retrieve(task, kind, seed)
+        right.append(found == correct)
+        assert len(found) == len(correct)
+        assert right[-1] or not any(skill.matches(task, kind) for skill in found)
+    assert low <= np.mean(right) <= high
+
+
+def test_wrong_skills_are_a_share_of_zero():
+    rows = envs.make_env("toy").skills
+    always, never = (variants.hooks([word])["skill_bank"](rows) for word in WRONG)
+    assert always.retrieve(TASK, "put", 3) == never.retrieve(TASK, "put", 3)
+    assert variants.hooks([])["skill_bank"](rows).retrieve(TASK, "put", 3) == [
+        envs.Skill(**rows[5])
+    ]
+
+
+WRONG = ("retrieval:wrong", "skills:0")
+
+# --- All together ------------------------------------------------------------------------
+
+
+def test_variants_combine_in_any_order(tmp_path):
+    words = ["divergence:forward", "gate:shuffled", "teacher:ema,2", "skills:0.5", "std:off"]
+    one, other = run(tmp_path, *words)[1], run(tmp_path, *reversed(words))[1]
+    assert one == other
+    for left_out in words:
+        assert run(tmp_path, *[word for word in words if word != left_out], lr=6e-4)[1] != one
+
+
+REFUSED = """
+gate:most => 'gate:most' is no variant
+gate => 'gate' is no variant
+teacher:ema,0 => 'teacher:ema,0' is no variant
+skills:2 => 'skills:2' is no variant
+gate:own gate:centred => each variant once
+gate:own -- --method grpo => --method grpo: it has no gate
+divergence:jsd -- --method rlsd => --method rlsd: it has no gate
+gate:own -- --gate entropy => --gate entropy: gate brings its own
+gate:own advantage:gap => advantage: not with gate or divergence
+teacher:ema -- --teacher frozen => --teacher frozen: teacher is another
+teacher:ema -- --resume => --resume: its teacher was not kept
+-- --gates none => unrecognized arguments: --gates
+"""
+
+
+@mark.parametrize("line", REFUSED.strip().splitlines())
+def test_what_makes_no_sense_is_refused_in_one_line(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv, message = line.split(" => ")
+    assert variants.main(argv.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_command_trains_with_its_words(tmp_path):
+    flags = "--steps 1 --tasks-per-step 2 --group-size 4 --eval-episodes 6 --rollout-batch 8"
+    out = tmp_path / "command"
+    argv = ["teacher:lagged", "gate:constant", "--", "--out", str(out), *flags.split()]
+    assert variants.main(argv) == 0
+    expected, _ = run(tmp_path, "gate:constant", steps=1)
+    assert json.loads((out / "metrics.jsonl").read_text())["loss"] == approx(expected["loss"])
+
+
+# --- Other bandits -----------------------------------------------------------------------
+
+
+def group_of(n, skills):
+    """Episodes of one group, all but the last of which were won."""
+    rest = dict.fromkeys(("env", "random", "ids", "mask", "skill_at", "skill_ids"))
+    group = [sdar.Episode(task=TASK, task_type="put", skills=skills, **rest) for _ in range(n)]
+    for episode in group[:-1]:
+        episode.won = True
+    return group
+
+
+@mark.parametrize(
+    "kind, arm, reward", [("success", "mug found", 0.75), ("type", "mug for put", -1.0)]
+)
+def test_other_bandits_have_their_reward_and_arms(kind, arm, reward):
+    bank = bandits.BANDITS[kind]([{"name": "mug", "text": "", "keywords": ["mug"]}], "ucb")
+    bank.learn(group_of(4, bank.skills), [[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]])
+    ((name, (plays, rewards)),) = bank.arms.items()
+    assert (name, plays, rewards) == (arm, 1, approx(reward))
+
+
+def test_a_run_with_another_bandit(tmp_path, capsys):
+    assert bandits.main(["best"]) == 2
+    assert "'best' (choose from" in capsys.readouterr().err
+    flags = "--steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6 --max-turns 2"
+    out = tmp_path / "run"
+    assert bandits.main(["success", "type", *flags.split(), "--out", str(out)]) == 0
+    arms = torch.load(out / "state.pt")["arms"]
+    assert arms
+    assert all(" for " in name for name in arms)
+    assert bandits.main(["success", "--retrieval", "full"]) == 2
+    assert "--retrieval: a bandit is for ucb" in capsys.readouterr().err
+
+
+def test_a_bandit_that_explores_less_leaves_a_poor_arm_sooner():
+    rows = [{"name": name, "text": "", "keywords": [name]} for name in ("mug", "plate")]
+    chosen = []
+    for kind in (envs.SkillBank, bandits.Exploiting):
+        bank = kind(rows, "ucb")
+        bank.arms = {"mug found": [20, 12.0], "plate not found": [5, 2.0]}  # rewards .6 and .4
+        chosen.append(bank.retrieve(TASK, "put", 0)[0].name)
+    # Bonuses sqrt(ln 25 / plays): .40 and .80, or a fifth of them.
+    assert chosen == ["plate", "mug"]
+    bank.arms = {"mug found": [20, 12.0]}
+    assert bank.retrieve(TASK, "put", 0)[0].name == "plate"  # never tried
+
+
+# --- Another gate on wrong places --------------------------------------------------------
+
+
+def test_wrong_places_are_those_before_the_home_first_or_again(tiny):
+    world, chat = envs.make_env("toy"), tiny[1]
+    mug = world.household.home["mug"]
+    wrong, other = [place for place in world.places if place != mug][:2]
+    responses = [f"go to {wrong}", "look", f"go to {other}", f"go to {wrong}", f"go to {other}"]
+    responses += [f"go to {mug}", f"go to {wrong}"]
+    (episode,) = group_of(1, [])
+    episode.env, episode.ids, episode.mask = world, [], []
+    for response in responses:
+        episode.add(chat.encode("You are in the middle of a room"), sampled=0)
+        episode.add(chat.encode(response) + [chat.end_id], sampled=1)
+    # Of a visit's three tokens, `go to`, the place, the end, the place is marked.
+    first, again, none = ["", "first", ""], ["", "again", ""], ["", "", ""]
+    expected = [*first, "", "", *first, *again, *again, *none, *none]
+    assert circles.wrong_places(episode, chat.tokenizer) == expected
+
+
+def test_a_wrong_place_is_worth_no_more_for_being_tried_again():
+    gate = torch.tensor([0.5, 0.1, 0.8, 0.6, 0.5, 0.3, 0.9, 0.7])
+    named = ["", "", "again", ""] * 2
+    assert circles.without_pay(gate, named).equal(gate)  # nothing to compare with
+    named = ["", "first", "again", ""] * 2
+    expected = torch.tensor([0.5, 0.1, 0.2, 0.6, 0.5, 0.3, 0.2, 0.7])
+    torch.testing.assert_close(circles.without_pay(gate, named), expected)
+
+
+def test_a_run_with_other_gates(tmp_path, capsys):
+    flags = "--steps 1 --tasks-per-step 8 --group-size 8 --eval-episodes 6 --minibatches 1"
+
+    def mean_gate(run, *first):
+        out = tmp_path / "-".join(["run", *first])
+        assert run([*first, *flags.split(), "--out", str(out)]) == 0
+        return json.loads((out / "metrics.jsonl").read_text())["gate"]
+
+    # In one optimiser step the gates of the moment of sampling are those of the loss.
+    plain = mean_gate(main)
+    assert mean_gate(circles.main, "own") == approx(plain, abs=1e-7)
+    assert mean_gate(circles.main, "first") < plain - 1e-6
+
+
+CIRCLES = """
+most => choose from first, own
+first --method grpo => --method grpo: it has no gate
+first --gate none => --gate none: gate brings its own
+first --env search --env-data DATA => --env search: circles.py knows the places of the toy alone
+"""
+
+
+@mark.parametrize("line", CIRCLES.strip().splitlines())
+def test_circles_refuses_in_one_line(line, tmp_path, capsys):
+    argv, message = line.split(" => ")
+    row = {"id": 1, "question": "a?", "golden_answers": ["b"], "split": "train"}
+    (tmp_path / "data").write_text(json.dumps(row))
+    assert circles.main(argv.replace("DATA", str(tmp_path / "data")).split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
