@@ -23,8 +23,9 @@ The algorithm on one screen. The order of the file is its order:
             L_GRPO = max(-A ratio, -A clip(ratio)) + KL         policy_loss, kl_k3
             gap = teacher - logprobs
             gate = sigmoid(beta gap), without gradient          GATES
-            L_SDAR = gate gap                                   sdar_loss
-            mean(L_GRPO + lambda L_SDAR).backward(), step       objective
+            L_SDAR = gate gap; gradient -gate grad log pi       sdar_loss
+            L = L_GRPO + lambda L_SDAR                          objective
+            its mean over the tokens, backward, optimiser step  update
 
     the paper's              is called               and stands in
     s_t, the student's view  Episode.ids             Episode.view(with_skill=False)
@@ -42,9 +43,9 @@ The algorithm on one screen. The order of the file is its order:
 
 Where this is not the paper's published run: an episode is one growing conversation, as in the
 paper's section 2.1 (the official code makes a row of every turn); the defaults are the toy's, and
-PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours. Left out of
-the official code, since the paper's formulas have them not: a dual clip, an entropy bonus, group
-statistics by turn. Not here at all: several cards, and a rollout engine of its own.
+PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours. Three
+things of the official code are left out, since the paper's formulas do not have them: a dual clip,
+an entropy bonus, group statistics by turn. Several cards are the work of .lab/trl.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -107,7 +108,7 @@ PRESETS = {
 METHODS = {  # the rows of the paper's Table 1, by what they change
     "sdar": {},
     "grpo": {"distil": "none"},
-    "opsd": {"policy_coef": 0.0},  # the official baseline keeps the gate
+    "opsd": {"policy_coef": 0.0},  # distillation alone; its official code has the gate, too
     "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token
     "skill_grpo": {"distil": "none", "skilled": True},
     "skill_sd": {"distil": "skill_sd"},
@@ -151,8 +152,8 @@ class Config:
     # rollouts
     tasks_per_step: int = 8  # tasks a step, each of which makes one group; paper: 16
     group_size: int = 8  # G, episodes of one task from the same initial state
-    temperature: float = 1.0  # of sampling, and therefore of every log-prob
-    max_turns: int = 0  # turns an episode; 0: the environment's own, of the toy 10
+    temperature: float = 1.0  # of sampling in training, and therefore of every log-prob
+    max_turns: int = 0  # turns an episode; 0: the environment's own number, 10 in the toy
     max_new_tokens: int = 8  # tokens a response; paper: 512
     skilled: bool = False  # the student itself reads the skill while it trains
 
@@ -182,8 +183,8 @@ class Config:
 
 
 def configure(**given):
-    """The Config of a run. What is given wins over the method's own settings, these over the
-    preset's, and these over the defaults. UserError for what no run could use."""
+    """The Config of a run: the defaults, replaced by the preset's settings, then by the method's,
+    then by what is given. UserError for what no run could use."""
     tiny = given.get("model", "tiny") == "tiny"
     method = given.get("method", "sdar")
     preset = given.get("preset") or ("toy" if tiny else "paper")
@@ -224,13 +225,14 @@ class Chat:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
-        expected = marks[self.plain :]  # the tiny policy's has no place for a system message
+        expected = marks[1:] if self.plain else marks  # the tiny policy's has no system message
         require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
 
+        # begin[0] SYSTEM begin[1] FIRST after ANSWER between NEXT after ANSWER between NEXT after
         frames = self._tokenize(parts[::2])
-        *self._begin, answer, self._between, again, between_again, self._after = frames
-        alike = (answer, self._between) == (again, between_again)
-        alike = alike and self._after[: len(answer)] == answer
+        *self._begin, after, self._between, after_2, between_2, self._after = frames
+        alike = (after, self._between) == (after_2, between_2)
+        alike = alike and self._after[: len(after)] == after  # Qwen3's last one says: do not think
         require(alike, "its chat template frames a second turn otherwise than the first")
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
@@ -281,8 +283,8 @@ class Episode:
     ids: list  # the whole conversation
     mask: list  # 1 exactly on the ids that the policy sampled, its ends of turn among them
     skill_at: int  # where in ids the skill would stand
-    skills: list  # what the teacher reads there and the student does not
-    skill_ids: list  # its ids; empty where no skill fits the task
+    skills: list  # what was retrieved for the task
+    skill_ids: list  # what the teacher reads there, and the student does not; may be empty
     logprobs: list = field(default_factory=list)  # the sampler's, of the sampled ids
     begin: int = 0  # where in ids the newest response begins
     read: int = 0  # how many of its ids the KV cache holds
@@ -300,9 +302,9 @@ class Episode:
     def view(self, with_skill):
         """(ids, mask) as the student or, with the skill spliced in, the teacher reads them.
 
-        student   <user> Your task: heat a mug. <assistant> go to microwave 2 <end> <user> ...
-        teacher   <user> SKILL Your task: heat a mug. <assistant> go to microwave 2 <end> <user> ...
-        mask                                                1  1  1         1  1
+        student  <user>       Your task: heat a mug. <assistant> go to microwave 2 <end> <user> ...
+        teacher  <user> SKILL Your task: heat a mug. <assistant> go to microwave 2 <end> <user> ...
+        mask                                                     1  1  1         1 1
         """
         skill = self.skill_ids if with_skill else []
         ids = self.ids[: self.skill_at] + skill + self.ids[self.skill_at :]
@@ -312,12 +314,13 @@ class Episode:
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
-# that have ended leave the batch. Between turns the model keeps what it has read in a KV cache.
+# that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. Its
+# columns, when two conversations have prompts of five and three ids, answer a b e and e (e: the end
+# of turn), and then read observations of three and two ids:
 #
-#     turn 1   fed: p p p p p     then a, b, <end>, one after the other
-#              fed: . . p p p     then a, <end>, .         . a hole: nothing new in this row
-#     turn 2   fed: o o o          ...                     o the next observation
-#              fed: . o o
+#              prompts     answers   turn 2
+#     row 1    p p p p p   a b       e o o o      the last sampled id is read with what follows it
+#     row 2    . . p p p   e .       . . o o      a dot is a hole: nothing new in this row
 
 
 def padded(rows, device="cpu", side="right"):
@@ -336,7 +339,7 @@ class Sampler:
 
     The library's generate() does not keep the cache of a batch whose rows go on at different
     lengths, and its draws depend on the rest of the batch. Here what is new is padded on the left.
-    That leaves holes in the cache; the mask hides them and positions skip them, so log-probs are
+    That leaves holes in the cache. The mask hides them and positions skip them, so log-probs are
     those of an unpadded pass over the conversation."""
 
     def __init__(self, model, temperature):
@@ -393,16 +396,17 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     """Play an episode from each (task, seed, numbers) of `starts`, as many at once as there are
     environments. Returns Episodes, in the order of the starts.
 
-    numbers: ints that name an episode's random numbers. with_skill: the student reads the skill,
-    too."""
+    numbers: ints that seed an episode's random numbers; the first says what for: 1 evaluation, 3
+    training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
+    """
     episodes = []
     progress = tqdm(desc="playing", total=len(starts), unit="episode", delay=2, leave=False)
     for first in range(0, len(starts), len(envs)):
-        places = list(zip(envs, starts[first:]))
-        resets = [partial(env.reset, task, seed) for env, (task, seed, _) in places]
+        now = starts[first : first + len(envs)]
+        resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, now)]
         playing = []
-        for place, seen in zip(places, call_all(resets, envs[0].slow)):
-            playing.append(start_episode(chat, *place, *seen, with_skill))
+        for env, start, result in zip(envs, now, call_all(resets, envs[0].slow)):
+            playing.append(start_episode(chat, env, start, result, with_skill))
         episodes += playing
 
         # Who has ended leaves the batch, and its cache.
@@ -419,9 +423,9 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     return episodes
 
 
-def start_episode(chat, env, start, observation, info, with_skill):
-    """The Episode after its first observation."""
-    _, seed, numbers = start
+def start_episode(chat, env, start, result, with_skill):
+    """The Episode after its first observation. result: what env.reset returned."""
+    (_, seed, numbers), (observation, info) = start, result
     env.plain = chat.plain
     skills = env.bank.retrieve(info["task"], info["task_type"], seed)
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
@@ -474,8 +478,9 @@ def answer(sampler, chat, episodes, config):
 
 
 def has_answered(chat, episode):
-    """True if the newest response is whole: it has an end of turn or, of a language model, the tag
-    that closes its action, into however many tokens that was cut."""
+    """True if the newest response is whole: it ends with an end of turn or, of a language model,
+    with the tag that closes its action, which may take up to 16 tokens. After a tag the end of turn
+    is put there by the next prompt's frame, and is not trained."""
     ended = episode.ids[-1] in chat.end_ids
     if ended or chat.plain:
         return ended
@@ -497,8 +502,7 @@ def act(chat, episodes, responses, context, config):
         episode.reward += reward
         episode.won = info["won"]
 
-        # Only what is added here, and the responses, the policy ever reads. Nothing of it is
-        # sampled.
+        # The reply is all that is added to the conversation here. It is not sampled: its mask is 0.
         prompt = chat.next(as_read(chat, observation, info), episode.ids[-1])
         needed = len(episode.ids) + len(prompt) + len(episode.skill_ids) + config.max_new_tokens
         episode.running = not (terminated or truncated or needed > context)
@@ -621,7 +625,8 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
 
 def kl_k3(logprobs, ref):
     """The k3 estimate of KL(policy || reference) on each token (section 2.2), (N,):
-    exp(d) - d - 1 with d = ref - logprobs, clamped to [-10, 10] as in the official code.
+    exp(d) - d - 1 with d = ref - logprobs; the result is clamped to [-10, 10] as in the official
+    code.
 
     On the policy's own samples -d has the KL as its mean, but either sign on a token. exp(d) - 1
     has mean 0 there: added to it, the mean stays, the noise shrinks, and no token is below 0."""
@@ -631,8 +636,7 @@ def kl_k3(logprobs, ref):
 
 # The gate g_t (section 2.4): how far the teacher is trusted on a token. The entropy is the same
 # whichever token was sampled: its gate weighs places, and says nothing for or against a token.
-# Soft-OR is "a or b" of two shares. A gap is no share, and neither is an entropy: above one nat it
-# turns the gap's sign.
+# Soft-OR's argument is h + (1 - h) gap: at an entropy h above one nat the gap counts negatively.
 GATES = {
     "gap": lambda gap, entropy, beta: torch.sigmoid(beta * gap),
     "entropy": lambda gap, entropy, beta: torch.sigmoid(beta * entropy),
@@ -645,11 +649,12 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    The gradient goes through the student alone; on a token it is -g_t grad log pi. So every sampled
-    token is pushed up, harder where the teacher agrees. In expectation, on policy, that is
-    REINFORCE with the reward sigmoid(beta gap), or -1/2 E[tanh(beta gap / 2) grad log pi]: a
-    constant gate has expected gradient zero. Where no skill was read the gap is 0 and the gate 1/2:
-    every token is pushed up alike, which is zero on average and teaches nothing."""
+    The gradient goes through the student alone. On a token it is -g_t grad log pi: every sampled
+    token is pushed up, harder where the teacher agrees. What is the same for all tokens cancels on
+    average, since on policy E[grad log pi] = 0. A constant gate therefore teaches nothing, and of
+    sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2) the second half is left: the expected gradient
+    is -1/2 E[tanh(beta gap / 2) grad log pi]. Where no skill was read the gap is 0 when the step
+    starts, and the gate 1/2: noise, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
@@ -678,9 +683,13 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 
 # --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR -----------
 #
-# Three policies meet here. The one that sampled: its log-probs (old) are fixed for the step. The
+# Four policies meet here. The one that sampled: its log-probs (old) are fixed for the step. The
 # student: it starts the step as that policy and moves with every optimiser step. The teacher: it is
-# scored once, before the first optimiser step, so within a step it is as old as the samples.
+# scored once, before the first optimiser step, so within a step it is as old as the samples. The
+# start policy: the KL pulls to it.
+#
+# An experiment hands its own step_batch, objective or score to `train`: that is why functions are
+# arguments here.
 
 
 def step_batch(model, start, teacher, episodes, config, step, score=score):
@@ -691,18 +700,19 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     who reads the skill; advantages."""
     # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
     # weights and not two ways of computing. And it is a check: a shift by one, a text that was
-    # tokenised again, another temperature would show in no curve.
+    # tokenised again, another temperature would show in no curve. Weights that an earlier step has
+    # ruined show here, too.
     old = score(model, episodes, config)
     sampled = sum([episode.logprobs for episode in episodes], [])
     drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
-    message = f"ids sampled are not ids scored ({drift:.2g} nats apart), or --lr is too large"
+    message = f"ids sampled are not ids scored ({drift:.2g} nats apart); or --lr was too large"
     require(drift < DRIFT[config.dtype], message)
     batch = {"old": old}
     if config.kl_coef:
         batch["ref"] = score(start, episodes, config)
 
-    # One advantage for all tokens of an episode. Rows of rewards are groups, since a group's
-    # episodes are played one after the other and none is dropped.
+    # One advantage for all tokens of an episode. Rows of rewards are groups, since the episodes of
+    # a group stand one after the other and none is dropped.
     rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
     advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
     lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
@@ -710,7 +720,7 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     if config.distil == "none":
         return batch
 
-    # Where no skill fits the task nobody is taught: the gap is 0, whoever the teacher is.
+    # Where no skill fits the task there is no teacher: the gap is 0, whosever the weights are.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -718,7 +728,7 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     if config.distil == "rlsd":
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
         batch["advantages"] = rlsd_advantages(batch["advantages"], gap, mix)
-    if config.retrieval == "ucb":
+    if config.retrieval == "ucb":  # all environments share one bank
         gaps = torch.stack([of_episode.mean() for of_episode in gap.split(lengths.tolist())])
         gaps = gaps.view(-1, config.group_size)
         episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps.tolist())
@@ -744,7 +754,9 @@ def objective(model, episodes, tokens, config):
         + config.sdar_coef * terms.get("sdar_loss", 0.0)  # lambda L_SDAR
     )
     terms["entropy"] = entropy
-    if config.distil != "none":  # to the student that sampled, not to one that moves
+    if config.distil != "none":
+        # For the log: the gap to the student as it sampled. The loss takes that to the one that
+        # moves.
         terms["gap"] = tokens["teacher"] - tokens["old"]
     return terms
 
@@ -755,8 +767,8 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
     and PPO's clip does nothing. From the second one on it has moved. The ratio corrects for that,
-    and the clip takes away the reason to move far: a token that is already 20 % likelier than when
-    it was sampled is not pushed further."""
+    and the clip takes away the policy loss's reason to move far: a good token that is already 20 %
+    likelier than when it was sampled is not pushed further by it."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
     metrics, norms = defaultdict(float), []
@@ -801,7 +813,7 @@ def evaluate(model, chat, envs, config):
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of valid answers of those without."""
     # The panel, and what is sampled on it, is the same at every call, and for every run: two runs
-    # differ in their policies alone.
+    # differ in their policies alone. (In parts of 64, as the tables of FINDINGS were played.)
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
@@ -837,11 +849,12 @@ def draw_starts(env, config, step, rng):
 
 
 def train(config, step_batch=step_batch, objective=objective, score=score, skill_bank=SkillBank):
-    """A whole run, written below config.out alone. Returns the last step's metrics.
+    """A whole run, written below config.out alone. Returns the last step's metrics; with steps=0
+    what evaluate returns.
 
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
-    and resumed: nothing is drawn from a generator that lives longer than a step. An experiment
-    hands in its own step_batch, objective, score or skill bank."""
+    and resumed: nothing is drawn from a generator that lives longer than a step. The other
+    arguments are where an experiment takes hold: .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
@@ -1158,6 +1171,10 @@ INSTRUMENTS = """instruments, each with its own --help:
   python .lab/bench.py               where the time and the memory of a step go
   python .lab/warmstart.py           build the tiny policy again, or teach a model the toy's format
   python .lab/player.py              play an environment yourself
+  python .lab/search_server.py       a small search server
+  python .lab/convert.py             questions and skills of other formats
+  python .lab/experiments/variants.py    train with what the paper does not have
+  python .lab/trl/trainer.py         the same method on TRL, for several cards
   python .lab/course/exercise.py     the course: functions to write again, bugs to find"""
 
 
@@ -1194,7 +1211,7 @@ def run(command):
     except (UserError, OSError) as error:
         message, code = error, 2
     except KeyboardInterrupt:
-        message, code = "stopped; a training run goes on with the same command and --resume", 130
+        message, code = "stopped; a run that trains goes on with --resume", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return code
 

@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import variants  # it says where sdar.py is, too
 
-import envs
 import sdar
+from envs import ToyEnv
 
 KINDS = ("first", "own")
 VISIT = re.compile(r"go to (.+)")
@@ -77,7 +77,7 @@ def main(argv):
         kind = given.pop("kind")
         config = sdar.configure(**given)
         variants.check(["gate:own"], config)
-        fine = isinstance(envs.make_env(config.env), envs.ToyEnv)
+        fine = isinstance(sdar.make_envs(config)[0], ToyEnv)
         sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
         _, chat = sdar.load_policy(config)
         sdar.train(config, **hooks(kind, chat.tokenizer))

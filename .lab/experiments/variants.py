@@ -137,24 +137,20 @@ def between(student, teacher, kind):
     return (student.exp() * (student - teacher)).sum(-1)
 
 
-def distributions(model, episodes, config, with_skill):
-    """Log-distributions (N, V) from which the sampled tokens were drawn, as a reader sees them. All
-    of them at once: a language model needs a small --micro-batch."""
-    views = [episode.view(with_skill) for episode in episodes]
-    ids, mask = (sdar.padded(rows, model.device) for rows in zip(*views))
-    with sdar.forward_dtype(model, config):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:].bool()]
-    return torch.log_softmax(logits.float() / config.temperature, -1)
-
-
 def full_divergence(model, teacher, episodes, config, kind):
-    """between() student and teacher at each sampled token, (N,); 0 where nobody has a skill. The
-    gradient goes through the student."""
-    student = distributions(model, episodes, config, with_skill=False)
-    with torch.no_grad():
-        skilled = distributions(teacher, episodes, config, with_skill=True)
+    """between() the distributions from which the sampled tokens were drawn, (N,), as student and
+    teacher see them; 0 where nobody has a skill. The gradient goes through the student.
+
+    It holds (N, V) values of both at once: a language model needs a small --micro-batch."""
+    readers = []
+    for reader, with_skill in ((model, False), (teacher, True)):
+        views = [episode.view(with_skill) for episode in episodes]
+        ids, mask = (sdar.padded(rows, model.device) for rows in zip(*views))
+        with sdar.forward_dtype(model, config), torch.set_grad_enabled(not with_skill):
+            logits = reader(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:].bool()]
+        readers.append(torch.log_softmax(logits.float() / config.temperature, -1))
     taught = by_token([bool(episode.skill_ids) for episode in episodes], episodes)
-    return taught.to(student) * between(student, skilled, kind)
+    return taught.to(model.device) * between(*readers, kind)
 
 
 # --- All of them -------------------------------------------------------------------------
@@ -201,14 +197,14 @@ def hooks(words):
 def check(words, config):
     """UserError where a run with these settings would ignore a variant, or lose its teacher."""
     names = {word.split(":")[0] for word in words}
-    losses, copied = names & {"advantage", "gate", "divergence"}, "teacher" in names
+    losses = names & {"advantage", "gate", "divergence"}
     own_gate = losses - {"divergence"} and config.gate != "gap"
     for wrong, message in (
         (losses and config.distil != "gate", f"--method {config.method}: it has no gate"),
         (own_gate, f"--gate {config.gate}: {', '.join(losses)} brings its own"),
         ("advantage" in names and len(losses) > 1, "advantage: not with gate or divergence"),
-        (copied and config.teacher != "live", f"--teacher {config.teacher}: teacher is another"),
-        (copied and config.resume, "--resume: its teacher was not kept, --overwrite the run"),
+        ("teacher" in names and config.teacher != "live", "--teacher: the variant is another"),
+        ("teacher" in names and config.resume, "--resume: its copy was not kept, --overwrite"),
     ):
         sdar.require(not wrong, message)
 

@@ -276,7 +276,7 @@ def contents(folder):
 
 def call(argv, folder):
     """Call sdar's command line in a folder. Returns (exit code, lines on stderr without bars)."""
-    error = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    error = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")  # a bar goes back with \r
     output = io.TextIOWrapper(io.BytesIO(), "utf-8")
     signal.alarm(60)  # something was accepted, and waits for ever
     with contextlib.chdir(folder), contextlib.redirect_stderr(error):

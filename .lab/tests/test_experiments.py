@@ -275,12 +275,16 @@ WRONG = ("retrieval:wrong", "skills:0")
 # --- All together ------------------------------------------------------------------------
 
 
-def test_variants_combine_in_any_order(tmp_path):
-    words = ["divergence:forward", "gate:shuffled", "teacher:ema,2", "skills:0.5", "std:off"]
-    one, other = run(tmp_path, *words)[1], run(tmp_path, *reversed(words))[1]
-    assert one == other
-    for left_out in words:
-        assert run(tmp_path, *[word for word in words if word != left_out], lr=6e-4)[1] != one
+def test_variants_combine_in_any_order(tmp_path, policy):
+    words = ["divergence:forward", "gate:shuffled", "std:off", "teacher:ema,2", "skills:0.5"]
+    one = run(tmp_path, *words)[1]
+    assert one == run(tmp_path, *reversed(words))[1]
+    for left_out in words[3:]:
+        assert run(tmp_path, *[word for word in words if word != left_out])[1] != one
+    three = one_update(policy, *words[:3])[0]
+    for left_out in words[:3]:
+        two = one_update(policy, *[word for word in words[:3] if word != left_out])[0]
+        assert not torch.allclose(two, three, atol=1e-5)
 
 
 REFUSED = """
@@ -293,8 +297,8 @@ gate:own -- --method grpo => --method grpo: it has no gate
 divergence:jsd -- --method rlsd => --method rlsd: it has no gate
 gate:own -- --gate entropy => --gate entropy: gate brings its own
 gate:own advantage:gap => advantage: not with gate or divergence
-teacher:ema -- --teacher frozen => --teacher frozen: teacher is another
-teacher:ema -- --resume => --resume: its teacher was not kept
+teacher:ema -- --teacher frozen => --teacher: the variant is another
+teacher:ema -- --resume => --resume: its copy was not kept, --overwrite
 -- --gates none => unrecognized arguments: --gates
 """
 
@@ -411,7 +415,7 @@ def test_a_run_with_other_gates(tmp_path, capsys):
 
 
 CIRCLES = """
-most => choose from first, own
+most => invalid choice: 'most'
 first --method grpo => --method grpo: it has no gate
 first --gate none => --gate none: gate brings its own
 first --env search --env-data DATA => --env search: circles.py knows the places of the toy alone

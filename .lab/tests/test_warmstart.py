@@ -175,7 +175,7 @@ def test_a_demonstration_for_a_language_model_is_tagged_and_admissible(hub):
 
 def test_imitation_raises_the_players_log_prob(hub):
     model, chat = copy.deepcopy(hub[0]), hub[1]
-    size = {"lr": 5e-3, "steps": 4, "tasks_per_step": 1, "group_size": 2}
+    size = {"lr": 2e-2, "steps": 4, "tasks_per_step": 1, "group_size": 2}
     config = configure(model="x", preset="small", dtype="float32", device="cpu", **size)
     held_out = [warmstart.demonstration(chat, random.Random(7))]
     before = sdar.score(model, held_out, config).mean()

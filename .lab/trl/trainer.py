@@ -69,7 +69,7 @@ def make_arguments(config, changes):
         "reward_weights": [config.policy_coef],
         "epsilon": config.clip_eps,
         "beta": config.kl_coef,
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": False,  # which multiplies it by the ratio
         "loss_type": "dapo",  # one mean over the tokens of all processes
         "learning_rate": config.lr,
         "lr_scheduler_type": "constant",
