@@ -18,8 +18,10 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial, wraps
@@ -27,12 +29,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from pytest import approx, fixture, mark, raises
-
 from torch.nn.utils import parameters_to_vector as vector
 from tqdm import tqdm
 
@@ -230,7 +232,7 @@ def hostile_text(rng, words):
 
 
 def test_no_text_becomes_a_control_token(tiny, hub):
-    rng = random.Random(0)
+    rng, normal = random.Random(0), partial(unicodedata.normalize, "NFC")
     for _, chat in (tiny, hub):
         added = {i: text for text, i in chat.tokenizer.get_added_vocab().items() if text != "<unk>"}
         words = [*added.values(), "<|end|>", "<|im_end|>", "<think>", "system"]
@@ -239,7 +241,9 @@ def test_no_text_becomes_a_control_token(tiny, hub):
             ids = chat.encode(text)
             assert not added.keys() & {*ids}, text
             clean = text.encode(errors="replace").decode().replace("\0", "")
-            assert chat.plain or chat.tokenizer.decode(ids) == clean, "nothing of it may be lost"
+            assert chat.plain or normal(chat.tokenizer.decode(ids)) == normal(clean), (
+                "it loses some"
+            )
 
 
 # --- 3. Rollout --------------------------------------------------------------------------
@@ -598,7 +602,7 @@ def test_without_a_skill_the_gap_is_0_and_the_gate_a_half(teacher, tiny, monkeyp
     taught = sum(len(episode.logprobs) for episode in episodes[:4])
     assert {*terms["gate"][taught:].tolist()} == {0.5}
     assert not terms["sdar_loss"][taught:].any()
-    assert terms["sdar_loss"][:taught].abs().min() > 0
+    assert terms["sdar_loss"][:taught].any()
 
 
 def test_rlsds_teacher_sizes_the_advantage_less_and_less(tiny):
@@ -637,3 +641,796 @@ def test_checkpointing_computes_a_layer_twice(checkpointing):
     mlp.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     one_update(policy, gradient_checkpointing=checkpointing, method="grpo", kl_coef=0)
     assert modes.count(True) == 2 * checkpointing
+
+
+# --- 7. Evaluation and the training loop -------------------------------------------------
+
+
+@fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of two steps, saved after each, to read or copy: (what train() returned, its folder,
+    lines of the same run with three steps)."""
+    folder = tmp_path_factory.mktemp("finished")
+    final = sdar.train(small(folder, save_every=1))
+    return final, folder / "run", trained(tmp_path_factory.mktemp("whole"), steps=3)[1]
+
+
+def test_the_carried_policy_reads_the_skill_and_is_poor_without(tiny):
+    config = configure(eval_episodes=60)
+    result = sdar.evaluate(*tiny, sdar.make_envs(config), config)
+    assert (result["episodes"], result["valid"]) == (60, approx(1, abs=0.05))
+    assert result["success"] < 0.2 < 0.95 < result["success_skill"]
+    counts = np.array([result["by_type"][kind] for kind in envs.TASK_TEXT])
+    assert counts[:, 0].tolist() == [10] * 6
+    assert (counts.sum(0) / 60).tolist() == [1, result["success"], result["success_skill"]]
+
+
+def test_every_step_and_seed_draws_anew_and_the_panel_never(tmp_path, monkeypatch):
+    """A step plays each of its tasks group_size times from one state."""
+    played = noted(monkeypatch, sdar, "rollout", lambda *args: (args[3], args[5]))
+    for seed in (0, 1):
+        trained(tmp_path, str(seed), tasks_per_step=3, seed=seed)
+    steps = [starts for starts, temperature in played if temperature == 1.0]
+    panels = [starts for starts, temperature in played if temperature == 0.4]
+    assert len({numbers for starts in steps for *_, numbers in starts}) == 4 * 12
+    places = [[start[:2] for start in starts] for starts in steps]
+    assert len({*map(str, places)}) == 4
+    for one, two, three in (place[::4] for place in places):
+        assert [one] * 4 + [two] * 4 + [three] * 4 in places
+        assert {one[0], two[0], three[0]} <= {*make_env("toy").tasks("train")}
+    assert panels == panels[:1] * 8
+    assert {task for task, *_ in panels[0]} <= {*make_env("toy").tasks("eval")}
+
+
+ALWAYS = """step success reward turns invalid_rate response_tokens flat_groups loss policy_loss ratio
+    clipped kl entropy grad_norm"""
+TERMS = """
+"sdar"        "sdar_loss gate gate_active gap"
+"opsd"        "sdar_loss gate gate_active gap"
+"grpo_opsd"   "sdar_loss gate gate_active gap"
+"skill_sd"    "sdar_loss gap"
+"rlsd"        "gap"
+"grpo"        ""
+"skill_grpo"  ""
+"""
+
+
+def test_methods_reach_the_run(tmp_path):
+    """A key of the log is a term; a method that has no such term has no such key."""
+    losses = set()
+    for method, terms in table(TERMS):
+        (row,) = trained(tmp_path, method, method=method, steps=1)[1]
+        measured = {key: value for key, value in row.items() if "eval" not in key}
+        assert measured.keys() == {*ALWAYS.split(), *terms.split()}
+        assert all(map(math.isfinite, measured.values()))
+        assert (row["success"] > 0.5) == (method == "skill_grpo")  # it reads the skill
+        assert row["eval_success"] < 0.5
+        losses.add(row["loss"])
+    assert len(losses) == len(METHODS) == 7
+
+
+CHOICES = """
+"gate"       ["gap", "entropy", "soft_or", "none"]    "gate"
+"retrieval"  ["keyword", "full", "random", "ucb"]     "gap"
+"teacher"    ["live", "frozen"]                       "gap"
+"dtype"      ["float32", "bfloat16"]                  "gap"
+"""
+
+
+@mark.parametrize("name, values, key", table(CHOICES))
+def test_choices_reach_the_run(name, values, key, tmp_path):
+    """Live and frozen teachers are the same until the first update."""
+    runs = []
+    for value in values:
+        steps = {"steps": 2 if name == "teacher" else 1, "lr": 3e-3, "eval_episodes": 2}
+        runs.append([row[key] for row in trained(tmp_path, value, **{name: value}, **steps)[1]])
+    assert len({run[-1] for run in runs}) == len(values)
+    assert name != "teacher" or runs[0][0] == runs[1][0]
+
+
+def test_machine_settings_never_change_a_run(finished, tmp_path):
+    flags = {"micro_batch": 3, "gradient_checkpointing": True, "rollout_batch": 3}
+    for row, other in zip(trained(tmp_path, **flags)[1], finished[2]):
+        keys = [key for key in other if "eval" not in key]
+        assert [row[key] for key in keys] == approx(
+            [other[key] for key in keys], rel=1e-3, abs=1e-5
+        )
+
+
+def test_zero_steps_only_evaluate(tmp_path, capsys):
+    result = sdar.train(small(tmp_path, steps=0))
+    assert (result["eval_episodes"], result["eval_success_skill"]) == (6, 1)
+    assert [*tmp_path.iterdir()] == []
+    assert "won 1.000 of 6 [0.61, 1.00]" in capsys.readouterr().out
+
+
+def test_a_language_models_run_speaks(checkpoint, tmp_path, capsys):
+    """The same code; in bfloat16 on float32 weights, and not in the first thread."""
+    flags = {"preset": "small", "device": "cpu", "max_turns": 1, "lr": 1e-3, "max_new_tokens": 5}
+    config = small(tmp_path, model=str(checkpoint), retrieval="random", **flags)
+    with ThreadPoolExecutor(1) as pool:
+        row = pool.submit(sdar.train, config).result()
+    assert (row["turns"], row["invalid_rate"], math.isfinite(row["loss"])) == (1, 1, True)
+    assert row["gap"] != 0
+    first, *printed = capsys.readouterr().out.splitlines()
+    assert re.search(r"[\d,]+ parameters.* cpu", first)
+    assert sum(line.startswith("Warning") for line in printed) == 3
+    state = torch.load(tmp_path / "run" / "state.pt")
+    assert {weight.dtype for weight in state["model"].values()} == {torch.float32}
+
+
+BEFORE = """
+"sdar"        0.9  0.1  1.0  []
+"sdar"        0.9  0.0  1.0  []
+"sdar"        0.4  0.1  1.0  ["warmstart"]
+"sdar"        0.9  0.3  0.2  ["helps nothing"]
+"grpo"        0.9  0.3  0.2  []
+"grpo"        0.9  0.0  1.0  ["end alike"]
+"grpo"        0.9  1.0  1.0  ["end alike"]
+"skill_grpo"  0.9  0.0  1.0  []
+"opsd"        0.1  0.0  0.0  ["warmstart", "helps nothing", "end alike"]
+"""
+
+
+@mark.parametrize("method, valid, alone, skilled, warned", table(BEFORE))
+def test_the_first_evaluation_says_costs_and_what_will_not_learn(
+    method, valid, alone, skilled, warned, capsys
+):
+    before = {"valid": valid, "success": alone, "success_skill": skilled, "episodes": 20}
+    sdar.say_before(configure(method=method, steps=90), before, seconds=80.0)
+    printed = capsys.readouterr().out
+    assert re.search(rf"{valid:.0%} of the answers.* 2 s an episode: .* 3.2 hours", printed)
+    warnings = [line for line in printed.splitlines() if "Warning" in line]
+    assert len(warnings) == len(warned)
+    assert all(text in line for text, line in zip(warned, warnings))
+
+
+# --- 8. Loading --------------------------------------------------------------------------
+
+BAD_INPUT = (DATA / "bad_input.txt").read_text().splitlines()
+
+
+def refused(capsys, *flags):
+    """The one line with which a command line is refused, with nothing half-written."""
+    files = [path for path in Path().rglob("*") if path.parts[0] != "model"]
+    capsys.readouterr()  # saving a model may have shown a bar
+    assert main([*flags]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert files == [path for path in Path().rglob("*") if path.parts[0] != "model"]
+    return error
+
+
+@mark.parametrize("flags, message", [line.split(" => ") for line in BAD_INPUT])
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(DATA / "folders", tmp_path, dirs_exist_ok=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sdar, "evaluate", None)  # said before anything is played
+    assert message in refused(capsys, *flags.split())
+
+
+@fixture
+def model(checkpoint, tmp_path, monkeypatch):
+    """A folder that a test may change, below the current one."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(checkpoint, "model"))
+
+
+UNUSABLE = json.loads((DATA / "unusable_models.json").read_text())
+
+
+@mark.parametrize("file, change, message", UNUSABLE)
+def test_a_folder_that_is_no_model_of_this_kind_is_refused(file, change, message, model, capsys):
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((model / file).read_text()) | change)
+    (model / file).write_text(change)
+    assert message in refused(capsys, "--model=model", "--device=cpu")
+
+
+def test_a_model_that_is_not_whole_is_refused(model, capsys):
+    weights = safetensors.load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    safetensors.save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "lack the tensor model.norm" in refused(capsys, "--model=model", "--device=cpu")
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(model, hub, capsys):
+    tokenizer = copy.deepcopy(hub[1].tokenizer)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(500)])
+    tokenizer.save_pretrained(model)
+    assert "its tokenizer has " in refused(capsys, "--model=model", "--device=cpu")
+
+
+BANKS = """
+'[]'                                               "it is empty"
+'[{"name": "a"}]'                                  "missing 1 required"
+'[{"name": "a", "text": 3}]'                       "the skill 'a'"
+'[{"name": "a", "text": "b", "keywords": "mug"}]'  "the skill 'a'"
+'[{"name": "a", "text": "b", "when": "mug"}]'      "when"
+'[3]'                                              "must be a mapping"
+'{'                                                "Expecting"
+"""
+
+
+@mark.parametrize("text, message", table(BANKS))
+def test_a_bank_from_a_file_is_one_or_refused(text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("good.json").write_text('[{"name": "a", "text": "b", "keywords": ["mug"]}]', "utf-8-sig")
+    one, two = sdar.make_envs(configure(skills="good.json", rollout_batch=2))
+    assert one.bank.skills == [envs.Skill("a", "b", keywords=["mug"])]
+    assert one.bank is two.bank
+    Path("bank.json").write_text(text)
+    error = refused(capsys, "--skills", "bank.json")
+    assert "--skills bank.json" in error
+    assert message in error
+
+
+def test_a_teacher_needs_skills(monkeypatch):
+    monkeypatch.setattr(envs.Household, "skills", lambda household: [])
+    assert sdar.make_envs(configure(method="grpo"))
+    with raises(UserError, match="--skills FILE"):
+        sdar.make_envs(configure())
+
+
+IMPORTS = """import sys, time
+start = time.process_time()
+import envs
+assert time.process_time() - start < 0.3
+assert not {'numpy', 'torch', 'textworld', 'argparse', 'web_agent_site'} & {*sys.modules}
+import sdar
+assert 'transformers' not in sys.modules"""
+
+
+def test_imports_are_quick_and_do_nothing():
+    done = subprocess.run([sys.executable, "-Bc", IMPORTS], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# --- 9. The run's folder -----------------------------------------------------------------
+
+
+def test_a_run_writes_its_folder_and_nothing_else(finished):
+    """Its checkpoint is a model folder like any other."""
+    final, folder, _ = finished
+    paths = [path.name for place in (folder.parent, folder) for path in place.iterdir()]
+    assert sorted(paths) == ["checkpoint", "config.json", "metrics.jsonl", "run", "state.pt"]
+    given = json.loads((folder / "config.json").read_text())
+    assert configure(**given) == small(folder.parent, save_every=1)
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[1]) == final
+    times = "seconds_rollout seconds_score seconds_update tokens_per_second".split()
+    assert min(final[name] for name in times) > 0
+    config = configure(
+        model=str(folder / "checkpoint"), preset="toy", device="cpu", eval_episodes=6
+    )
+    result = sdar.evaluate(*sdar.load_policy(config), sdar.make_envs(config), config)
+    assert result["by_type"] == final["eval_by_type"]
+
+
+def dying_after(last):
+    """Hooks of train(): the environment is gone after a step."""
+
+    def step_batch(*args):
+        envs.require(args[5] <= last, "the engine is gone", EnvUnavailable)
+        return sdar.step_batch(*args)
+
+    return {"step_batch": step_batch}
+
+
+@mark.parametrize("changes", [{"retrieval": "ucb"}, {"method": "rlsd", "teacher": "frozen"}])
+def test_a_run_that_dies_resumes_exactly(changes, tmp_path):
+    """In step 4, where the state is of step 2: the same bits in the end."""
+    flags = {"steps": 4, "save_every": 2, "eval_every": 3, **changes}
+    whole = trained(tmp_path, "whole", **flags)[1]
+    with raises(EnvUnavailable):
+        trained(tmp_path, hooks=dying_after(3), **flags)
+    assert lines(tmp_path / "run") == whole[:3]
+    assert trained(tmp_path, resume=True, **flags)[1] == whole
+    one, two = (torch.load(path) for path in tmp_path.glob("*/state.pt"))
+    assert one["arms"] == two["arms"]
+    assert len({path.read_bytes() for path in tmp_path.glob("*/checkpoint/model.saf*")}) == 1
+    assert str(one["optimizer"]) == str(two["optimizer"])
+
+
+@mark.parametrize("name, value", [("lr", 0.5), ("method", "grpo"), ("seed", 1), ("steps", 2)])
+def test_resume_refuses_other_settings(name, value, finished, tmp_path):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    with raises(UserError, match=f"--{name} was .* now it is|its 2 steps are done"):
+        trained(tmp_path, resume=True, **{"steps": 3, name: value})
+    assert lines(run) == lines(finished[1])
+    rows = trained(tmp_path, resume=True, steps=3, micro_batch=5, rollout_batch=64)[1]
+    assert rows[-1]["loss"] == approx(finished[2][-1]["loss"], abs=1e-6)
+
+
+def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):
+    """From its first step on the old one cannot be resumed."""
+    shutil.copytree(finished[1], tmp_path / "run")
+    with raises(UserError, match="--resume or --overwrite"):
+        trained(tmp_path)
+    with raises(EnvUnavailable):
+        trained(tmp_path, hooks=dying_after(1), overwrite=True, seed=1)
+    assert not (tmp_path / "run" / "state.pt").exists()
+    expected = trained(tmp_path, "plain", seed=1)[1]
+    assert trained(tmp_path, resume=True, seed=1)[1] == expected
+
+
+def test_a_failing_save_leaves_the_old_state(finished, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, path):
+        save(state, path)
+        if state["step"] == 2:
+            Path(path).write_bytes(b"half of it")
+            raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, raises(OSError):
+        patch.setattr(torch, "save", full)
+        trained(tmp_path, save_every=1)
+    assert trained(tmp_path, steps=3, resume=True)[1] == finished[2]
+
+
+WILSON = """
+8   10  0.4902  0.9433
+0   10  0.0     0.2775
+0   60  0.0     0.0602
+60  60  0.9398  1.0
+"""
+
+
+@mark.parametrize("wins, n, low, high", table(WILSON))
+def test_wilson_agrees_with_tables(wins, n, low, high):
+    assert sdar.wilson(wins, n) == approx((low, high), abs=1e-4)
+
+
+# --- 10. Command line --------------------------------------------------------------------
+
+
+def test_flags_know_the_papers_symbols():
+    flags = "--lambda .3 --beta 2 --epsilon .1 --G 4 --overwrite".split()
+    given = vars(sdar.make_parser().parse_args(flags))
+    expected = configure(sdar_coef=0.3, gate_beta=2, clip_eps=0.1, group_size=4, overwrite=True)
+    assert (configure(**given), len(given)) == (expected, 5)
+
+
+def test_help_lists_every_flag_and_instrument(capsys):
+    with raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    text = " ".join(printed.split())
+    for f in fields(sdar.Config):
+        assert re.search(rf"{sdar.flag(f.name)}\b.* \[{re.escape(str(f.default))}\]", text), f.name
+    assert "lambda, weight of the distillation loss; paper: 0.01 [1.0]" in text
+    instruments = re.findall(r"python (\.lab/[\w/]+\.py)", printed)
+    assert len(instruments) >= 6
+    assert all((ROOT / name).exists() for name in instruments)
+
+
+def test_a_command_trains_and_says_where_to_look(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    size = "--steps 1 --tasks-per-step 2 --G 2 --eval-episodes 6 --rollout-batch 8"
+    assert main(size.split()) == 0
+    assert len(lines("runs/toy-sdar-s0")) == 1
+    assert "microscope.py --run runs/toy-sdar-s0" in capsys.readouterr().out
+
+
+@mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError, 2), (UserError, 2)])
+def test_what_stops_a_run_is_one_line(error, code, capsys):
+    assert sdar.run(Mock(side_effect=error("disk full"))) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ("--resume" if code == 130 else "disk full") in said
+
+
+# --- envs.py: skills ---------------------------------------------------------------------
+
+
+def test_a_skill_is_for_whole_words_and_its_task_types():
+    skill = envs.Skill("a", "text", ("heat", "cool"), ("mug", "egg"))
+    assert skill.matches("heat a Mug and put it", "heat")
+    assert not skill.matches("heat a mug", "put")
+    assert not skill.matches("heat mugs and a smug", "heat")
+    assert envs.Skill("a", "text").matches("anything", "heat")
+
+
+def test_retrieval_by_each_strategy():
+    everything = {row["name"] for row in envs.HOME.skills()}
+    expected = {"keyword": (2, {"mug", "heat"}), "full": (len(everything), everything)}
+    expected |= {"random": (2, everything), "ucb": (3, everything)}
+    for strategy, (size, names) in expected.items():
+        bank, found = envs.SkillBank(envs.HOME.skills(), strategy), set()
+        for seed in range(50):
+            skills = bank.retrieve("heat a mug and put it in desk 1", "heat", seed)
+            assert len({skill.name for skill in skills}) == len(skills) == size
+            found |= {skill.name for skill in skills}
+        assert found == names
+        again = bank.retrieve("heat a mug and put it in desk 1", "heat", seed)
+        assert again == skills
+
+
+def test_the_bandit_by_hand():
+    """Mean reward + sqrt(ln(all plays) / plays); a group in which nothing varies says nothing."""
+    bank, task = envs.SkillBank(envs.HOME.skills(), "ucb"), ("put a mug in desk 1", "put")
+    cup, mug = (next(s for s in bank.skills if s.name == name) for name in ("cup", "mug"))
+    episodes = []
+    for skills in ([mug, cup], [mug], [mug], [cup]):
+        episodes += [SimpleNamespace(task=task[0], task_type="put", skills=skills)] * 2
+    advantages = [[1.0, -1.0], [2.0, -2.0], [0.0, 0.0], [1.0, -1.0]]
+    bank.learn(episodes, advantages, [[-0.1, -0.3], [0.1, 0.3], [0.1, 0.2], [0.5, 0.5]])
+    assert bank.arms == {"mug found": [2, 0.0], "cup not found": [1, 1.0]}
+    bank.learn(episodes[:2], [[1.0, -1.0]], [[0.1, 0.3]])
+    assert bank.index(mug, *task) == approx(-1 / 3 + math.sqrt(math.log(5) / 3))
+    assert bank.index(cup, *task) == approx(math.sqrt(math.log(5) / 2))
+    assert bank.index(cup, "put a cup in desk 1", "put") == math.inf  # another arm
+    bank.arms = {bank.arm(skill, *task): [9, 0.0] for skill in bank.skills}
+    bank.arms["cup not found"] = [9, 5.0]
+    assert bank.retrieve(*task, seed=1)[0] == cup
+
+
+# --- What every environment shares -------------------------------------------------------
+
+
+class Counter(envs.TextEnv):
+    """A world without rules: its state is what a test puts there."""
+
+    name = "counter"
+    instructions = "Count."
+    goals = {f"{kind}{i}": (kind, ("train", "eval")) for kind in "ba" for i in range(3)}
+    state = {}
+
+    def _reset(self, task, seed):
+        self.task = f"Count to {task}."
+        return "one " * 2000, self.state
+
+    def _step(self, action):
+        return "two " * 2000, self.state
+
+
+ENDS = """
+{"won": True}                 (1.0, True, False)
+{"won": True, "over": False}  (0.0, False, False)
+{"over": True}                (0.0, True, False)
+{"valid": False}              (0.0, False, False)
+"""
+
+
+@mark.parametrize("state, outcome", table(ENDS))
+def test_the_reward_comes_once_and_limits_are_kept(state, outcome):
+    world = Counter(max_turns=2)
+    assert len(world.reset("a1")[0]) == world.longest < 8000
+    assert world.step("x")[1:4] == (0.0, False, False)
+    assert world.step("x")[1:4] == (0.0, False, True)
+    observation, info = world.reset("a1")
+    assert (info["task"], info["task_type"]) == ("Count to a1.", "a")
+    world.state = state
+    observation, *found, info = world.step("x")
+    assert (tuple(found), len(observation)) == (outcome, world.longest)
+    assert (info["won"], info["valid"]) == (state.get("won", False), state.get("valid", True))
+
+
+def test_a_language_model_is_told_what_is_new():
+    world, told = Counter(max_turns=9), []
+    for actions in ("go look", "look fly go", "look go", "fly"):
+        world.state = {"admissible": actions.split(), "tail": "."}
+        info = world.step("x")[4] if told else world.reset("a1")[1]
+        told.append(info["hint"].rpartition("\nTurn")[0])
+    fly = ".\nNew admissible actions: fly"
+    assert told == [".\nAdmissible actions: go, look", fly, ".", fly]
+    assert info["hint"].endswith(f"\nTurn 4 of 9. {world.reminder}")
+
+
+def test_the_panel_is_fixed_and_has_every_type_equally_often():
+    panel = Counter().panel("eval", 7)
+    assert panel == Counter().panel("eval", 7)
+    assert [task for task, _ in panel] == "a0 b0 a1 b1 a2 b2 a0".split()
+    assert len({*panel}) == 7
+
+
+RESPONSES = r"""
+"toy"     "go to desk 1"                              ("", False)
+"tiny"    "go to desk 1"                              ("go to desk 1", True)
+"tiny"    "<action></action>"                         ("", False)
+"tiny"    ""                                          ("", False)
+"tiny"    "I will look\naround"                       ("", False)
+"tiny"    "<think>I should look for the cd"           ("", False)
+"toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
+"toy"     "<Action> look </ACTION>"                   ("look", True)
+"toy"     "a <action>go to desk 1"                    ("", False)
+"alfworld"  "<action>go <ACTION>look</action> a</action>"  ("look", True)
+"webshop"   "<action>buy</action><action>x</action>"  ("buy", True)
+"search"  "<think>x</think><search> a\nb </search><answer>c</answer>"  ("<search>a b</search>", 1)
+"search"  "a"                                         ("", False)
+"search"  "<ANSWER>c</ANSWER><search>a</search>"      ("<answer>c</answer>", True)
+"search"  "<search> </search>"                        ("", False)
+"search"  "<search>a</answer>"                        ("", False)
+"""
+
+
+@mark.parametrize("name, response, parsed", table(RESPONSES))
+def test_parse_reads_the_first_complete_tags(name, response, parsed):
+    kind = envs.ENVS.get(name, envs.ToyEnv)
+    env = kind.__new__(kind)
+    env.plain = name == "tiny"
+    assert env.parse(response) == parsed
+
+
+# --- The toy household -------------------------------------------------------------------
+
+GAMES = (DATA / "toy_games.txt").read_text().splitlines()
+
+
+@mark.parametrize("game", GAMES, ids=lambda game: game.split(":")[0])
+def test_the_toy_by_hand(game):
+    """task: actions. Nothing happens where one is marked ! (not here, closed or broken) or ?
+    (malformed)."""
+    task, *actions = re.split("[:,] ", game.replace(r"\n", "\n"))
+    tools = {"clean": "sinkbasin 1", "heat": "microwave 2", "cool": "fridge 1"}
+    home = dict.fromkeys(envs.CLASSES, "cabinet 1")
+    world = make_env("toy", household=envs.Household(home, tools, "shelf 1"), max_turns=20)
+    listed = world.reset(task)[1]["admissible"]
+    for i, action in enumerate(actions, 1):
+        observation, *outcome, info = world.step(action.strip("!?"))
+        assert (observation == "Nothing happens.") == (action[0] in "!?")
+        assert info["valid"] is (action[0] != "?")
+        assert action[0] in "!?" or any(entry.startswith(action) for entry in listed)
+        assert outcome == [float(i == len(actions)), i == len(actions), False]
+        listed = info["admissible"]
+
+
+def test_the_toys_splits_are_disjoint_and_cover_all_task_types():
+    world = make_env("toy")
+    splits = [{*world.tasks(split)} for split in ("train", "dev", "eval")]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 10 * (5 * 19 + 1)
+    for tasks in splits:
+        assert {world.goals[task][0] for task in tasks} == {*envs.TASK_TEXT}
+    kinds = [world.goals[task][0] for task in world.tasks("train")]
+    assert len({kinds.count(kind) for kind in kinds}) == 1  # in train every type equally often
+
+
+def test_the_toys_seed_decides_what_else_is_about():
+    world, contents = make_env("toy"), []
+    for seed in [*range(20), 7]:
+        world.reset("put a mug in sofa 1", seed)
+        contents.append(str(world.contents))
+    assert len({*contents}) > 10
+    assert contents[7] == contents[20]
+
+
+# --- The paper's environments: the real engines are played in .lab/tests -----------------
+
+
+@fixture
+def shops():
+    """Two shops in the same goal of a stand-in's."""
+    before = random.getstate()
+    pair = [make_env("webshop", data=str(DATA / "webshop")) for _ in "ab"]
+    assert random.getstate() == before
+    for shop in pair:
+        shop.reset("1")
+    return pair
+
+
+@mark.parametrize("action", ["click[search]", "search[<r>]", "search[ ]", "fly", "click[b01]"])
+def test_webshop_does_nothing_that_its_page_does_not_offer(action, shops):
+    observation, *_, info = shops[0].step(action)
+    assert (observation, info["valid"]) == ("Nothing happens.", action != "fly")
+    assert info["admissible"] == ["search[<query>]"]
+
+
+def test_webshops_sessions_are_apart_and_its_crash_is_one_line(shops):
+    one, two = shops
+    assert one.shop.server is two.shop.server
+    assert one.shop.server.goals[0]["price"] == random.Random(233).random()
+    assert [len(one.tasks(split)) for split in ("eval", "dev", "train")] == [10, 10, 30]
+    with raises(EnvUnavailable, match=r"search\[crash\]"):
+        one.step("search[crash]")
+    assert two.step("search[lamp]")[0] == "results"
+    assert two.step("click[b01]")[4]["admissible"] == ["click[red, large]", "click[buy now]"]
+    one.reset("1")  # the same goal, and another session
+    assert two.step("Click[Buy Now]")[1:3] == (1.0, True)
+
+
+def test_alfworld_leaves_out_what_the_official_loader_does(tmp_path):
+    for split in ("train", "valid_seen", "valid_unseen", "other"):
+        for name in ("Mug-1", "Mug-unsolvable", "movable-Pen-3", "AppleSliced-4"):
+            game = tmp_path / split / f"pick_heat-{name}.tw-pddl"
+            game.parent.mkdir(exist_ok=True)
+            game.write_text('{"solvable": %s}' % str("un" not in name).lower())
+    goals = {"train": ("train",), "valid_seen": ("eval",), "valid_unseen": ("dev",)}
+    expected = {f"{split}{os.sep}pick_heat-Mug-1.tw-pddl": goals[split] for split in goals}
+    found = envs.AlfworldEnv.games(tmp_path)
+    assert found == {path: ("pick_heat", splits) for path, splits in expected.items()}
+    (alone,) = envs.AlfworldEnv.games(tmp_path / "other").values()
+    assert {*alone[1]} == {"train", "dev", "eval"}
+
+
+def test_alfworld_translates_and_names_what_fails(tmp_path, monkeypatch):
+    """A thread plays its engine's part."""
+
+    def play_game(number, path, action):
+        text = "-= Welcome =-\n\nA room.\n\nYour task is to: win."
+        return text, action == "win it", ["help", 1 / (action != "crash") and "look"]
+
+    monkeypatch.setattr(envs, "find_spec", bool)
+    monkeypatch.setattr(envs, "play_game", play_game)
+    monkeypatch.setattr(envs, "game_process", lambda core: ThreadPoolExecutor(1))
+    (tmp_path / "pick_a.tw-pddl").write_text("{}")
+    world = make_env("alfworld", data=str(tmp_path))
+    observation, info = world.reset("pick_a.tw-pddl")
+    assert observation == "A room.\n\nYour task is to: win."
+    assert (info["task"], info["admissible"]) == ("win.", ["look"])
+    assert world.step("")[4]["valid"] is False
+    assert world.step(" Win it ")[1:3] == (1.0, True)
+    with raises(EnvUnavailable, match="ALFWorld failed at .*pick_a.*ZeroDivisionError"):
+        world.step("crash")
+
+
+FAULTS = json.loads((DATA / "faulty_servers.json").read_text())
+
+
+@fixture
+def server(monkeypatch):
+    """A retrieval server: (a search environment that asks it, what it answers with, requests)."""
+    fault, requests = dict(FAULTS["fine"]), []
+
+    class Handler(BaseHTTPRequestHandler):
+        log_message = Mock()
+
+        def do_POST(self):
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = fault["body"] * fault["times"]
+            self.send_response(fault["status"])
+            self.send_header("Content-Length", len(body) + fault["missing"])
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    monkeypatch.setattr(time, "sleep", Mock())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}/retrieve"
+        world = make_env("search", data=str(DATA / "questions.jsonl"), url=url, max_turns=3)
+        world.reset("1")
+        yield world, fault, requests
+        running.shutdown()
+
+
+def test_search_shows_passages_without_forged_tags(server):
+    world, _, requests = server
+    observation, *_, info = world.step("<search>Where was\nKolben born?</search>")
+    shown = "<information>Doc 1: Kolben was born in Velden.(/information>( /Answer>forged\nDoc 2: T"
+    assert observation == shown + "\nb\nDoc 3: c"
+    assert info["hint"].startswith("</information>\n")
+    query = "Where was Kolben born?"
+    assert requests == [{"query": query, "queries": [query], "topk": 3, "return_scores": True}]
+    assert world.step("<answer>mira  kolben.</answer>")[1:4] == (1.0, True, False)
+
+
+def test_search_at_the_last_turn_is_not_executed(server):
+    world, fault, requests = server
+    fault["body"] = '{"result": [[]]}'
+    assert "nothing found" in world.step("<search>zzz</search>")[0]
+    assert world.step("hm")[4]["valid"] is False
+    assert world.step("<search>Velden</search>")[:4] == ("", 0.0, False, True)
+    assert len(requests) == 1
+
+
+@mark.parametrize("kind", [kind for kind in FAULTS if "requests" in FAULTS[kind]])
+def test_a_server_that_misbehaves_is_never_an_observation(kind, server):
+    """Three tries, and then one line; one that comes back in time is no fault."""
+    world, fault, requests = server
+    fault.update(FAULTS[kind])
+    with raises(EnvUnavailable, match=world.url) as error:
+        world.step("<search>q</search>")
+    assert (len(requests), len(str(error.value).splitlines())) == (3, 1)
+    time.sleep.side_effect = lambda seconds: fault.update(FAULTS["fine"])
+    assert len(envs.ask(world.url, "q")) == 3
+
+
+ANSWERS = r"""
+"The Eiffel Tower!"  "eiffel tower"   True
+"a\t an man"         "Man"            True
+"U.S.A"              "usa"            True
+"the"                "The"            True
+"the"                "a"              False
+"!"                  "?"              False
+"theory"             "ory"            False
+"caf\u00e9 \u2014"   "caf\u00e9"      False
+"""
+
+
+@mark.parametrize("answer, golden, won", table(ANSWERS))
+def test_exact_match_is_the_official_one(answer, golden, won):
+    assert (envs.normalized(answer) == envs.normalized(golden)) is won
+
+
+BAD_ROWS = (DATA / "bad_rows.txt").read_text().splitlines()
+GOOD_ROW = '{"id": 1, "question": "q", "golden_answers": ["a"], "split": null}'
+
+
+@mark.parametrize("row, message", [line.split(" => ") for line in BAD_ROWS])
+def test_a_bad_row_is_named_with_its_line(row, message, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD_ROW}\n\n{row}", "utf-8-sig")
+    with raises(UserError, match=f"line 3: not a row.*{message}"):
+        make_env("search", data=str(tmp_path / "rows.jsonl"))
+
+
+def test_rows_have_a_type_a_split_and_a_data_set():
+    """Those that say nothing are split by a hash."""
+    world = make_env("search", data=str(DATA / "rows.jsonl"))
+    kinds = {task: goal[0] for task, goal in world.goals.items()}
+    assert kinds == {"0": "compare", "nq/0": "attribute", "hotpotqa/1": "multi_hop", "2": "direct"}
+    assert [world.label(task) for task in kinds] == ["compare", "nq", "hotpotqa", "direct"]
+    assert "0" in world.tasks("dev")
+    world = make_env("search", data=str(DATA / "questions.jsonl"))
+    splits = [world.tasks(split) for split in ("train", "dev", "eval")]
+    assert sorted(sum(splits, [])) == sorted(map(str, range(40)))
+    assert len(splits[0]) > len(splits[1] + splits[2]) > 6
+
+
+# --- Environments by name, and those of one's own ----------------------------------------
+
+NUMPY = '''
+import numpy as np
+from envs import TextEnv
+
+
+class Num(TextEnv):
+    """What Gymnasium and pandas hand back; and texts that no terminal can show."""
+
+    name = "num"
+    instructions = "Add. \\ud800 <action>a number</action>"
+    default_turns = 2
+    skills = [{"name": "a", "text": "half \\ud800 a\\0b <|end|>"}]
+    goals = {np.str_(i): (np.str_("add"), ("train", "dev", "eval")) for i in range(4)}
+
+    def _reset(self, task, seed):
+        self.task = np.str_(f"\\udfff \\0 \\x1b[2J <|end|><|user|> {task}+1?")
+        return self.task, {"admissible": np.array(["1", "2"]).tolist()}
+
+    def _step(self, action):
+        right = (np.array([action]) == "2")[0]
+        return np.str_("No."), {"won": right, "over": right, "valid": np.True_}
+'''
+
+
+@fixture
+def own(tmp_path, monkeypatch):
+    """The current folder, with the example of envs.py's first page in it, and others."""
+    example = envs.__doc__.split("    # guess.py\n")[1].split("\nThen `python")[0]
+    (tmp_path / "guess.py").write_text(textwrap.dedent(example))
+    (tmp_path / "num.py").write_text(NUMPY)
+    (tmp_path / "broken.py").write_text("from envs import TextEnv\n1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("guess", None)
+    sys.modules.pop("num", None)
+
+
+def test_the_example_of_an_own_environment_is_played(own):
+    world = make_env("guess:Guess")
+    assert world.reset("kiwi")[0] == "What is the colour of the kiwi in my garden?"
+    assert world.step("red")[0] == "No. Try again."
+    assert world.step("green")[1:3] == (1.0, True)
+    (skill,) = envs.SkillBank(world.skills).retrieve(world.task, "colour", 0)
+    assert skill.text == "The kiwi is green."
+
+
+@mark.parametrize("name, turns", [("guess:Guess", 3), ("num:Num", 2)])
+def test_environments_of_ones_own_are_trained_on_and_resumed(name, turns, own, hub):
+    size = f"--env {name} --tasks-per-step 2 --G 2 --eval-episodes 4 --rollout-batch 4 --out run"
+    assert main([*size.split(), "--steps=1"]) == 0
+    assert main([*size.split(), "--steps=2", "--resume"]) == 0
+    assert [row["turns"] for row in lines("run")] == [turns, turns]
+    worlds = sdar.make_envs(configure(env=name, rollout_batch=1))  # by a language model, too
+    starts = [(worlds[0].tasks("train")[0], 0, (0,))]
+    assert sdar.rollout(*hub, worlds, starts, configure(), 1.0)[0].turns == turns
+
+
+def test_a_module_that_fails_is_named(own):
+    with raises(UserError, match="broken:Bare cannot be imported.*ZeroDivisionError"):
+        make_env("broken:Bare")
+    with raises(UserError, match="guess.py has no class Guest"):
+        make_env("guess:Guest")
+
+
+def test_an_environment_without_its_texts_says_where_they_are(monkeypatch):
+    monkeypatch.setattr(envs, "TEXTS", {})
+    with raises(UserError, match="environments.json"):
+        make_env("search")

@@ -225,7 +225,7 @@ def gradient(path=PICTURE):
     if importlib.util.find_spec("matplotlib"):
         dark = Path(path).with_stem(f"{Path(path).stem}-dark")
         plots.picture({title: curves}, dark, dark=True)
-    return f"{path} is drawn"
+    return "what is drawn are gradients of the losses, by autograd"
 
 
 def hint(name):
