@@ -23,7 +23,7 @@ The algorithm on one screen. The order of the file is its order:
             L_GRPO = max(-A ratio, -A clip(ratio)) + KL         policy_loss, kl_k3
             gap = teacher - logprobs
             gate = sigmoid(beta gap), without gradient          GATES
-            L_SDAR = gate gap; gradient -gate grad log pi       sdar_loss
+            L_SDAR = gate gap (why this sign? see there)        sdar_loss
             L = L_GRPO + lambda L_SDAR                          objective
             its mean over the tokens, backward, optimiser step  update
 
@@ -45,7 +45,7 @@ Where this is not the paper's published run: an episode is one growing conversat
 paper's section 2.1 (the official code makes a row of every turn); the defaults are the toy's, and
 PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours. Three
 things of the official code are left out, since the paper's formulas do not have them: a dual clip,
-an entropy bonus, group statistics by turn. Several cards are the work of .lab/trl.
+an entropy bonus, group statistics by turn. For several GPUs see .lab/trl.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -83,7 +83,7 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 
 PRESETS = {
     "toy": {},
-    "paper": {  # the published run, for any other model
+    "paper": {  # the published run: the default for every model but the tiny one
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 4,
@@ -108,8 +108,8 @@ PRESETS = {
 METHODS = {  # the rows of the paper's Table 1, by what they change
     "sdar": {},
     "grpo": {"distil": "none"},
-    "opsd": {"policy_coef": 0.0},  # distillation alone; its official code has the gate, too
-    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token
+    "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
+    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: noise, see sdar_loss
     "skill_grpo": {"distil": "none", "skilled": True},
     "skill_sd": {"distil": "skill_sd"},
     "rlsd": {"distil": "rlsd"},
@@ -216,8 +216,8 @@ class Chat:
     def __init__(self, tokenizer, eos=None):
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
-        self.encode = lru_cache(maxsize=256)(self._encode)  # environments repeat themselves
-        self.plain = bool(tokenizer.init_kwargs.get("whole_words"))  # the tiny policy's
+        self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
+        self.plain = tokenizer.init_kwargs.get("whole_words", False)  # the tiny policy's tokenizer
         roles = "system user assistant user assistant user".split()
         marks = "SYSTEMTEXT FIRSTTEXT ANSWERTEXT NEXTTEXT ANSWERTEXT NEXTTEXT".split()
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
@@ -225,14 +225,16 @@ class Chat:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
-        expected = marks[1:] if self.plain else marks  # the tiny policy's has no system message
+        expected = marks[1:] if self.plain else marks  # the tiny policy has no system message
         require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
 
         # begin[0] SYSTEM begin[1] FIRST after ANSWER between NEXT after ANSWER between NEXT after
-        frames = self._tokenize(parts[::2])
+        # In Qwen2.5's template between is "<|im_end|>\n<|im_start|>user\n", and after the same with
+        # assistant. The last after is the one to answer behind: Qwen3's has an empty thought in it.
+        frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         alike = (after, self._between) == (after_2, between_2)
-        alike = alike and self._after[: len(after)] == after  # Qwen3's last one says: do not think
+        alike = alike and self._after[: len(after)] == after
         require(alike, "its chat template frames a second turn otherwise than the first")
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
@@ -242,9 +244,6 @@ class Chat:
         fine = self.end_id in self._added.values()
         require(fine, "its chat template closes a turn with no control token")
 
-    def _tokenize(self, texts, **options):
-        return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
-
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
         text = text.encode(errors="replace").decode()  # half a character becomes a ?
@@ -253,12 +252,15 @@ class Chat:
         # special: what looks like one is cut after its first character.
         for token in self._added:
             text = text.replace(token, f"{token[0]}\0{token[1:]}")
-        parts = self._tokenize(text.split("\0"), split_special_tokens=True)
-        return sum(parts, [])
+        parts = self.tokenizer(
+            text.split("\0"), add_special_tokens=False, split_special_tokens=True
+        )
+        return sum(parts["input_ids"], [])
 
     def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
-        The environment's examples are turns that stand before it as if they had been."""
+        The environment's examples stand before it, as turns of this conversation. The tiny policy
+        reads no instructions and no examples."""
         ids = list(self._begin[0])
         if not self.plain:
             ids += self.encode(env.instructions.strip()) + self._begin[1]
@@ -287,7 +289,7 @@ class Episode:
     skill_ids: list  # what the teacher reads there, and the student does not; may be empty
     logprobs: list = field(default_factory=list)  # the sampler's, of the sampled ids
     begin: int = 0  # where in ids the newest response begins
-    read: int = 0  # how many of its ids the KV cache holds
+    read: int = 0  # how many ids of the conversation the KV cache holds
     turns: int = 0
     invalid: int = 0  # turns whose action was invalid
     reward: float = 0.0  # raw: 0 or 1
@@ -308,19 +310,22 @@ class Episode:
         """
         skill = self.skill_ids if with_skill else []
         ids = self.ids[: self.skill_at] + skill + self.ids[self.skill_at :]
-        return ids, [0] * len(skill) + self.mask  # in front of the skill nothing was sampled
+        return ids, [0] * len(skill) + self.mask  # up to the skill's place the mask is all 0
 
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
 # that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. Its
-# columns, when two conversations have prompts of five and three ids, answer a b e and e (e: the end
-# of turn), and then read observations of three and two ids:
+# columns, when two conversations have prompts of five and three ids, answer "a b e" and "e" (e: the
+# end of turn), and then read observations of three and two ids:
 #
 #              prompts     answers   turn 2
-#     row 1    p p p p p   a b       e o o o      the last sampled id is read with what follows it
-#     row 2    . . p p p   e .       . . o o      a dot is a hole: nothing new in this row
+#     row 1    p p p p p   a b       e o o o
+#     row 2    . . p p p   e .       . . o o
+#
+# A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
+# Row 1's e, the last id that was sampled, is read when the next observation is.
 
 
 def padded(rows, device="cpu", side="right"):
@@ -330,7 +335,8 @@ def padded(rows, device="cpu", side="right"):
 
 
 def forward_dtype(model, config):
-    """Context of every forward pass: bfloat16 computes in it, on weights that stay float32."""
+    """Context of every forward pass: with --dtype bfloat16 it computes in that; weights stay
+    float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -448,8 +454,8 @@ def start_episode(chat, env, start, result, with_skill):
 
 
 def as_read(chat, observation, info):
-    """An observation as the policy reads it. A language model is also told what is new that it can
-    do, the turn, and the form of an answer."""
+    """An observation as the policy reads it. A language model also reads the environment's hint:
+    the actions that are new, the turn, and the form of an answer."""
     if chat.plain:
         return observation
     return (observation + info["hint"]).strip()  # some templates drop blanks at the ends
@@ -478,13 +484,12 @@ def answer(sampler, chat, episodes, config):
 
 
 def has_answered(chat, episode):
-    """True if the newest response is whole: it ends with an end of turn or, of a language model,
-    with the tag that closes its action, which may take up to 16 tokens. After a tag the end of turn
-    is put there by the next prompt's frame, and is not trained."""
+    """True if the newest response is whole. It ends with an end of turn; a language model's also
+    with the tag that closes its action, and then the next prompt's frame brings the end of turn."""
     ended = episode.ids[-1] in chat.end_ids
     if ended or chat.plain:
         return ended
-    tail = chat.tokenizer.decode(episode.ids[episode.begin :][-16:])
+    tail = chat.tokenizer.decode(episode.ids[episode.begin :][-16:])  # enough for any tag
     return any(tag in tail for tag in episode.env.closing_tags)
 
 
@@ -518,7 +523,6 @@ def act(chat, episodes, responses, context, config):
 # the one is token n of the other.
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
-DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
 
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
@@ -615,7 +619,7 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
     old: log-probs of the policy that sampled."""
     # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
     # the two losses counts: where a token has moved by more than eps in the direction that its
-    # advantage asks for, it is a constant, and pushes no further. Moving back is never clipped.
+    # advantage asks for, the loss is constant, and pushes no further. Moving back is never clipped.
     ratio = (logprobs - old).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -628,8 +632,9 @@ def kl_k3(logprobs, ref):
     exp(d) - d - 1 with d = ref - logprobs; the result is clamped to [-10, 10] as in the official
     code.
 
-    On the policy's own samples -d has the KL as its mean, but either sign on a token. exp(d) - 1
-    has mean 0 there: added to it, the mean stays, the noise shrinks, and no token is below 0."""
+    Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
+    mean 0 under the policy. With it added the mean stays, the noise shrinks, and no token is below
+    0."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -653,8 +658,8 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     token is pushed up, harder where the teacher agrees. What is the same for all tokens cancels on
     average, since on policy E[grad log pi] = 0. A constant gate therefore teaches nothing, and of
     sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2) the second half is left: the expected gradient
-    is -1/2 E[tanh(beta gap / 2) grad log pi]. Where no skill was read the gap is 0 when the step
-    starts, and the gate 1/2: noise, and no teaching."""
+    is -1/2 E[tanh(beta gap / 2) grad log pi]. An episode without a skill has gap 0 and so a gate of
+    1/2 on all of its tokens, which is such a constant: noise, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
@@ -685,11 +690,13 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 #
 # Four policies meet here. The one that sampled: its log-probs (old) are fixed for the step. The
 # student: it starts the step as that policy and moves with every optimiser step. The teacher: it is
-# scored once, before the first optimiser step, so within a step it is as old as the samples. The
-# start policy: the KL pulls to it.
+# scored once, before the first optimiser step, so its weights are those of the start of the step.
+# The start policy: the KL pulls to it.
 #
-# An experiment hands its own step_batch, objective or score to `train`: that is why functions are
-# arguments here.
+# An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
+# rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
+
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
 
 
 def step_batch(model, start, teacher, episodes, config, step, score=score):
@@ -720,7 +727,9 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     if config.distil == "none":
         return batch
 
-    # Where no skill fits the task there is no teacher: the gap is 0, whosever the weights are.
+    # Where no skill fits the task there is no teacher: its log-probs are the student's, the gap 0.
+    # The tokens stay in the loss: noise in this step's first optimiser step, and then a weak pull
+    # back to where the step began.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -755,8 +764,8 @@ def objective(model, episodes, tokens, config):
     )
     terms["entropy"] = entropy
     if config.distil != "none":
-        # For the log: the gap to the student as it sampled. The loss takes that to the one that
-        # moves.
+        # For the log: teacher minus the policy that sampled. In sdar_loss it is teacher minus the
+        # student of now.
         terms["gap"] = tokens["teacher"] - tokens["old"]
     return terms
 
@@ -808,12 +817,12 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
 
 def evaluate(model, chat, envs, config):
-    """Play the panel without and with the skill in the prompt: plain n/N of single tries.
+    """Play the panel without and with the skill in the prompt, each task once.
 
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of valid answers of those without."""
     # The panel, and what is sampled on it, is the same at every call, and for every run: two runs
-    # differ in their policies alone. (In parts of 64, as the tables of FINDINGS were played.)
+    # differ in their policies alone. The 64 only keeps the numbers of older results.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
@@ -861,10 +870,10 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     start = copy.deepcopy(model)  # the KL pulls to it
     teacher = start if config.teacher == "frozen" else model
     room = model.config.max_position_embeddings
-    fits = envs[0].max_turns * config.max_new_tokens < room
-    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {room}")
+    message = f"--max-turns x --max-new-tokens do not fit the model's context of {room}"
+    require(envs[0].max_turns * config.max_new_tokens < room, message)
 
-    done, metrics = load_checkpoint(config, model, optimizer, envs[0].bank), {}
+    done = load_checkpoint(config, model, optimizer, envs[0].bank)
     if done == 0:
         clock = time.perf_counter()
         metrics = evaluate(model, chat, envs, config)
@@ -1136,11 +1145,11 @@ def say_success(title, result, prefix=""):
 def say_before(config, before, seconds):
     """Say what the evaluation before training, which took so many seconds, tells of the run."""
     say_success("before", before)
-    an_episode = seconds / (2 * before["episodes"])
-    episodes = config.steps * config.tasks_per_step * config.group_size
+    an_episode = seconds / before["episodes"] / 2
+    hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
     tqdm.write(
-        f"{before['valid']:.0%} of the answers are valid, {an_episode:.2g} s an episode: playing "
-        f"{episodes} takes some {an_episode * episodes / 3600:.2g} hours, learning as long again"
+        f"{before['valid']:.0%} of the answers are valid; {an_episode:.2g} s an episode, some "
+        f"{hours:.2g} hours to play {config.steps} steps, and as long again to learn"
     )
     taught, alone = config.distil != "none", before["success"]
     helps = before["success_skill"] > alone and (taught or config.skilled)

@@ -167,8 +167,8 @@ def demonstration(chat, rng, habit=0.0, world=TOY):
     tasks = [(*goal[2:], task) for task, goal in env.goals.items() if goal[0] == kind]
     tasks.sort(key=lambda task: (task[0], env.storages.index(task[1])))
     task, seed = rng.choice(tasks)[2], rng.random()
-    observation, info = env.reset(task, seed)
-    episode = sdar.start_episode(chat, env, (task, seed, 0), observation, info, with_skill=True)
+    observation, info = begun = env.reset(task, seed)
+    episode = sdar.start_episode(chat, env, (task, seed, 0), begun, with_skill=True)
     known, explored_turns = {skill.name for skill in episode.skills}, 0
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, max(1, world.max_turns - 2))

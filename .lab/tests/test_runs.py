@@ -264,7 +264,6 @@ def stand_in(tmp_path, monkeypatch):
 @mark.parametrize("action", ["die", "hang"])
 def test_a_game_that_dies_or_hangs_is_named(action, stand_in):
     one, two = (make_env("alfworld", **stand_in) for _ in "ab")
-    two.number = one.number + 1  # the next core
     for world in (one, two):
         assert world.reset("pick_one.tw-pddl")[0] == "You are here. Your task is to: wait"
     with raises(EnvUnavailable, match="ALFWorld failed at .*pick_one.tw-pddl, or was silent"):
