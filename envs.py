@@ -199,8 +199,8 @@ class TextEnv:
     where it is won); valid (the action could be read); admissible (a list of actions); tail (an end
     of the observation that is not to be cut off).
 
-    info has task (its text), task_type, won, valid, and hint: what a language model reads under the
-    observation."""
+    info has task (its text), task_type, won, over, valid, admissible, and hint: what a language
+    model reads under the observation."""
 
     name = ""
     instructions = ""  # the system message
@@ -232,22 +232,19 @@ class TextEnv:
         self.kind = self.goals[task][0]
         self.turns = 0
         self.listed = []
-        observation, state = self._reset(task, seed)
-        return observation[: self.longest], self._info(state)
+        return self._result(*self._reset(task, seed))
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
         1.0 on the step that wins, else 0.0."""
-        observation, state = self._step(action)
         self.turns += 1
+        observation, info = self._result(*self._step(action))
 
         # terminated: the world has ended the episode; truncated: our limit has. The reward comes
         # once, at the end, for the whole: which of the actions earned it nobody says.
-        info = self._info(state)
-        terminated = bool(state.get("over", info["won"]))
+        terminated = info["over"]
         truncated = not terminated and self.turns >= self.max_turns
-        reward = float(terminated and info["won"])
-        return observation[: self.longest], reward, terminated, truncated, info
+        return observation, float(terminated and info["won"]), terminated, truncated, info
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
@@ -276,7 +273,7 @@ class TextEnv:
             panel.append((pool[turn % len(pool)], 10**6 + turn))
         return panel
 
-    def _info(self, state):
+    def _result(self, observation, state):
         # A language model is told what it can do, the turn, and the form of an answer. Of the
         # actions only those that the turn before did not list: most are still there.
         hint, admissible = state.get("tail", ""), state.get("admissible", [])
@@ -286,9 +283,11 @@ class TextEnv:
             hint += " actions: " + ", ".join(news)
         self.listed = admissible
         hint += f"\nTurn {self.turns + 1} of {self.max_turns}. {self.reminder}"
+
         won, valid = bool(state.get("won")), bool(state.get("valid", True))
         info = {"task": self.task, "task_type": self.kind, "won": won, "valid": valid}
-        return info | {"hint": hint, "admissible": admissible}
+        info |= {"over": bool(state.get("over", won)), "hint": hint, "admissible": admissible}
+        return observation[: self.longest], info
 
 
 # --- The toy household: ALFWorld's spirit and wording, small enough for a CPU -------------
@@ -583,12 +582,12 @@ class AlfworldEnv(TextEnv):
 
     def __init__(self, max_turns=0, data=""):
         super().__init__(max_turns)
-        installed = find_spec("textworld") and find_spec("alfworld")
-        require(installed, "ALFWorld is missing: pip install alfworld", EnvUnavailable)
+        require(find_spec("alfworld"), "ALFWorld is missing: pip install alfworld", EnvUnavailable)
         self.data = os.path.abspath(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
         self.goals = self.games(self.data)
         self.number = AlfworldEnv.made
         AlfworldEnv.made += 1
+        game_process(self.number % CORES).submit(int).result()  # forked here: later in a thread
 
     @classmethod
     @lru_cache(maxsize=None)
@@ -779,7 +778,7 @@ class SearchEnv(TextEnv):
         if kind == "answer":
             won = any(normalized(text) == normalized(golden) for golden in self.golden)
             return "", {"won": won, "over": True}
-        if self.turns + 1 >= self.max_turns:
+        if self.turns >= self.max_turns:
             return "", {}
         passages = [f"Doc {i}: {text}" for i, text in enumerate(ask(self.url, text), 1)]
         found = self.TAG.sub("(", "\n".join(passages)) or "nothing found"  # no forged tags
@@ -810,6 +809,7 @@ def ask(url, query, topk=3):
             for row in found:
                 document = row.get("document", row)
                 text = document.get("contents") or f"{document['title']}\n{document['text']}"
+                require(isinstance(text, str), "a passage that is no text")
                 padding = row.get("score", 0) < -1e30  # of an index that found too little
                 if not padding and text not in passages:
                     passages.append(text)

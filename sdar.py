@@ -924,10 +924,10 @@ CHOICES = {
     "teacher": ("live", "frozen"),
     "retrieval": SkillBank.STRATEGIES,
 }
-MAY_BE_ZERO = (
-    *("seed", "steps", "max_turns", "policy_coef", "clip_eps", "kl_coef", "invalid_penalty"),
-    *("sdar_coef", "gate_beta", "eval_every", "eval_temperature"),
-)
+POSITIVE = (  # all other numbers may be 0
+    "lr temperature grad_clip minibatches micro_batch rollout_batch save_every tasks_per_step "
+    "max_new_tokens rlsd_decay eval_episodes"
+).split()
 
 
 def flag(name):
@@ -946,7 +946,7 @@ def check_config(config):
                 require(typed.isprintable(), "it holds a character that cannot be written")
                 typed = os.path.expanduser(typed)
             else:
-                least = 0 if f.name in MAY_BE_ZERO or f.type is bool else 1e-9
+                least = 1e-9 if f.name in POSITIVE else 0
                 fine = float(value) == typed and least <= typed <= 1e9
                 require(fine, f"must be {f.type.__name__}, from {least:g} to 1e9")
             choices = CHOICES.get(f.name, [typed])
@@ -1034,9 +1034,9 @@ def load_kernel(dtype):
 # (seed, step), and state.pt, which holds all that a run is, is replaced as a whole.
 
 MAY_DIFFER = (  # between a run and its continuation
-    *("steps", "out", "search_url", "resume", "overwrite", "save_every", "eval_every", "device"),
-    *("micro_batch", "rollout_batch", "gradient_checkpointing", "kernel"),
-)
+    "steps out search_url resume overwrite save_every eval_every device micro_batch rollout_batch "
+    "gradient_checkpointing kernel"
+).split()
 
 
 def load_checkpoint(config, model, optimizer, bank):
@@ -1081,11 +1081,11 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
         "arms": bank.arms,
         "log": (folder / "metrics.jsonl").read_text("utf-8"),
     }
-    torch.save(state, folder / "state.new")
-    os.replace(folder / "state.new", folder / "state.pt")
     model.save_pretrained(folder / "checkpoint")
     chat.tokenizer.save_pretrained(folder / "checkpoint")
     (folder / "config.json").write_text(json.dumps(vars(config), indent=1), "utf-8")
+    torch.save(state, folder / "state.new")  # at last: what is not whole is written again
+    os.replace(folder / "state.new", folder / "state.pt")
 
 
 def log_step(config, step, episodes, metrics, clock):
@@ -1215,6 +1215,8 @@ def run(command):
     """Call a function, and turn what it raises into an exit code: 0; 2 bad input (one line on
     stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
     and shows its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except (UserError, OSError) as error:

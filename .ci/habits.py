@@ -22,6 +22,7 @@ BUDGET = {  # what is counted: how much of it there may be
 SLACK = 1.1
 ALLOWED = {
     "cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it",
+    "kernel.compiled": "ours, in .lab/kernel/on_cpu.py",
 }
 MAY_ASSERT = {"graders.py", "oracles.py", "fuzz.py", "pages.py"}
 OURS = {"sdar", "envs"}
