@@ -133,7 +133,7 @@ class Config:
     skills: str = ""  # skill bank in a JSON file; empty: the environment's own
     model: str = "tiny"  # tiny (carried along), a name on the hub, or a checkpoint's folder
     preset: str = ""  # toy, paper or small; empty: toy for the tiny model, paper for others
-    method: str = "sdar"  # a row of the paper's Table 1: settings of the fields below
+    method: str = "sdar"  # sdar, grpo, opsd, grpo_opsd, skill_grpo, skill_sd, rlsd: see METHODS
     seed: int = 0  # of tasks, sampling and order; never of the evaluation panel
     steps: int = 60  # training steps, each one batch of episodes; 0: evaluate only; paper: 150
     out: str = ""  # folder of the run; empty: runs/<env>-<method>-s<seed>
@@ -406,7 +406,7 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
     """
     episodes = []
-    progress = tqdm(desc="playing", total=len(starts), unit="episode", delay=2, leave=False)
+    progress = tqdm(desc="playing", total=len(starts), delay=2, leave=False)
     for first in range(0, len(starts), len(envs)):
         now = starts[first : first + len(envs)]
         resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, now)]
@@ -878,7 +878,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
         clock = time.perf_counter()
         metrics = evaluate(model, chat, envs, config)
         say_before(config, metrics, time.perf_counter() - clock)
-    for step in tqdm(range(done + 1, config.steps + 1), config.method, unit="step"):
+    for step in tqdm(range(done + 1, config.steps + 1), config.method):
         # Play: the tasks of this step, each by a group of episodes.
         clock = [time.perf_counter()]
         rng = np.random.default_rng([2, config.seed, step])
@@ -896,11 +896,10 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
         clock.append(time.perf_counter())
 
         # Look: the held-out panel, the log, a checkpoint.
-        last = step == config.steps
+        last, result = step == config.steps, {}
         if last or (config.eval_every and step % config.eval_every == 0):
             result = evaluate(model, chat, envs, config)
-            metrics |= {f"eval_{name}": value for name, value in result.items()}
-        metrics = log_step(config, step, episodes, metrics, clock)
+        metrics = log_step(config, step, episodes, metrics, result, clock)
         if last or step % config.save_every == 0:
             save_checkpoint(config, model, chat, optimizer, envs[0].bank, step)
     return metrics
@@ -913,7 +912,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
 # Bad input ends here, in one line that names the thing and the fix, before anything is written.
 
 HERE = Path(__file__).resolve().parent
-TINY_FOLDER = HERE / ".assets" / "tiny-policy"
+TINY_FOLDER = HERE / ".assets/tiny-policy"
 CHOICES = {
     "preset": PRESETS,
     "method": METHODS,
@@ -972,7 +971,8 @@ def make_envs(config, skill_bank=SkillBank):
     options = {"data": config.env_data, "url": config.search_url, "max_turns": config.max_turns}
     options = {name: value for name, value in options.items() if value}
     envs = [make_env(config.env, **options) for _ in range(config.rollout_batch)]
-    envs[0].tasks("train")  # there are none? say so now
+    for split in ("train", config.eval_split):
+        envs[0].tasks(split)  # there are none? say so now
     skills = load_skills(config.skills) if config.skills else envs[0].skills
     fine = skills or config.distil == "none"
     require(fine, f"{config.env} has no skills, so there is no teacher: --skills FILE, or grpo")
@@ -1007,20 +1007,23 @@ def load_policy(config):
         ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
+        require(chat.encode("go"), "its tokenizer knows no words")
+        context = getattr(model.config, "max_position_embeddings", 0)
+        require(context, "its config does not say how long its context is")
 
     if config.gradient_checkpointing:
-        name = "activation_checkpointing_enable"  # transformers 5.24 renamed it
-        name = name if hasattr(model, name) else "gradient_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
-    size = model.num_parameters()
-    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {config.device}")
-    return model.to(config.device).eval(), chat
+        renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
+        enable = renamed or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    size, device = model.num_parameters(), config.device
+    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {device}")
+    return model.to(device).eval(), chat
 
 
 @lru_cache
 def load_kernel(dtype):
     """The CUDA kernel for logits of a dtype, or None where it cannot be compiled."""
-    sys.path.append(str(HERE / ".lab" / "kernel"))
+    sys.path.append(str(HERE / ".lab/kernel"))
     with naming("--kernel comes with the repository, in its folder .lab", UserError):
         from kernel import row_logprobs
 
@@ -1043,7 +1046,7 @@ def load_checkpoint(config, model, optimizer, bank):
     """Steps that are done: 0, or with --resume those of the run's last state, which goes into
     model, optimizer, bank and log. Later steps are played again. UserError if the folder holds
     something that may not go."""
-    if config.steps == 0:
+    if not config.steps:
         return 0
     folder = Path(config.out)
     log, path = folder / "metrics.jsonl", folder / "state.pt"
@@ -1083,17 +1086,18 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
     }
     model.save_pretrained(folder / "checkpoint")
     chat.tokenizer.save_pretrained(folder / "checkpoint")
-    (folder / "config.json").write_text(json.dumps(vars(config), indent=1), "utf-8")
+    (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
     torch.save(state, folder / "state.new")  # at last: what is not whole is written again
     os.replace(folder / "state.new", folder / "state.pt")
 
 
-def log_step(config, step, episodes, metrics, clock):
+def log_step(config, step, episodes, metrics, result, clock):
     """Append a line to metrics.jsonl. Returns it.
 
-    clock: seconds at the start, and after rollout, scoring and update. Rates and means are over all
-    episodes or tokens of the step. flat_groups is the share of groups whose episodes all have the
-    same reward: there every advantage is 0, and GRPO learns nothing."""
+    result: what evaluate returned, if it was called. clock: seconds at the start, and after
+    rollout, scoring and update. Rates and means are over all episodes or tokens of the step.
+    flat_groups is the share of groups whose episodes all have the same reward: there every
+    advantage is 0, and GRPO learns nothing."""
     rows = [(e.won, e.reward, e.turns, e.invalid, len(e.logprobs)) for e in episodes]
     success, reward, turns, invalid, tokens = np.mean(rows, 0).tolist()
     flat = []
@@ -1113,14 +1117,15 @@ def log_step(config, step, episodes, metrics, clock):
         "seconds_update": seconds[2],
         "tokens_per_second": tokens * len(rows) / sum(seconds),
         **metrics,
+        **{f"eval_{name}": value for name, value in result.items()},
     }
     folder = Path(config.out)
     if step == 1:  # of a run that is replaced nothing may be resumed
         (folder / "state.pt").unlink(missing_ok=True)
     with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
-    if "eval_success" in line:
-        say_success(f"step {step}", line, "eval_")
+    if result:
+        say_success(f"step {step}", result)
     return line
 
 
@@ -1133,27 +1138,27 @@ def wilson(wins, n, z=1.96):
     return max(0.0, middle - half), middle + half
 
 
-def say_success(title, result, prefix=""):
-    """Print what evaluate returned, with 95 % intervals. prefix: of its keys in a log."""
-    n = result[prefix + "episodes"]
+def say_success(title, result):
+    """Print what evaluate returned, with 95 % intervals."""
+    n = result["episodes"]
     for name, reader in (("success", "alone"), ("success_skill", "with the skill")):
-        share = result[prefix + name]
-        low, high = wilson(share * n, n)
-        tqdm.write(f"{title}, {reader}: won {share:.3f} of {n} [{low:.2f}, {high:.2f}]")
+        low, high = wilson(result[name] * n, n)
+        tqdm.write(f"{title}, {reader}: won {result[name]:.3f} of {n} [{low:.2f}, {high:.2f}]")
 
 
-def say_before(config, before, seconds):
+def say_before(config, result, seconds):
     """Say what the evaluation before training, which took so many seconds, tells of the run."""
-    say_success("before", before)
-    an_episode = seconds / before["episodes"] / 2
+    say_success("before", result)
+    alone, valid = result["success"], result["valid"]
+    an_episode = seconds / result["episodes"] / 2
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
     tqdm.write(
-        f"{before['valid']:.0%} of the answers are valid; {an_episode:.2g} s an episode, some "
-        f"{hours:.2g} hours to play {config.steps} steps, and as long again to learn"
+        f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode, some {hours:.2g} "
+        f"hours to play {config.steps} steps, and as long again to learn"
     )
-    taught, alone = config.distil != "none", before["success"]
-    helps = before["success_skill"] > alone and (taught or config.skilled)
-    if before["valid"] < 0.5:
+    taught = config.distil != "none"
+    helps = result["success_skill"] > alone and (taught or config.skilled)
+    if valid < 0.5:
         tqdm.write(
             "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
         )

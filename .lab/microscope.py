@@ -23,7 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "experiments")]
+import variants  # noqa: F401  a run may have one of its gates
+
 import sdar
 from envs import UserError, naming, require
 

@@ -47,7 +47,7 @@ def faulty_server(kind):
             self.wfile.write(body.encode())
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{fault.get('port', server.server_port)}/retrieve", requests
         server.shutdown()
 

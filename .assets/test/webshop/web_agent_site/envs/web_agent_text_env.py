@@ -26,6 +26,7 @@ class WebAgentTextEnv:
 
     def reset(self, session=None):
         self.session = self.prefix + str(session)
+        self.red = False
         self.server.pages[self.session] = (
             "start"  # without prefixes environments on one goal would share it
         )
@@ -38,6 +39,7 @@ class WebAgentTextEnv:
         if action[:8] in ("search[<", "search[c"):
             raise TypeError("unhashable")
         done = action == "click[buy now]" and self.server.pages[self.session] == "item"
+        self.red |= "red" in action
         clicked = action[6:-1] in self.get_available_actions()["clickables"]
         next_page = (
             "results"
@@ -47,7 +49,7 @@ class WebAgentTextEnv:
             else self.server.pages[self.session]
         )
         self.server.pages[self.session] = next_page
-        return self.text(), 1.0 if done else 0, done, None
+        return self.text(), done * (1.0 if self.red else 0.5), done, None
 
     def get_available_actions(self):
         page = self.server.pages[self.session]
