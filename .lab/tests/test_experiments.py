@@ -418,7 +418,7 @@ CIRCLES = """
 most => invalid choice: 'most'
 first --method grpo => --method grpo: it has no gate
 first --gate none => --gate none: gate brings its own
-first --env search --env-data DATA --eval-split train => --env search: circles.py knows the places of the toy alone
+first --env search --env-data DATA --eval-split train => knows the places of the toy alone
 """
 
 

@@ -88,7 +88,8 @@ def test_killed_at_any_moment_a_run_resumes_exactly(tmp_path):
     rng, kills, begun = random.Random(7), int(os.environ.get("SDAR_FAULTS", 3)), time.monotonic()
     config = small(tmp_path, "whole", **KILLED)
     start_process(sdar.train, config).join()
-    seconds, folder = time.monotonic() - begun, tmp_path / "0"
+    seconds, runs = time.monotonic() - begun, count()
+    folder = tmp_path / str(next(runs))
     while True:
         config = small(tmp_path, folder.name, resume=True, **KILLED)
         process = start_process(sdar.train, config)
@@ -102,7 +103,7 @@ def test_killed_at_any_moment_a_run_resumes_exactly(tmp_path):
             assert weights(folder) == weights(tmp_path / "whole")
             if kills <= 0:
                 break
-            folder = tmp_path / str(kills)
+            folder = tmp_path / str(next(runs))
         assert process.exitcode in (0, -signal.SIGKILL)
 
 
