@@ -351,11 +351,16 @@ class Sampler:
     def __init__(self, model, temperature):
         from transformers import DynamicCache  # imported here, since it takes seconds
 
+        class Cache(DynamicCache):
+            """Autocast would leave the keys in float32, at twice the memory of the values."""
+
+            def update(self, keys, values, *more, **named):
+                return super().update(keys.to(values.dtype), values, *more, **named)
+
         self.model = model
         self.temperature = max(temperature, 1e-4)  # 0: greedy
-        names = inspect.signature(model.forward).parameters  # transformers 5.24 renamed one
-        name = "cache" if "cache" in names else "past_key_values"
-        self.cache = {name: DynamicCache(config=model.config)}
+        renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
+        self.cache = {"cache" if renamed else "past_key_values": Cache(config=model.config)}
         self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
 
     def feed(self, episodes):
@@ -406,7 +411,7 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
     """
     episodes = []
-    progress = tqdm(desc="playing", total=len(starts), delay=2, leave=False)
+    progress = tqdm(desc="playing", delay=2, leave=False)
     for first in range(0, len(starts), len(envs)):
         now = starts[first : first + len(envs)]
         resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, now)]
@@ -421,11 +426,10 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
             responses = answer(sampler, chat, playing, config)
             act(chat, playing, responses, model.config.max_position_embeddings, config)
             rows = [row for row, episode in enumerate(playing) if episode.running]
-            progress.update(len(playing) - len(rows))
+            progress.update(len(responses))
             playing = [playing[row] for row in rows]
             if playing:
                 sampler.keep(rows)
-    progress.close()
     return episodes
 
 

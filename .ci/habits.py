@@ -123,4 +123,4 @@ if __name__ == "__main__":
             wrong.append(f"{path} checks by an assert")
         if strange:
             wrong.append(f"{path} replaces {', '.join(strange)}")
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or 0)
