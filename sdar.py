@@ -228,9 +228,10 @@ class Chat:
         expected = marks[1:] if self.plain else marks  # the tiny policy has no system message
         require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
 
-        # begin[0] SYSTEM begin[1] FIRST after ANSWER between NEXT after ANSWER between NEXT after
-        # In Qwen2.5's template between is "<|im_end|>\n<|im_start|>user\n", and after the same with
-        # assistant. The last after is the one to answer behind: Qwen3's has an empty thought in it.
+        # The frames: before the system message, before the first observation, after an observation,
+        # between an answer and the next observation, after that, and so on. In Qwen2.5's template
+        # between is "<|im_end|>\n<|im_start|>user\n", and after the same with assistant. The last
+        # after is the one to answer behind: Qwen3's has an empty thought in it.
         frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         alike = (after, self._between) == (after_2, between_2)
@@ -316,16 +317,16 @@ class Episode:
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
-# that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. Its
-# columns, when two conversations have prompts of five and three ids, answer "a b e" and "e" (e: the
-# end of turn), and then read observations of three and two ids:
+# that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. An
+# id is read one pass after it was sampled, and the last one of an answer with the next observation.
+# Here two conversations have prompts of five and three ids. They answer "a b e" and "e" (e: the end
+# of turn), and then read observations of three and two ids. These are the columns of the cache:
 #
 #              prompts     answers   turn 2
 #     row 1    p p p p p   a b       e o o o
 #     row 2    . . p p p   e .       . . o o
 #
 # A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
-# Row 1's e, the last id that was sampled, is read when the next observation is.
 
 
 def padded(rows, device="cpu", side="right"):
@@ -352,7 +353,7 @@ class Sampler:
         from transformers import DynamicCache  # imported here, since it takes seconds
 
         class Cache(DynamicCache):
-            """Autocast would leave the keys in float32, at twice the memory of the values."""
+            """Keeps keys in the values' dtype: autocast leaves them in float32."""
 
             def update(self, keys, values, *more, **named):
                 return super().update(keys.to(values.dtype), values, *more, **named)
@@ -660,10 +661,13 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
 
     The gradient goes through the student alone. On a token it is -g_t grad log pi: every sampled
     token is pushed up, harder where the teacher agrees. What is the same for all tokens cancels on
-    average, since on policy E[grad log pi] = 0. A constant gate therefore teaches nothing, and of
-    sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2) the second half is left: the expected gradient
-    is -1/2 E[tanh(beta gap / 2) grad log pi]. An episode without a skill has gap 0 and so a gate of
-    1/2 on all of its tokens, which is such a constant: noise, and no teaching."""
+    average, since on policy E[grad log pi] = 0: a constant gate teaches nothing. Of the gap's gate
+
+        sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
+
+    only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. An episode
+    without a skill has gap 0 when the step starts, and so a gate of 1/2 on all of its tokens, which
+    is such a constant: noise, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
@@ -694,8 +698,8 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 #
 # Four policies meet here. The one that sampled: its log-probs (old) are fixed for the step. The
 # student: it starts the step as that policy and moves with every optimiser step. The teacher: it is
-# scored once, before the first optimiser step, so its weights are those of the start of the step.
-# The start policy: the KL pulls to it.
+# scored once, before the first optimiser step, so a live teacher has the weights of the start of
+# the step, and a frozen one those of the start of the run. The start policy: the KL pulls to it.
 #
 # An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
 # rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
@@ -707,8 +711,8 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     """All that the update compares the moving student with: {name: a value for each sampled token
     (N,)}, from before the step's first optimiser step.
 
-    old: log-probs of the policy that sampled; ref: of the start policy; teacher: of the teacher,
-    who reads the skill; advantages."""
+    old: log-probs of the policy that sampled; ref: of the start policy, if the KL counts; teacher:
+    of the teacher, who reads the skill, if there is one; advantages."""
     # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
     # weights and not two ways of computing. And it is a check: a shift by one, a text that was
     # tokenised again, another temperature would show in no curve. Weights that an earlier step has
@@ -775,8 +779,8 @@ def objective(model, episodes, tokens, config):
 
 
 def update(model, optimizer, episodes, batch, config, rng, objective=objective):
-    """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics, means
-    over all tokens of the step.
+    """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics: means
+    over all tokens of the step, and of grad_norm over the optimiser steps.
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
     and PPO's clip does nothing. From the second one on it has moved. The ratio corrects for that,
@@ -816,8 +820,8 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) -------------
 #
 # Held-out tasks are played without the skill: that is what counts. They are played with it, too:
-# that is how good the teacher is, and if it is no better than the student there is nothing to learn
-# from it.
+# that is how good a live teacher is, and if it is no better than the student there is nothing to
+# learn from it.
 
 
 def evaluate(model, chat, envs, config):
@@ -825,8 +829,8 @@ def evaluate(model, chat, envs, config):
 
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of valid answers of those without."""
-    # The panel, and what is sampled on it, is the same at every call, and for every run: two runs
-    # differ in their policies alone. The 64 only keeps the numbers of older results.
+    # The panel, and the random numbers it is played with, are the same at every call, and for every
+    # run: two runs differ in their policies alone. The 64 only keeps the numbers of older results.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
