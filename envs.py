@@ -644,6 +644,7 @@ class WebShopEnv(TextEnv):
             sys.path.append(root)
         before = random.getstate()
         with naming(f"WebShop does not start from {root}: see .lab/ENVIRONMENTS.md"):
+            require(Path(root, "web_agent_site").is_dir(), "it is no checkout of WebShop's code")
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
