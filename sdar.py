@@ -242,8 +242,8 @@ class Chat:
         self.end_id = self._between[0]
         self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
-        fine = self.end_id in self._added.values()
-        require(fine, "its chat template closes a turn with no control token")
+        message = "its chat template closes a turn with no control token"
+        require(self.end_id in self._added.values(), message)
 
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
@@ -877,7 +877,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
     start = copy.deepcopy(model)  # the KL pulls to it
     teacher = start if config.teacher == "frozen" else model
-    room = model.config.max_position_embeddings
+    room = getattr(model.config, "max_position_embeddings", 0)
     message = f"--max-turns x --max-new-tokens do not fit the model's context of {room}"
     require(envs[0].max_turns * config.max_new_tokens < room, message)
 
@@ -1016,8 +1016,6 @@ def load_policy(config):
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         require(chat.encode("go"), "its tokenizer knows no words")
-        context = getattr(model.config, "max_position_embeddings", 0)
-        require(context, "its config does not say how long its context is")
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
