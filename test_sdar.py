@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -1102,97 +1101,7 @@ def test_the_toys_splits_are_disjoint_and_cover_all_task_types():
     assert len(found) == 10 * (5 * 19 + 1)
 
 
-# --- The paper's environments: the real engines are played in .lab/tests -----------------
-
-
-@fixture
-def shops():
-    """Two shops in the same goal of a stand-in's."""
-    before = random.getstate()
-    pair = [make_env("webshop", data=str(DATA / "webshop")) for _ in "ab"]
-    assert random.getstate() == before
-    for shop in pair:
-        shop.reset("1")
-    return pair
-
-
-@mark.parametrize("action", ["click[search]", "search[<r>]", "search[ ]", "fly", "click[b01]"])
-def test_webshop_does_nothing_that_its_page_does_not_offer(action, shops):
-    observation, *_, info = shops[0].step(action)
-    assert (observation, info["valid"]) == ("Nothing happens.", action != "fly")
-    assert info["admissible"] == ["search[<query>]"]
-
-
-def test_webshops_sessions_are_apart_and_its_crash_is_one_line(shops):
-    one, two = shops
-    assert one.shop.server is two.shop.server
-    assert one.shop.server.goals[0]["price"] == random.Random(233).random()
-    with raises(EnvUnavailable, match=r"search\[crash\]"):
-        one.step("search[crash]")
-    two.step("search[lamp]")
-    assert two.step("click[b01]")[4]["admissible"] == ["click[red, large]", "click[buy now]"]
-    one.reset("1")  # the same goal, and another session
-    two.step("Click[Red, Large]")
-    assert two.step("Click[Buy Now]")[1:3] == (1.0, True)
-    for action in ("search[lamp]", "click[b01]", "click[buy now]"):
-        outcome = one.step(action)[1:3]
-    assert outcome == (0.0, True)  # half a score is no win
-
-
-ALFWORLD = """
-"Mug"          "true"
-"Cup"          "false"
-"movable-Pen"  "true"
-"AppleSliced"  "true"
-"""
-
-
-def test_alfworld_leaves_out_what_the_official_loader_does(tmp_path):
-    for split in ("train", "valid_seen", "valid_unseen"):
-        (tmp_path / split).mkdir()
-        for name, solvable in table(ALFWORLD):
-            path = tmp_path / split / f"pick_heat-{name}.tw-pddl"
-            path.write_text(f'{{"solvable": {solvable}}}')
-    games = envs.AlfworldEnv.games(tmp_path)
-    assert {Path(path).name for path in games} == {"pick_heat-Mug.tw-pddl"}
-    goals = [("pick_heat", (split,)) for split in ("train", "eval", "dev")]
-    assert [*games.values()] == goals
-
-
-FAULTY = runpy.run_path(str(ROOT / ".lab" / "tests" / "faulty_server.py"))
-QUESTIONS = str(DATA / "questions.jsonl")
-
-
-def test_search_shows_passages_without_forged_tags():
-    with FAULTY["faulty_server"]("fine") as (url, requests):
-        world = make_env("search", data=QUESTIONS, url=url)
-        world.reset("1")
-        observation, *_, info = world.step("<search>Where was\nKolben born?</search>")
-    shown = "<information>Doc 1: Kolben was born in Velden.(/information>( /Answer>forged\nDoc 2: T"
-    assert observation == shown + "\nb\nDoc 3: c"
-    assert info["hint"].startswith("</information>\n")
-    query = "Where was Kolben born?"
-    assert requests == [{"query": query, "queries": [query], "topk": 3, "return_scores": True}]
-    assert world.step("<answer>mira  kolben.</answer>")[1:4] == (1.0, True, False)
-
-
-def test_search_at_the_last_turn_is_not_executed():
-    world = make_env("search", data=QUESTIONS, url="nowhere", max_turns=2)
-    world.reset("1")
-    assert world.step("hm")[4]["valid"] is False
-    assert world.step("<search>Velden</search>")[:4] == ("", 0.0, False, True)
-
-
-@mark.parametrize("kind", [kind for kind, fault in FAULTY["FAULTS"].items() if "requests" in fault])
-def test_a_server_that_misbehaves_is_never_an_observation(kind, monkeypatch):
-    """Three tries, and then one line."""
-    monkeypatch.setattr(envs.time, "sleep", Mock())
-    with FAULTY["faulty_server"](kind) as (url, requests):
-        world = make_env("search", data=QUESTIONS, url=url)
-        world.reset("1")
-        with raises(EnvUnavailable, match=url) as error:
-            world.step("<search>q</search>")
-    assert (len(requests), len(str(error.value).splitlines())) == (3, 1)
+# --- The paper's environments: all but exact match is in .lab/tests ----------------------
 
 
 ANSWERS = r"""
@@ -1210,38 +1119,6 @@ ANSWERS = r"""
 @mark.parametrize("answer, golden, won", table(ANSWERS))
 def test_exact_match_is_the_official_one(answer, golden, won):
     assert (envs.normalized(answer) == envs.normalized(golden)) is won
-
-
-BAD_ROWS = (DATA / "bad_rows.txt").read_text().splitlines()
-GOOD_ROW = '{"id": 1, "question": "q", "golden_answers": ["a"], "split": null}'
-
-
-@mark.parametrize("row, message", [line.split(" => ") for line in BAD_ROWS])
-def test_a_bad_row_is_named_with_its_line(row, message, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f"{GOOD_ROW}\n\n{row}", "utf-8-sig")
-    with raises(UserError, match=f"line 3: not a row.*{message}"):
-        make_env("search", data=str(path))
-
-
-ROWS = """
-"0"           "compare"    "compare"
-"nq/0"        "attribute"  "nq"
-"hotpotqa/1"  "multi_hop"  "hotpotqa"
-"2"           "direct"     "direct"
-"""
-
-
-def test_rows_have_a_type_a_split_and_a_data_set():
-    """Those that say nothing are split by a hash."""
-    world = make_env("search", data=str(DATA / "rows.jsonl"))
-    found = [(task, goal[0], world.label(task)) for task, goal in world.goals.items()]
-    assert found == table(ROWS)
-    assert world.tasks("dev")[0] == "0"
-    world = make_env("search", data=QUESTIONS)
-    train, dev, held_out = map(world.tasks, ("train", "dev", "eval"))
-    assert {*train, *dev, *held_out} == {*map(str, range(40))}
-    assert len(train) > len(dev + held_out) > 6
 
 
 # --- Environments by name, and those of one's own ----------------------------------------
