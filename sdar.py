@@ -825,7 +825,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
 
 def evaluate(model, chat, envs, config):
-    """Play the panel without and with the skill in the prompt, each task once.
+    """Play the panel without and with the skill in the prompt, one try an episode.
 
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of valid answers of those without."""
