@@ -52,7 +52,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -246,6 +246,12 @@ class TextEnv:
         truncated = not terminated and self.turns >= self.max_turns
         return observation, float(terminated and info["won"]), terminated, truncated, info
 
+    def step_all(self, envs, actions):
+        """Play an action in each of many environments of this kind. Returns a list of what step
+        returns."""
+        steps = [partial(env.step, action) for env, action in zip(envs, actions)]
+        return call_all(steps, self.slow)
+
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
         in any case; of the tiny policy, which writes no tags, a text of one line."""
@@ -284,10 +290,16 @@ class TextEnv:
         self.listed = admissible
         hint += f"\nTurn {self.turns + 1} of {self.max_turns}. {self.reminder}"
 
-        won, valid = bool(state.get("won")), bool(state.get("valid", True))
-        info = {"task": self.task, "task_type": self.kind, "won": won, "valid": valid}
-        info |= {"over": bool(state.get("over", won)), "hint": hint, "admissible": admissible}
-        return observation[: self.longest], info
+        won = bool(state.get("won"))
+        return observation[: self.longest], {
+            "task": self.task,
+            "task_type": self.kind,
+            "won": won,
+            "over": bool(state.get("over", won)),
+            "valid": bool(state.get("valid", True)),
+            "admissible": admissible,
+            "hint": hint,
+        }
 
 
 # --- The toy household: ALFWorld's spirit and wording, small enough for a CPU -------------
@@ -528,8 +540,8 @@ def is_a(text, start):
 # .assets/environments.json.
 
 
-# ALFWorld's engine is slow, and not safe in threads: a process a core plays it.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# ALFWorld's engine is slow, and not safe in threads: some processes play it.
+CORES = min(8, os.cpu_count())
 GAMES = {}  # in such a process, {number of an environment: its game}
 
 
@@ -642,9 +654,7 @@ class WebShopEnv(TextEnv):
         root = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(no checkout named)"))
         if root not in sys.path:
             sys.path.append(root)
-        before = random.getstate()
         with naming(f"WebShop does not start from {root}: see .lab/ENVIRONMENTS.md"):
-            require(Path(root, "web_agent_site").is_dir(), "it is no checkout of WebShop's code")
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
@@ -654,7 +664,6 @@ class WebShopEnv(TextEnv):
                 server=self.first[root].shop.server if root in self.first else None,
                 session_prefix=f"{id(self)}-",  # else equal goals share a session
             )
-        random.setstate(before)
         self.first.setdefault(root, self)
 
         goals = self.shop.server.goals
@@ -710,7 +719,6 @@ class SearchEnv(TextEnv):
 
     name = "search"
     default_turns = 4
-    slow = True
     closing_tags = ("</search>", "</answer>")
     TYPES = {  # {task type: words in a question that tell it}, the first that fits
         "compare": r"\b(both|same|older|younger|earlier|later|first|more|larger|longer|higher)\b"
@@ -733,8 +741,7 @@ class SearchEnv(TextEnv):
     def questions(cls, file):
         """{task id: (task type, (split,), question, golden answers, data set or "")} of a file."""
         goals = {}
-        with naming(f"{file} cannot be read"):
-            lines = Path(file).read_text("utf-8-sig").split("\n")
+        lines = Path(file).read_text("utf-8-sig").split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -767,8 +774,18 @@ class SearchEnv(TextEnv):
         tag = found[1].lower()
         return f"<{tag}>{text}</{tag}>", True
 
+    def step_all(self, envs, actions):
+        """As in TextEnv, with one request for all queries of the turn."""
+        queries = re.findall("<search>(.*)</search>", "\n".join(actions))
+        if queries and self.turns + 1 < self.max_turns:
+            found = ask(self.url, *queries)
+            for env in envs:
+                env.found = found
+        return super().step_all(envs, actions)
+
     def _reset(self, task, seed):
         self.task, self.golden = self.goals[task][2:4]
+        self.found = {}  # {query: its passages}
         return self.task, {}
 
     def _step(self, action):
@@ -781,7 +798,9 @@ class SearchEnv(TextEnv):
             return "", {"won": won, "over": True}
         if self.turns >= self.max_turns:
             return "", {}
-        passages = [f"Doc {i}: {text}" for i, text in enumerate(ask(self.url, text), 1)]
+        if text not in self.found:
+            self.found = ask(self.url, text)
+        passages = [f"Doc {i}: {text}" for i, text in enumerate(self.found[text], 1)]
         found = self.TAG.sub("(", "\n".join(passages)) or "nothing found"  # no forged tags
         return f"<information>{found}", {"tail": "</information>"}
 
@@ -794,34 +813,45 @@ def normalized(text):
     return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
 
 
-def ask(url, query, topk=3):
-    """Passages for a query from a retrieval server (Search-R1's), a list of str, best first. Three
-    tries, then EnvUnavailable with what came back."""
+ASKING = threading.Semaphore(4)  # requests at once: a retriever may answer one after the other
+
+
+def ask(url, *queries):
+    """{query: passages, a list of str, best first} from a retrieval server (Search-R1's), in one
+    request where it takes a list. Three tries, then EnvUnavailable with what came back."""
     from urllib.request import Request, urlopen
 
-    body = {"query": query, "queries": [query], "topk": topk, "return_scores": True}
-    headers = {"Content-Type": "application/json"}
+    # Search-R1's server reads `queries`, SDAR's `query`. The time limit grows with what is asked.
+    body = {"query": queries[0], "queries": queries, "topk": 3, "return_scores": True}
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     for pause in (1, 5, None):
         try:
-            request = Request(url, json.dumps(body).encode(), headers)
-            with urlopen(request, timeout=30) as response:
-                found = json.load(response)["result"][0]
-            passages = []
-            for row in found:
-                document = row.get("document", row)
-                text = document.get("contents") or f"{document['title']}\n{document['text']}"
-                require(isinstance(text, str), "a passage that is no text")
-                padding = row.get("score", 0) < -1e30  # of an index that found too little
-                if not padding and text not in passages:
-                    passages.append(text)
-            return passages[:topk]
+            with ASKING, urlopen(request, timeout=20 + 10 * len(queries)) as response:
+                found = [passages(rows) for rows in json.load(response)["result"]]
+            require(found, "no result")
+            break
         except Exception as error:  # no connection, a status, half an answer, another shape
             if pause is None:
-                hint = "`python .lab/search_server.py CORPUS.jsonl` starts a server"
-                raise EnvUnavailable(
-                    f"no search results from {url} ({error!r:.200}); {hint}"
-                ) from error
+                message = f"no search results from {url} ({error!r:.200}); .lab/search_server.py "
+                raise EnvUnavailable(message + "CORPUS.jsonl starts a server") from error
             time.sleep(pause)
+    if len(found) == len(queries):
+        return dict(zip(queries, found))
+    one_by_one = call_all([partial(ask, url, query) for query in queries], in_threads=True)
+    return {query: texts for one in one_by_one for query, texts in one.items()}
+
+
+def passages(rows):
+    """At most three texts out of a server's rows for a query."""
+    texts = []
+    for row in rows:
+        document = row.get("document", row)
+        text = document.get("contents") or f"{document['title']}\n{document['text']}"
+        require(isinstance(text, str), "a passage that is no text")
+        padding = row.get("score", 0) < -1e30  # of an index that found too little
+        if not padding and text not in texts:
+            texts.append(text)
+    return texts[:3]
 
 
 # --- Environments by name ----------------------------------------------------------------

@@ -60,10 +60,15 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
+
+# Threads that wait must sleep: on cores that do something else, busy waiting takes several times as
+# long. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -142,7 +147,7 @@ class Config:
     save_every: int = 10  # steps between checkpoints
 
     # the machine: what changes memory and speed, and results by rounding alone
-    device: str = ""  # cpu or cuda; empty: cuda if there is one, for any model but tiny
+    device: str = ""  # cpu, cuda or mps; empty: cuda if there is one, for any model but tiny
     dtype: str = "float32"  # of forward passes: float32 or bfloat16; paper: bfloat16
     micro_batch: int = 32  # episodes in one scoring or training pass; paper: 4
     rollout_batch: int = 64  # episodes played at once
@@ -219,14 +224,20 @@ class Chat:
         self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
         self.plain = tokenizer.init_kwargs.get("whole_words", False)  # the tiny policy's tokenizer
         roles = "system user assistant user assistant user".split()
-        marks = "SYSTEMTEXT FIRSTTEXT ANSWERTEXT NEXTTEXT ANSWERTEXT NEXTTEXT".split()
+        # Marks are more than letters: a template that escapes or folds a text is no frame.
+        marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            date_string="26 Jul 2024",  # else Llama 3.2 reads another prompt every day
         )
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
         expected = marks[1:] if self.plain else marks  # the tiny policy has no system message
-        require(parts[1::2] == expected, "its chat template moves, repeats or drops a message")
+        message = "its chat template moves, repeats or drops a message, or changes its text"
+        require(parts[1::2] == expected, message)
 
         # The frames: before the system message, before the first observation, after an observation,
         # between an answer and the next observation, after that, and so on. In Qwen2.5's template
@@ -236,7 +247,8 @@ class Chat:
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         alike = (after, self._between) == (after_2, between_2)
         alike = alike and self._after[: len(after)] == after
-        require(alike, "its chat template frames a second turn otherwise than the first")
+        message = "its chat template frames a second turn otherwise than the first, or a request"
+        require(alike, message)
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
@@ -501,14 +513,14 @@ def has_answered(chat, episode):
 def act(chat, episodes, responses, context, config):
     """The environments read an action out of each response and reply. The reply becomes the next
     prompt. An episode that would fill the model's context ends."""
-    actions = [episode.env.parse(text) for episode, text in zip(episodes, responses)]
-    steps = [partial(e.env.step, action) for e, (action, _) in zip(episodes, actions)]
-    results = call_all(steps, episodes[0].env.slow)
+    envs = [episode.env for episode in episodes]
+    actions, readable = zip(*[env.parse(text) for env, text in zip(envs, responses)])
+    results = envs[0].step_all(envs, actions)
 
-    for episode, (_, readable), result in zip(episodes, actions, results):
+    for episode, could_read, result in zip(episodes, readable, results):
         observation, reward, terminated, truncated, info = result
         episode.turns += 1
-        episode.invalid += not (readable and info["valid"])
+        episode.invalid += not (could_read and info["valid"])
         episode.reward += reward
         episode.won = info["won"]
 
@@ -924,7 +936,7 @@ TINY_FOLDER = HERE / ".assets/tiny-policy"
 CHOICES = {
     "preset": PRESETS,
     "method": METHODS,
-    "device": ("cpu", "cuda"),
+    "device": ("cpu", "cuda", "mps"),
     "dtype": DRIFT,
     "distil": ("gate", "skill_sd", "rlsd", "none"),
     "gate": GATES,
@@ -968,10 +980,10 @@ def check_config(config):
         require(config.policy_coef, "--policy-coef 0 without a teacher: nothing is learned")
     else:
         require(not config.skilled, "--skilled: the teacher would read what the student reads")
-    if config.device == "cuda":
-        require(torch.cuda.is_available(), "--device cuda: there is no CUDA device here")
-    else:
-        require(not config.kernel, "--kernel is for CUDA: it needs --device cuda")
+    there = getattr(torch, config.device).is_available()
+    require(there, f"--device: there is no {config.device.upper()} device here")
+    may_compile = config.device == "cuda" or not config.kernel
+    require(may_compile, "--kernel is for CUDA: it needs --device cuda")
 
 
 def make_envs(config, skill_bank=SkillBank):
@@ -1069,8 +1081,9 @@ def load_checkpoint(config, model, optimizer, bank):
         require(step < config.steps, f"all of its {step} steps are done, raise --steps")
         for name, value in vars(config).items():
             was = state["config"].get(name)
-            same = value == was or name in MAY_DIFFER
-            require(same, f"{flag(name)} was {was!r}, now it is {value!r}")
+            same = os.path.realpath(f"{value}") == os.path.realpath(f"{was}")  # as paths
+            message = f"{flag(name)} was {was!r}, now it is {value!r}"
+            require(same or name in MAY_DIFFER, message)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         bank.arms = state["arms"]
@@ -1232,6 +1245,12 @@ def run(command):
         return command() or 0
     except (UserError, OSError) as error:
         message, code = error, 2
+    except torch.OutOfMemoryError as error:
+        calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
+        learning = "learning: --gradient-checkpointing, then a lower --micro-batch"
+        playing = "playing: a lower --rollout-batch, then a lower --max-new-tokens"
+        stage = playing if "rollout" in calls else learning
+        message, code = f"out of memory while {stage}; or a smaller --model", 2
     except KeyboardInterrupt:
         message, code = "stopped; a run that trains goes on with --resume", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -731,7 +731,8 @@ def refused(capsys, *flags):
 @mark.parametrize("flags, message", [line.split(" => ") for line in BAD_INPUT])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(shutil.copytree(DATA / "folders", tmp_path, dirs_exist_ok=True))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in (torch.cuda, torch.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
     monkeypatch.setattr(sdar, "evaluate", None)  # said before anything is played
     assert message in refused(capsys, *flags.split())
 
@@ -803,12 +804,15 @@ start = time.process_time()
 import envs
 assert time.process_time() - start < 0.3
 assert not {'numpy', 'torch', 'textworld', 'argparse', 'web_agent_site'} & {*sys.modules}
-import sdar
-assert 'transformers' not in sys.modules"""
+import os, sdar
+assert 'transformers' not in sys.modules
+assert os.environ["OMP_WAIT_POLICY"] == "passive" """
 
 
 def test_imports_are_quick_and_do_nothing():
-    done = subprocess.run([sys.executable, "-Bc", IMPORTS], cwd=ROOT, capture_output=True)
+    place = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    command = [sys.executable, "-Bc", IMPORTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=place)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -861,6 +865,18 @@ def test_resume_refuses_other_settings(name, value, finished, tmp_path):
         trained(tmp_path, resume=True, **{"steps": 3, name: value})
     rows = trained(tmp_path, resume=True, steps=3, micro_batch=5)[1]
     assert rows[-1]["loss"] == approx(finished[2][-1]["loss"], abs=1e-6)
+
+
+def test_a_path_may_be_written_otherwise_at_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    for name in ("bank.json", "other/bank.json"):
+        Path(name).write_text(json.dumps(envs.HOME.skills()))
+    trained(tmp_path, skills="bank.json", steps=1)
+    trained(tmp_path, skills="./bank.json", steps=2, resume=True)
+    trained(tmp_path, skills=tmp_path / "bank.json", steps=3, resume=True)
+    with raises(UserError, match="--skills was .*bank.json', now it is 'other"):
+        trained(tmp_path, skills="other/bank.json", steps=4, resume=True)
 
 
 def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):
@@ -927,6 +943,25 @@ def test_a_command_trains_and_says_where_to_look(tmp_path, monkeypatch, capsys):
     size = "--steps 1 --tasks-per-step 2 --G 2 --eval-episodes 6 --rollout-batch 8"
     assert main(size.split()) == 0
     assert "microscope.py --run runs/toy-sdar-s0" in capsys.readouterr().out
+
+
+@mark.parametrize(
+    "name, message",
+    [
+        ("objective", "learning.*--gradient-checkpointing"),
+        ("score", "learning.*--micro-batch"),
+        ("", "playing.*--rollout-batch"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_the_flags_that_help(
+    name, message, tmp_path, monkeypatch, capsys
+):
+    full = Mock(side_effect=torch.OutOfMemoryError("Tried to allocate 9.00 GiB"))
+    if not name:
+        monkeypatch.setattr(sdar.Sampler, "feed", full)
+    hooks = {name: full} if name else {}
+    assert sdar.run(lambda: trained(tmp_path, hooks=hooks)) == 2
+    assert re.search(f"(?m): out of memory while {message}.*$", capsys.readouterr().err)
 
 
 @mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError, 2), (UserError, 2)])
