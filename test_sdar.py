@@ -738,8 +738,8 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys,
 
 
 @fixture
-def model(checkpoint, tmp_path, monkeypatch):
-    """A folder that a test may change, below the current one."""
+def model(checkpoint, tiny, tmp_path, monkeypatch):
+    """A folder that a test may change, below the current one. The tiny policy turned bars off."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(checkpoint, "model"))
 
