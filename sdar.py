@@ -91,7 +91,9 @@ PRESETS = {
     "paper": {  # the published run: the default for every model but the tiny one
         "steps": 150,
         "dtype": "bfloat16",
-        "micro_batch": 4,
+        "micro_batch": 2,
+        "rollout_batch": 16,
+        "gradient_checkpointing": True,
         "tasks_per_step": 16,
         "max_new_tokens": 512,
         "lr": 1e-6,
@@ -102,7 +104,8 @@ PRESETS = {
     },
     "small": {  # a language model of 0.1 to 3 billion parameters on the toy, on one card
         "dtype": "bfloat16",
-        "micro_batch": 8,
+        "micro_batch": 4,
+        "gradient_checkpointing": True,
         "max_new_tokens": 64,
         "lr": 5e-6,
         "sdar_coef": 0.1,
@@ -149,9 +152,9 @@ class Config:
     # the machine: what changes memory and speed, and results by rounding alone
     device: str = ""  # cpu, cuda or mps; empty: cuda if there is one, for any model but tiny
     dtype: str = "float32"  # of forward passes: float32 or bfloat16; paper: bfloat16
-    micro_batch: int = 32  # episodes in one scoring or training pass; paper: 4
-    rollout_batch: int = 64  # episodes played at once
-    gradient_checkpointing: bool = False  # compute activations again instead of keeping them
+    micro_batch: int = 32  # episodes in one scoring or training pass; paper: 2
+    rollout_batch: int = 64  # episodes played at once; paper: 16
+    gradient_checkpointing: bool = False  # compute activations again, not keep them; paper: True
     kernel: bool = False  # CUDA kernel for log-probs, compiled at first use
 
     # rollouts
@@ -1233,7 +1236,8 @@ def make_parser(usage="python sdar.py [flags]", **more):
     help = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         names = [flag(f.name), *SYMBOLS.get(f.name, "").split()]
-        kind = {"action": "store_true"} if f.type is bool else {"metavar": "VALUE"}
+        on_off = argparse.BooleanOptionalAction  # --resume, and --no-resume
+        kind = {"action": on_off} if f.type is bool else {"metavar": "VALUE"}
         parser.add_argument(*names, dest=f.name, help=f"{help[f.name]} [{f.default}]", **kind)
     return parser
 
@@ -1250,7 +1254,7 @@ def run(command):
         message, code = error, 2
     except torch.OutOfMemoryError as error:
         calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
-        learning = "learning: --gradient-checkpointing, then a lower --micro-batch"
+        learning = "learning: --gradient-checkpointing if it is off, then a lower --micro-batch"
         playing = "playing: a lower --rollout-batch, then a lower --max-new-tokens"
         stage = playing if "rollout" in calls else learning
         message, code = f"out of memory while {stage}; or a smaller --model", 2
