@@ -547,8 +547,9 @@ GAMES = {}  # in such a process, {number of an environment: its game}
 
 @lru_cache(maxsize=None)
 def game_process(core):
-    """The executor of one core's process."""
-    return ProcessPoolExecutor(1, get_context("fork"), process_begins)
+    """The executor of one core's process. What macOS links does not bear a fork."""
+    kind = "fork" if sys.platform == "linux" else "spawn"
+    return ProcessPoolExecutor(1, get_context(kind), process_begins)
 
 
 def process_begins():

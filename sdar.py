@@ -1021,9 +1021,9 @@ def load_policy(config):
     with naming(f"--model {path} cannot be used", UserError):
         merged = not Path(path, "adapter_config.json").exists()
         require(merged, "merge its LoRA adapter first, peft: merge_and_unload")
-        for file in Path(path).glob("*.safetensors"):
-            whole = file.stat().st_size > 1000
-            require(whole, f"{file.name} is a pointer of git-lfs, not the weights: git lfs pull")
+        for file in Path(path).glob("*.[js]*"):
+            pointer = file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()
+            require(not pointer, f"{file.name} is a pointer of git-lfs, not the file: git lfs pull")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True

@@ -11,8 +11,8 @@ from pathlib import Path
 
 BUDGET = {  # what is counted: how much of it there may be
     "nodes of sdar.py, Part I": 3400,
-    "nodes of sdar.py": 4600,
-    "nodes of envs.py": 3500,
+    "nodes of sdar.py": 4700,  # 4,600, and what busy cores, paths, cards and templates took
+    "nodes of envs.py": 3600,  # 3,500, and one request for the queries of a turn
     "nodes of test_sdar.py": 6500,
     "settings": 42,
     "names of Part II that Part I calls": 8,
@@ -24,7 +24,7 @@ ALLOWED = {
     "cpp_extension.CUDA_HOME": "what _compile_kernel asks for; guarded with it",
     "kernel.compiled": "ours, in .lab/kernel/on_cpu.py",
 }
-MAY_ASSERT = {"graders.py", "oracles.py", "fuzz.py", "pages.py"}
+MAY_ASSERT = {"graders.py", "oracles.py", "fuzz.py", "pages.py", "conftest.py"}
 OURS = {"sdar", "envs", "test_sdar"}
 
 
