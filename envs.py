@@ -185,7 +185,7 @@ def load_skills(file):
 # --- What every environment shares -------------------------------------------------------
 
 # What the real environments tell their players: {environment: attributes of its class}.
-TEXTS = HERE / ".assets" / "environments.json"
+TEXTS = HERE / ".assets/environments.json"
 TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
 
 
@@ -315,7 +315,7 @@ APPLIANCES = {  # {what it does: those of its kind, of which one works}
     "heat": ("microwave 1", "microwave 2", "microwave 3"),
     "cool": ("fridge 1", "fridge 2", "fridge 3"),
 }
-CLASSES = ("apple", "bowl", "bread", "cup", "egg", "mug", "plate", "potato", "spoon", "tomato")
+CLASSES = "apple bowl bread cup egg mug plate potato spoon tomato".split()
 TASK_TEXT = {  # {task type: sentence}
     "put": "put a {object} in {target}",
     "clean": "clean a {object} and put it in {target}",
@@ -849,8 +849,9 @@ def passages(rows):
         document = row.get("document", row)
         text = document.get("contents") or f"{document['title']}\n{document['text']}"
         require(isinstance(text, str), "a passage that is no text")
-        padding = row.get("score", 0) < -1e30  # of an index that found too little
-        if not padding and text not in texts:
+        if row.get("score", 0) < -1e30:  # padding of an index that found too little
+            continue
+        if text not in texts:
             texts.append(text)
     return texts[:3]
 
