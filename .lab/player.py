@@ -7,7 +7,9 @@ python .lab/player.py alfworld --data FOLDER --split dev
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -41,21 +43,41 @@ def main(argv):
 def play(env, task, with_skill):
     """An episode with a person for the policy."""
     observation, info = env.reset(task)
-    print(env.instructions + "\n")
+    say(f"{env.instructions}\nAn empty line lists all actions, and costs no turn.\n")
     if with_skill:
         bank = envs.SkillBank(env.skills)
         for skill in bank.retrieve(info["task"], info["task_type"], 0):
-            print("Skill:", harmless(skill.text))
+            say("Skill: " + skill.text)
     ended = False
     while not ended:
-        print(harmless(observation + info["hint"]))
-        action, readable = env.parse(input("> "))
+        say(observation + info["hint"])
+        while not (line := input("> ").strip()):
+            say(", ".join(info["admissible"]))
+        typed, readable = env.parse(line)
+        action = meant(typed, info["admissible"])
+        if action != typed:
+            say(f"(taken as: {action})")
         observation, _, terminated, truncated, info = env.step(action)
         if not (readable and info["valid"]):
-            print("(an invalid action)")
+            say("(an invalid action)")
         ended = terminated or truncated
-    print(harmless(observation))
+    say(f"{observation}\nafter {env.turns} of {env.max_turns} turns:")
     print("won" if info["won"] else "not won")
+
+
+def meant(action, admissible):
+    """The admissible action that is typed with "in" or "on" for "in/on"; else what is typed."""
+    for known in admissible:
+        if action.lower() in (known.replace("in/on", "in"), known.replace("in/on", "on")):
+            return known
+    return action
+
+
+def say(text):
+    """Print a text in the terminal's width, no word broken."""
+    width = shutil.get_terminal_size().columns
+    for line in harmless(text).split("\n"):
+        print(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
 
 
 def harmless(text):
@@ -64,5 +86,4 @@ def harmless(text):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(sdar.run(partial(main, sys.argv[1:])))
