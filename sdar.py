@@ -812,7 +812,8 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        model.train(config.gradient_checkpointing)  # the library checkpoints in this mode alone
+        for layer in model.modules():  # the library checkpoints in training mode alone; no dropout
+            layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
             tokens = {}
@@ -1039,9 +1040,9 @@ def load_policy(config):
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
         enable = renamed or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    size, device = model.num_parameters(), config.device
-    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {device}")
-    return model.to(device).eval(), chat
+    size = model.num_parameters()
+    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {config.device}")
+    return model.to(config.device).eval(), chat
 
 
 @lru_cache
@@ -1207,7 +1208,9 @@ INSTRUMENTS = """instruments, each with its own --help:
   python .lab/microscope.py          look at a group of episodes, token by token
   python .lab/compare.py             train several methods or settings over seeds: a table, curves
   python .lab/plots.py               draw the curves of runs
-  python .lab/bench.py               where the time and the memory of a step go
+  python .lab/bench.py               where the time of a step goes
+  python .lab/memory.py              does a model fit the card? bytes, counted without data
+  python .lab/probe.py               what a policy would answer first, place by place
   python .lab/warmstart.py           build the tiny policy again, or teach a model the toy's format
   python .lab/player.py              play an environment yourself
   python .lab/search_server.py       a small search server
