@@ -1,8 +1,14 @@
-"""This file holds the answers of exercise 6. Whoever wants to find the bugs does not read on.
+"""This file holds the answers of exercise 5. Whoever wants to find the bugs does not read on.
 
 A bug is a function that returns what somebody wrote instead of sdar.py's function or class of the
-same name. None of them raises an error, and the check of drift lets all of them through.
+same name. None of them raises an error, and the check of drift lets all of them through. Beside
+each stands the test of test_sdar.py that fails with it.
+
+The three stored logs: 1 is the bug `groups` (--G 2 --tasks-per-step 8 --seed 3), 2 is healthy
+(--method grpo --seed 1), 3 is --kl-coef 3 (--seed 2).
 """
+
+import inspect
 
 import torch
 
@@ -117,3 +123,20 @@ def groups():
 
 
 BUGS = (eos, skill, temperature, detach, reward, shift, observations, groups)  # 1 to 8
+CAUGHT_BY = {
+    "eos": "test_the_mask_covers_exactly_what_was_sampled_and_its_end",
+    "skill": "test_sampled_is_scored_is_a_plain_forward_pass",
+    "temperature": "test_draws_follow_the_log_probs_that_they_report",
+    "detach": "test_the_gradient_goes_through_the_student_alone",
+    "reward": "test_an_episode_has_the_reward_of_its_own_environment",
+    "shift": "test_sampled_is_scored_is_a_plain_forward_pass",
+    "observations": "test_the_mask_covers_exactly_what_was_sampled_and_its_end",
+    "groups": "test_an_update_is_the_papers_formula",
+}
+
+
+def explain(name):
+    """What somebody wrote, and the test that fails with it."""
+    (bug,) = [bug for bug in BUGS if bug.__name__ == name]
+    test = CAUGHT_BY[name]
+    return f"{inspect.getsource(bug)}\nCaught by: python -m pytest -q test_sdar.py -k {test}"

@@ -18,6 +18,10 @@ In front of -- stand variants, in any order, behind it the flags of sdar.py:
                       does the work? Their mean (constant), their values, on whatever tokens
                       (shuffled), what is left without their mean (centred)
     divergence:KIND   of whole next-token distributions: reverse, forward, jsd
+    sampling:T,P      episodes are sampled at temperature T from the likeliest tokens that have
+                      together a probability of P, and scored at --temperature all the same
+    practice:KIND     no teacher: groups that fail play again with the skill, which is kept in the
+                      prompt (keep) or taken out before scoring (out). See practice.py
 
 They become the step_batch, objective and skill_bank that train() takes; all else is sdar.py's.
 """
@@ -33,7 +37,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+import practice
+from practice import by_token
+
 import sdar
 
 sdar.GATES["reverse_kl"] = lambda gap, entropy, beta: gap  # the signed gradient of that KL
@@ -41,7 +49,8 @@ sdar.GATES["beta"] = lambda gap, entropy, beta: beta + 0 * gap  # what is handed
 WORD = re.compile(
     r"skills:(0|1|0?\.\d+)|retrieval:wrong|teacher:(lagged|ema)(,[1-9]\d*)?|std:off"
     r"|advantage:(gap|none|reverse_kl)|gate:(own|constant|shuffled|centred)"
-    r"|divergence:(reverse|forward|jsd)"
+    r"|divergence:(reverse|forward|jsd)|practice:(keep|out)"
+    r"|sampling:(\d*\.)?[1-9]\d*,(1|0?\.\d*[1-9])"
 )
 
 # --- What the teacher reads, and who it is -----------------------------------------------
@@ -80,12 +89,6 @@ def follow(teacher, model, kind, step):
 
 
 # --- Other values for the tokens of a step: {name: (N,)}, which take those of step_batch --
-
-
-def by_token(values, episodes):
-    """A number for each episode as one for each of its tokens, (N,)."""
-    lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
-    return torch.as_tensor(values).repeat_interleave(lengths)
 
 
 def std(kind, batch, episodes, config, step):
@@ -171,7 +174,7 @@ def hooks(words):
             follow(teacher, model, kinds["teacher"], step)
         if "divergence" in kinds:  # from the teacher of now, also when the student has moved
             kept["now"] = copy.deepcopy(teacher)
-        batch = sdar.step_batch(model, start, teacher, episodes, config, step, *rest)
+        batch = practice.step_batch(kinds, model, start, teacher, episodes, config, step, *rest)
         for change in (std, advantage, gate):
             if change.__name__ in kinds:
                 batch |= change(kinds[change.__name__], batch, episodes, config, step)
@@ -202,6 +205,7 @@ def check(words, config):
     for wrong, message in (
         (losses and config.distil != "gate", f"--method {config.method}: it has no gate"),
         (own_gate, f"--gate {config.gate}: {', '.join(losses)} brings its own"),
+        ("practice" in names and config.distil != "none", "practice has no teacher: --method grpo"),
         ("advantage" in names and len(losses) > 1, "advantage: not with gate or divergence"),
         ("teacher" in names and config.teacher != "live", "--teacher: the variant is another"),
         ("teacher" in names and config.resume, "--resume: its copy was not kept, --overwrite"),

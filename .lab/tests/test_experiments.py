@@ -1,12 +1,11 @@
-"""Tests of the experiments: variants.py, bandits.py, circles.py."""
+"""Tests of the experiments: variants.py, practice.py."""
 
 import copy
 import json
 import math
 
-import bandits
-import circles
 import numpy as np
+import practice
 import torch
 import variants
 from pytest import approx, mark
@@ -272,6 +271,71 @@ def test_wrong_skills_are_a_share_of_zero():
 
 WRONG = ("retrieval:wrong", "skills:0")
 
+# --- Played again ------------------------------------------------------------------------
+
+
+def practised(policy, kind):
+    """(the step's episodes and the guided ones, step_batch's values, config, the start policy)."""
+    config = configure(method="grpo", group_size=4, tasks_per_step=3, rollout_batch=5)
+    worlds, start = sdar.make_envs(config), copy.deepcopy(policy[0])
+    start.model.norm.weight.data *= 1.1
+    rng = np.random.default_rng([2, config.seed, 1])
+    starts = sdar.draw_starts(worlds[0], config, 1, rng)
+    episodes = sdar.rollout(*policy, worlds, starts, config, 1.0)
+    for row in (0, 8, 9):  # in the first group a quarter has won, in the last a half
+        episodes[row].won, episodes[row].reward = True, 1.0
+    hooks = variants.hooks([f"practice:{kind}"])
+    batch = hooks["step_batch"](policy[0], start, policy[0], episodes, config, 1)
+    return episodes, batch, config, start
+
+
+@mark.parametrize("kind", ["keep", "out"])
+def test_a_group_that_has_failed_plays_again_with_the_skill(kind, policy):
+    episodes, batch, config, start = practised(policy, kind)
+    assert len(episodes) == 16
+    won = [sum(episode.won for episode in group) for group in sdar.in_parts(episodes, 4)]
+    assert won[:3] == [1, 0, 2]
+    assert won[3] >= 2
+    numbers = [episode.random.bit_generator.seed_seq.entropy for episode in episodes]
+    assert [first for first, *_ in numbers] == [3] * 12 + [5] * 4  # they draw anew
+    read = [policy[1].tokenizer.decode(episode.ids) for episode in episodes]
+    told = ["is kept in" in text for text in read]
+    assert told == [False] * 12 + [kind == "keep"] * 4
+    assert [episode.task for episode in episodes[12:]] == [episodes[4].task] * 4
+    assert len({str(episode.ids) for episode in episodes[4:8] + episodes[12:]}) > 4
+    for name, model in (("old", policy[0]), ("ref", start)):
+        assert torch.allclose(batch[name], sdar.score(model, episodes, config), atol=1e-5)
+
+
+def test_guided_and_plain_tries_have_one_baseline_where_the_skill_is_taken_out(policy):
+    for kind in ("keep", "out"):
+        episodes, batch, _, _ = practised(policy, kind)
+        lengths = [len(episode.logprobs) for episode in episodes]
+        found = torch.stack([of_one[0] for of_one in batch["advantages"].split(lengths)])
+        rewards = torch.tensor([one.reward - 0.01 * one.invalid for one in episodes])
+        expected = sdar.group_advantages(rewards.view(-1, 4)).flatten()
+        if kind == "out":
+            rows = [*range(4, 8), *range(12, 16)]
+            expected[rows] = sdar.group_advantages(rewards[rows][None])[0]
+        assert found.tolist() == approx(expected.tolist(), abs=1e-5)
+
+
+def test_another_sampler_keeps_the_likeliest_and_reports_the_scored_policy(policy, tmp_path):
+    plain = sdar.Sampler
+    config = configure(group_size=4)
+    unchanged = run(tmp_path)[1]
+    assert run(tmp_path, "sampling:1,1")[1] == unchanged
+    assert run(tmp_path, "sampling:0.7,1")[1] != unchanged
+    assert sdar.Sampler is plain
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(1000, 3)  # shares .04, .19, .77 at .7
+    uniform = (torch.arange(1000) / 1000).numpy()
+    for top_p, shares in ((0.5, (0, 0, 1)), (0.9, (0, 0.193, 0.807)), (1.0, (0.044, 0.185, 0.771))):
+        sampler = practice.nucleus(top_p, config)(policy[0], 0.7)
+        ids, logprobs = sampler.draw(logits, uniform)
+        assert np.bincount(ids, minlength=3) / 1000 == approx(np.array(shares), abs=2e-3)
+        assert logprobs == approx(torch.log_softmax(logits[0], -1)[ids].tolist())
+
+
 # --- All together ------------------------------------------------------------------------
 
 
@@ -297,6 +361,8 @@ gate:own -- --method grpo => --method grpo: it has no gate
 divergence:jsd -- --method rlsd => --method rlsd: it has no gate
 gate:own -- --gate entropy => --gate entropy: gate brings its own
 gate:own advantage:gap => advantage: not with gate or divergence
+sampling:0,1 => 'sampling:0,1' is no variant
+practice:out => practice has no teacher: --method grpo
 teacher:ema -- --teacher frozen => --teacher: the variant is another
 teacher:ema -- --resume => --resume: its copy was not kept, --overwrite
 -- --gates none => unrecognized arguments: --gates
@@ -321,113 +387,3 @@ def test_the_command_trains_with_its_words(tmp_path):
     assert variants.main(argv) == 0
     expected, _ = run(tmp_path, "gate:constant", steps=1)
     assert json.loads((out / "metrics.jsonl").read_text())["loss"] == approx(expected["loss"])
-
-
-# --- Other bandits -----------------------------------------------------------------------
-
-
-def group_of(n, skills):
-    """Episodes of one group, all but the last of which were won."""
-    rest = dict.fromkeys(("env", "random", "ids", "mask", "skill_at", "skill_ids"))
-    group = [sdar.Episode(task=TASK, task_type="put", skills=skills, **rest) for _ in range(n)]
-    for episode in group[:-1]:
-        episode.won = True
-    return group
-
-
-@mark.parametrize(
-    "kind, arm, reward", [("success", "mug found", 0.75), ("type", "mug for put", -1.0)]
-)
-def test_other_bandits_have_their_reward_and_arms(kind, arm, reward):
-    bank = bandits.BANDITS[kind]([{"name": "mug", "text": "", "keywords": ["mug"]}], "ucb")
-    bank.learn(group_of(4, bank.skills), [[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]])
-    ((name, (plays, rewards)),) = bank.arms.items()
-    assert (name, plays, rewards) == (arm, 1, approx(reward))
-
-
-def test_a_run_with_another_bandit(tmp_path, capsys):
-    assert bandits.main(["best"]) == 2
-    assert "'best' (choose from" in capsys.readouterr().err
-    flags = "--steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6 --max-turns 2"
-    out = tmp_path / "run"
-    assert bandits.main(["success", "type", *flags.split(), "--out", str(out)]) == 0
-    arms = torch.load(out / "state.pt")["arms"]
-    assert arms
-    assert all(" for " in name for name in arms)
-    assert bandits.main(["success", "--retrieval", "full"]) == 2
-    assert "--retrieval: a bandit is for ucb" in capsys.readouterr().err
-
-
-def test_a_bandit_that_explores_less_leaves_a_poor_arm_sooner():
-    rows = [{"name": name, "text": "", "keywords": [name]} for name in ("mug", "plate")]
-    chosen = []
-    for kind in (envs.SkillBank, bandits.Exploiting):
-        bank = kind(rows, "ucb")
-        bank.arms = {"mug found": [20, 12.0], "plate not found": [5, 2.0]}  # rewards .6 and .4
-        chosen.append(bank.retrieve(TASK, "put", 0)[0].name)
-    # Bonuses sqrt(ln 25 / plays): .40 and .80, or a fifth of them.
-    assert chosen == ["plate", "mug"]
-    bank.arms = {"mug found": [20, 12.0]}
-    assert bank.retrieve(TASK, "put", 0)[0].name == "plate"  # never tried
-
-
-# --- Another gate on wrong places --------------------------------------------------------
-
-
-def test_wrong_places_are_those_before_the_home_first_or_again(tiny):
-    world, chat = envs.make_env("toy"), tiny[1]
-    mug = world.household.home["mug"]
-    wrong, other = [place for place in world.places if place != mug][:2]
-    responses = [f"go to {wrong}", "look", f"go to {other}", f"go to {wrong}", f"go to {other}"]
-    responses += [f"go to {mug}", f"go to {wrong}"]
-    (episode,) = group_of(1, [])
-    episode.env, episode.ids, episode.mask = world, [], []
-    for response in responses:
-        episode.add(chat.encode("You are in the middle of a room"), sampled=0)
-        episode.add(chat.encode(response) + [chat.end_id], sampled=1)
-    # Of a visit's three tokens, `go to`, the place, the end, the place is marked.
-    first, again, none = ["", "first", ""], ["", "again", ""], ["", "", ""]
-    expected = [*first, "", "", *first, *again, *again, *none, *none]
-    assert circles.wrong_places(episode, chat.tokenizer) == expected
-
-
-def test_a_wrong_place_is_worth_no_more_for_being_tried_again():
-    gate = torch.tensor([0.5, 0.1, 0.8, 0.6, 0.5, 0.3, 0.9, 0.7])
-    named = ["", "", "again", ""] * 2
-    assert circles.without_pay(gate, named).equal(gate)  # nothing to compare with
-    named = ["", "first", "again", ""] * 2
-    expected = torch.tensor([0.5, 0.1, 0.2, 0.6, 0.5, 0.3, 0.2, 0.7])
-    torch.testing.assert_close(circles.without_pay(gate, named), expected)
-
-
-def test_a_run_with_other_gates(tmp_path, capsys):
-    flags = "--steps 1 --tasks-per-step 8 --group-size 8 --eval-episodes 6 --minibatches 1"
-
-    def mean_gate(run, *first):
-        out = tmp_path / "-".join(["run", *first])
-        assert run([*first, *flags.split(), "--out", str(out)]) == 0
-        return json.loads((out / "metrics.jsonl").read_text())["gate"]
-
-    # In one optimiser step the gates of the moment of sampling are those of the loss.
-    plain = mean_gate(main)
-    assert mean_gate(circles.main, "own") == approx(plain, abs=1e-7)
-    assert mean_gate(circles.main, "first") < plain - 1e-6
-
-
-CIRCLES = """
-most => invalid choice: 'most'
-first --method grpo => --method grpo: it has no gate
-first --gate none => --gate none: gate brings its own
-first --env search --env-data DATA --eval-split train => knows the places of the toy alone
-"""
-
-
-@mark.parametrize("line", CIRCLES.strip().splitlines())
-def test_circles_refuses_in_one_line(line, tmp_path, capsys):
-    argv, message = line.split(" => ")
-    row = {"id": 1, "question": "a?", "golden_answers": ["b"], "split": "train"}
-    (tmp_path / "data").write_text(json.dumps(row))
-    assert circles.main(argv.replace("DATA", str(tmp_path / "data")).split()) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
