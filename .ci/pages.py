@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / ".lab")]
+sys.path[:0] = [str(ROOT), str(ROOT / ".lab"), str(ROOT / ".lab" / "experiments")]
 import compare
+import results
 
 import sdar
 
@@ -32,6 +33,7 @@ NOT_RUN = re.compile(  # of these, and of other scripts, which have their own te
     r"|Qwen/|runs/(warm|forty)"  # no weights at hand, or what warmstart.py makes in minutes
     r"|--env (?!house|moving)|--kernel"  # needs games, servers, a GPU
     r"|--resume"  # it has its own tests
+    r"|exercise\.py run"  # needs a student's answers
 )
 
 
@@ -136,6 +138,21 @@ def check_form():
         assert path.name in INDEX.read_text("utf-8"), f"{path} has no line in {INDEX}"
 
 
+def check_front():
+    """The first page is not packed: short paragraphs, few numbers in a line. Its map has the files'
+    lengths."""
+    prose = re.sub("```.*?```", "", FRONT, flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", prose):
+        lines = paragraph.strip().splitlines()
+        listed = paragraph.lstrip("\n").startswith(("|", "#", "<", " ", "-", "1."))
+        assert listed or len(lines) <= 5, paragraph
+        for line in lines:
+            assert len(re.findall(r"(?<![\w.])\d+", line)) <= 4 or "PyTorch" in line, line
+    for name, said in re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) ", FRONT, re.MULTILINE):
+        lines = len(ROOT.joinpath(name).read_text("utf-8").splitlines())
+        assert abs(int(said.replace(",", "")) - lines) <= lines / 20, (name, lines)
+
+
 def check_comments():
     """The comments of Config, which are its help, name all choices and the paper's values."""
     source = Path(sdar.__file__).read_text("utf-8")
@@ -181,14 +198,16 @@ def check_norms():
 if __name__ == "__main__":
     check_versions()
     check_form()
+    check_front()
     check_comments()
     check_example()
     check_settings()
     check_norms()
+    assert results.main(["--check"]) == 0  # the numbers of the pages are those of the data
     assert len(commands()) > 40
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        course = INDEX.with_name("course").joinpath("EXERCISES.md").read_text("utf-8")
+        course = INDEX.with_name("course").joinpath("COURSE.md").read_text("utf-8")
         house, moving = re.findall("```python\n(.*?)```", course, re.DOTALL)
         Path("house.py").write_text(house)
         Path("moving.py").write_text(moving)

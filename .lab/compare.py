@@ -7,18 +7,22 @@
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
 so a comparison that was stopped goes on with the same command. All other flags go to every run.
-What the table was made from is kept in compare*.json below --out.
+What the table was made from is kept in compare*.json below --out: experiments/results.py joins such
+files, prints them as tables of a page, and draws them.
 """
 
 import itertools
 import json
+import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +37,8 @@ import variants
 
 import sdar
 
+FREE = {"seed", *sdar.MAY_DIFFER} - {"steps", "eval_every"}  # between runs of a row
+
 # A training run: its row of the table, its Config, and its words for experiments/variants.py.
 Run = namedtuple("Run", "label config variant")
 
@@ -44,14 +50,15 @@ def make_parser():
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--methods", default=methods, help=f"rows of the table [{methods}]")
     rows.add_argument("--sweep", default="", help="NAME=VALUE,... [more]: these and grpo are rows")
-    parser.add_argument("--variant", action="append", help="of experiments/variants.py; repeatable")
+    parser.add_argument("--variant", help="of experiments/variants.py; of several with + between")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="of each row [0,1,2,3,4]")
     parser.add_argument("--jobs", type=int, default=0, help="runs at once [0: one a core]")
     return parser
 
 
 def main(argv):
-    """Run all that is not there yet, and print the comparison. Returns 1 if a run failed."""
+    """Run all that is not there yet, and print the comparison. Returns 1 if a run failed, 130 after
+    Ctrl-C."""
     given = vars(make_parser().parse_args(argv))
     jobs, sweep = given.pop("jobs"), given["sweep"]
     sdar.require(jobs >= 0, f"--jobs {jobs}: must be at least 1, or 0 for one a core")
@@ -63,21 +70,41 @@ def main(argv):
     todo = [run for run in runs if not finished(run.config)]
     out.mkdir(parents=True, exist_ok=True)
 
-    print(f"{len(runs)} runs in {out}, {len(todo)} of them to do")
-    first = runs[0].config
-    before = sdar.evaluate(*sdar.load_policy(first), sdar.make_envs(first), first)
-    start = {"step": 0} | {f"eval_{name}": value for name, value in before.items()}
-    torch.cuda.empty_cache()  # for the processes
-    at_once = jobs or (1 if first.device == "cuda" else os.cpu_count())
-    reasons = dict(thread_map(launch, todo, max_workers=at_once, unit="run"))
+    config = runs[0].config
+    torch.set_num_threads(1)  # as in the processes
+    policy, envs = sdar.load_policy(config), sdar.make_envs(config)
+    clock = time.perf_counter()
+    before = sdar.evaluate(*policy, envs, config)
+    sdar.say_success("before training", before)
+    del policy  # its memory is for the processes
+    torch.cuda.empty_cache()
+    at_once = jobs or (os.cpu_count() if config.device == "cpu" else 1)
+    looks = 2 + config.steps // (config.eval_every or config.steps)
+    played = config.steps * config.tasks_per_step * config.group_size / before["episodes"]
+    seconds = (looks + played) * (time.perf_counter() - clock)  # as long to learn as to play
+    minutes = seconds * math.ceil(len(todo) / at_once) / 60
+    print(f"{len(runs)} runs in {out}, {len(todo)} of them to do: some {minutes:.0f} minutes")
+    reasons, code = [], 0
+    try:
+        reasons = thread_map(launch, todo, max_workers=at_once, unit="run")
+    except KeyboardInterrupt:  # the processes get it, too
+        print("compare.py: stopped; the same command goes on with what is left", file=sys.stderr)
+        code = 130
 
-    report = make_report(runs, start, reasons)
+    command = re.sub(r" --(out|jobs)[= ]\S+", "", shlex.join(["compare.py", *argv]))
+    rows = make_rows(runs, before["by_type"], command)
     path = out / "-".join(["compare", *re.findall(r"(\S+)=", sweep)])
-    Path(f"{path}.json").write_text(json.dumps(report) + "\n", "utf-8")
-    print_table(report)
-    title = "held-out success without the skill at training steps"
-    plots.draw({title: learning_curves(report)}, f"{path}.svg")
-    return int(any(row["failed"] for row in report["rows"].values()))
+    Path(f"{path}.json").write_text(as_json(rows), "utf-8")
+    steps = f"{config.steps} steps"
+    print("\n" + tables(rows, [*before["by_type"], steps, f"{steps} with the skill"]))
+    for run, reason in zip(todo, reasons):
+        if not finished(run.config):
+            print(f"{run.config.out} failed: {reason}")
+            code = 1
+    if rows:
+        title = "held-out success without the skill at training steps"
+        plots.draw({title: learning_curves(rows)}, f"{path}.svg")
+    return code
 
 
 # --- The runs ----------------------------------------------------------------------------
@@ -88,20 +115,16 @@ def plan(given, out):
     methods, sweep, seeds = (given.pop(name) for name in ("methods", "sweep", "seeds"))
     goes_on = not {"seed", "resume"} & {*given}
     sdar.require(goes_on, "compare takes --seeds, and goes on without --resume")
-    if "variant" in given:
-        given["variant"] = "+".join(given["variant"])
-
-    names = {f.name for f in fields(sdar.Config)} | {"variant"}
-    names -= {"seed", "out", "resume", "overwrite", *given}
-    choices = {"seed": seeds.split(",")}  # {setting: its values}
-    for axis in (sweep or f"method={methods}").split():
+    names = {"variant", *vars(sdar.Config())} - {"out", "resume", "overwrite", *given}
+    choices = {}  # {setting: its values}
+    for axis in (sweep or f"method={methods}").split() + [f"seed={seeds}"]:
         name, _, values = axis.partition("=")
         name = name.replace("-", "_")
         fine = name in names - {*choices}
         sdar.require(fine, f"{sdar.flag(name)} cannot be swept, or is there twice")
         choices[name] = values.split(",")
-    for values in choices.values():
-        sdar.require(len({*values}) == len(values), f"{','.join(values)}: one is there twice")
+        once = len({*choices[name]}) == len(choices[name])
+        sdar.require(once, f"{values}: one is there twice")
 
     seeds = choices.pop("seed")
     rows = [dict(zip(choices, row)) for row in itertools.product(*choices.values())]
@@ -132,18 +155,41 @@ def make_run(given, row, seed, out):
 
 
 def launch(run):
-    """Train from the first step, in a process of its own. Returns the run's folder, and what went
-    wrong."""
-    command = [sys.executable, variants.__file__, *run.variant, "--", "--overwrite"]
+    """Train from the first step, in a process of its own. Returns how that ended. A file `made`
+    beside those of the run says what made it."""
+    command = [sys.executable, variants.__file__, *run.variant, "--"]
     for name, value in vars(run.config).items():
-        if value is True:
-            command.append(sdar.flag(name))
-        elif value is not False:
-            command.append(f"{sdar.flag(name)}={value}")
-    place = os.environ | {"OMP_NUM_THREADS": "1"}
+        typed = f"{sdar.flag(name)}={value}"
+        if isinstance(value, bool):  # what a preset has turned on may be off here
+            typed = sdar.flag(name) if value else sdar.flag(f"no_{name}")
+        command.append(typed)
+    command.append("--overwrite")
+    place, made = os.environ | {"OMP_NUM_THREADS": "1"}, origin(run.config.device)
     done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        Path(run.config.out, "made").write_text(made, "utf-8")
     reason = " ".join(done.stderr.split()[-20:])
-    return run.config.out, f"exit code {done.returncode}: {reason}"
+    return f"exit code {done.returncode}: {reason}"
+
+
+def origin(device):
+    """What results depend on beside the settings: the code, and by rounding processor and
+    libraries. A line of text."""
+    git = ["git", "-C", str(LAB), "describe", "--always", "--dirty"]
+    commit = "unknown"  # no git, or no repository
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "numpy")]
+    return ", ".join([f"commit {commit}", processor(device), *packages])
+
+
+def processor(device):
+    """The name of what computes."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where Python has no name
+    found = cpuinfo.exists() and re.search("model name.*: (.*)", cpuinfo.read_text())
+    return found[1] if found else platform.processor()
 
 
 def finished(config):
@@ -162,53 +208,121 @@ def finished(config):
     return [line for line in lines if "eval_success" in line]
 
 
-# --- The report --------------------------------------------------------------------------
+# --- Results as data: a list of rows, each with all that it was made with ----------------
 
 
-def make_report(runs, start, reasons):
-    """What compare.json keeps: the machine, and for each row its settings, its evaluations by seed
-    (lines of the log), and why runs failed.
+def make_rows(runs, before, command):
+    """The rows of the runs that are finished, as compare.json keeps them. An evaluation is a list
+    of counts, for each task type [games, won alone, won with the skill].
 
-    start: the start policy's evaluation as such a line; reasons: {folder of a run: how it ended}.
-    """
-    rows = {}
+    before: the start policy's, {type: counts}. It stands in every run as step 0."""
+    rows = []
     for run in runs:
+        looks = {"0": [*before.values()]}  # JSON's keys are strings
+        for line in finished(run.config):
+            looks[str(line["step"])] = [line["eval_by_type"][kind] for kind in before]
         settings = vars(run.config) | {"variant": run.variant}
-        seed, out = str(settings.pop("seed")), settings.pop("out")  # JSON's keys are strings
-        row = rows.setdefault(run.label, {"settings": settings, "seeds": {}, "failed": {}})
-        lines = finished(run.config)
-        if lines:
-            row["seeds"][seed] = lines
-        else:
-            row["failed"][seed] = reasons[out]
-
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    name = processor(runs[0].config.device)
-    return {"processor": name, "versions": packages, "start": start, "rows": rows}
+        for name in FREE:
+            del settings[name]
+        made = Path(run.config.out, "made")
+        row = {"label": run.label, "made": "unknown", "command": command, "settings": settings}
+        if made.exists():
+            row["made"] = made.read_text("utf-8")
+        if len(looks) > 1:
+            rows.append(row | {"types": [*before], "runs": {str(run.config.seed): looks}})
+    return join(rows)
 
 
-def processor(device):
-    """The name of what computes: results depend on it, by rounding."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where Python has no name
-    found = cpuinfo.exists() and re.search("model name.*: (.*)", cpuinfo.read_text())
-    return found[1] if found else platform.processor()
+def join(rows):
+    """The rows, those of one label, origin and settings as one."""
+    joined = {}
+    for row in rows:
+        key = str([row["label"], row["made"], row["settings"]])
+        into = joined.setdefault(key, row | {"runs": {}})
+        into["runs"].update(row["runs"])
+    return [*joined.values()]
 
 
-def learning_curves(report):
+def as_json(rows):
+    """Rows as the text of a file, a line each."""
+    return json.dumps(rows, separators=(",", ":")).replace('{"label"', '\n{"label"') + "\n"
+
+
+def success(row, column):
+    """The share of games that each run of a row has won, (runs,), and their number. A column is a
+    task type, at the end, or has the number of a step: "60 steps", "60 with the skill"."""
+    named = "" if column in row["types"] else column
+    step = re.search(r"\d+", named or str(row["settings"]["steps"]))[0]
+    counts = np.array([looks[step] for looks in row["runs"].values()])  # (runs, types, 3)
+    if column in row["types"]:
+        counts = counts[:, [row["types"].index(column)]]
+    games, *won = counts.sum(1).T
+    return won["skill" in column] / games, games[0]
+
+
+def learning_curves(rows):
     """{label: (runs, points, 2)}: steps and held-out success of a row's runs, from before training
     on."""
     curves = {}
-    for label, row in report["rows"].items():
-        for lines in row["seeds"].values():
-            points = [(at["step"], at["eval_success"]) for at in [report["start"], *lines]]
-            curves.setdefault(label, []).append(points)
+    for row in rows:
+        (steps, *_) = row["runs"].values()
+        points = [[(int(step), share) for share in success(row, step)[0]] for step in steps]
+        curves.setdefault(row["label"], []).extend(np.swapaxes(points, 0, 1))
     return {label: np.array(runs) for label, runs in curves.items()}
 
 
+# --- The table ---------------------------------------------------------------------------
+
+
+def tables(rows, columns):
+    """Markdown, a table for the rows of each origin: success, mean ± standard deviation over seeds,
+    or of one run with Wilson's interval, and what a row has over grpo, seed by seed."""
+    text = ""
+    for made in dict.fromkeys(row["made"] for row in rows):
+        cells = [["", "runs", *columns, "minus grpo, 95 %"]]
+        for row in rows:
+            if row["made"] == made:
+                texts = [cell(*success(row, column)) for column in columns]
+                gain = interval(gains_over("grpo", row, rows))
+                cells.append([row["label"], str(len(row["runs"])), *texts, gain])
+        text += f"{markdown(cells)}\n{made}\n"
+    return text
+
+
+def cell(shares, games):
+    """Successes of runs as a text."""
+    if len(shares) > 1:
+        return f"{shares.mean():.2f} ± {shares.std(ddof=1):.2f}"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*shares, *sdar.wilson(shares[0] * games, games))
+
+
+def markdown(cells):
+    """A table, its head first."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in cells)
+
+
+def gains_over(label, row, rows, column=""):
+    """What a row's runs win more than those of another row of the same origin, seed by seed."""
+    for other in rows:
+        if (other["label"], other["made"]) == (label, row["made"]) and other is not row:
+            theirs = dict(zip(other["runs"], success(other, column)[0]))
+            ours = dict(zip(row["runs"], success(row, column)[0]))
+            return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return []
+
+
+def interval(gains):
+    """Their mean with t_interval, if there are more than two: of two it would be wider than what is
+    possible."""
+    if len(gains) > 2:
+        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*t_interval(gains))
+    return f"{np.mean(gains):+.2f}" if gains else ""
+
+
 def t_interval(gains):
-    """95 % interval of the mean, Student's t: (low, high).
+    """The mean, and low and high end of its 95 % interval, Student's t.
 
     With t = sqrt(df) tan(x) the density of t is proportional to cos(x)^(df - 1)."""
     df = len(gains) - 1
@@ -216,55 +330,8 @@ def t_interval(gains):
     mass = (np.cos(x) ** (df - 1)).cumsum()
     quantile = df**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, x))
     half = quantile * np.std(gains, ddof=1) / len(gains) ** 0.5
-    return np.mean(gains) - half, np.mean(gains) + half
-
-
-def print_table(report):
-    """Print a row a method: success by task type and of all, and what there is to remark."""
-    start, rows = report["start"], report["rows"]
-    kinds = sorted(start["eval_by_type"])
-    ends = {}  # {label: {seed: the last evaluation}}
-    for label, row in rows.items():
-        ends[label] = {seed: lines[-1] for seed, lines in row["seeds"].items()}
-
-    heads = ["", *kinds, "all", "(vanilla: before training; teacher: with the skill in the prompt)"]
-    table = [heads, table_row("vanilla", {"": start}, kinds)]
-    for label, row in rows.items():
-        base = ends.get("grpo", {}) if label != "grpo" else {}
-        cells = table_row(label, ends[label], kinds, base)
-        for seed, reason in row["failed"].items():
-            cells[-1] += f"  seed {seed} failed: {reason}"
-        table.append(cells)
-    widths = [max(map(len, column)) + 2 for column in zip(*table)]
-    print()
-    for cells in table:
-        print("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip())
-
-
-def table_row(label, row, kinds, base=()):
-    """Cells: success by task type and of all, mean and standard deviation over seeds, or n/N and
-    its Wilson interval for one seed; the teacher's; the gain over grpo, seed by seed, with its
-    interval. row, base: {seed: the last evaluation}."""
-    if not row:
-        return [label, *[""] * (len(kinds) + 2)]
-    counts = [[end["eval_by_type"][kind] for kind in kinds] for end in row.values()]
-    counts = np.append(counts, np.sum(counts, 1, keepdims=True), 1)  # (runs, types and all, 3)
-    alone, skilled = np.moveaxis(counts[..., 1:] / counts[..., :1], 2, 0)
-    cells = [f"{mean:.2f}" for mean in alone.mean(0)]
-    if len(row) > 1:
-        cells = [f"{cell}±{sd:.2f}" for cell, sd in zip(cells, alone.std(0, ddof=1))]
-    else:
-        n, won, _ = counts[0, -1]
-        low, high = sdar.wilson(won, n)
-        cells[-1] += f"  {won}/{n} [{low:.2f}, {high:.2f}]"
-
-    remark = f"teacher {skilled[:, -1].mean():.2f}"
-    gains = [row[seed]["eval_success"] - base[seed]["eval_success"] for seed in row if seed in base]
-    if gains:
-        remark += f"  minus grpo {np.mean(gains):+.3f}"
-    if len(gains) > 2:  # of two runs it would be wider than what is possible
-        remark += " [{:+.2f}, {:+.2f}]".format(*t_interval(gains))
-    return [label, *cells, remark]
+    mean = np.mean(gains)
+    return mean, mean - half, mean + half
 
 
 if __name__ == "__main__":

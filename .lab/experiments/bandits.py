@@ -49,19 +49,15 @@ BANDITS = {"success": BySuccess, "type": ByType, "exploit": Exploiting}
 
 
 def main(argv):
-    """Train with a bandit that is all that the first words name. Returns the exit code."""
-
-    def command():
-        parser = sdar.make_parser("python .lab/experiments/bandits.py KIND ... [flags of sdar.py]")
-        parser.add_argument("kinds", nargs="+", choices=BANDITS)
-        given = {"retrieval": "ucb"} | vars(parser.parse_args(argv))
-        kinds = dict.fromkeys(given.pop("kinds"))  # each once
-        config = sdar.configure(**given)
-        sdar.require(config.retrieval == "ucb", "--retrieval: a bandit is for ucb")
-        sdar.train(config, skill_bank=type("Bandit", tuple(map(BANDITS.get, kinds)), {}))
-
-    return sdar.run(command)
+    """Train with a bandit that is all that the first words name."""
+    parser = sdar.make_parser("python .lab/experiments/bandits.py KIND ... [flags of sdar.py]")
+    parser.add_argument("kinds", nargs="+", choices=BANDITS)
+    given = {"retrieval": "ucb"} | vars(parser.parse_args(argv))
+    kinds = dict.fromkeys(given.pop("kinds"))  # each once
+    config = sdar.configure(**given)
+    sdar.require(config.retrieval == "ucb", "--retrieval: a bandit is for ucb")
+    sdar.train(config, skill_bank=type("Bandit", tuple(map(BANDITS.get, kinds)), {}))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

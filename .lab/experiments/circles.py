@@ -68,22 +68,18 @@ def hooks(kind, tokenizer):
 
 
 def main(argv):
-    """Train with gates of a kind. Returns the exit code."""
-
-    def command():
-        parser = sdar.make_parser("python .lab/experiments/circles.py KIND [flags of sdar.py]")
-        parser.add_argument("kind", choices=KINDS)
-        given = vars(parser.parse_args(argv))
-        kind = given.pop("kind")
-        config = sdar.configure(**given)
-        variants.check(["gate:own"], config)
-        fine = isinstance(sdar.make_envs(config)[0], ToyEnv)
-        sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
-        _, chat = sdar.load_policy(config)
-        sdar.train(config, **hooks(kind, chat.tokenizer))
-
-    return sdar.run(command)
+    """Train with gates of a kind."""
+    parser = sdar.make_parser("python .lab/experiments/circles.py KIND [flags of sdar.py]")
+    parser.add_argument("kind", choices=KINDS)
+    given = vars(parser.parse_args(argv))
+    kind = given.pop("kind")
+    config = sdar.configure(**given)
+    variants.check(["gate:own"], config)
+    fine = isinstance(sdar.make_envs(config)[0], ToyEnv)
+    sdar.require(fine, f"--env {config.env}: circles.py knows the places of the toy alone")
+    _, chat = sdar.load_policy(config)
+    sdar.train(config, **hooks(kind, chat.tokenizer))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

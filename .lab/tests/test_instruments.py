@@ -1,15 +1,17 @@
-"""Tests of bench, compare, plots and pictures."""
+"""Tests of bench, compare, plots and results."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import bench
 import compare
 import numpy as np
-import pictures
+import player
 import plots
-import pytest
+import results
 import torch
 import variants
 from pytest import approx, fixture, mark
@@ -31,14 +33,26 @@ def call(instrument, *words):
 
 
 def test_bench_names_its_parts_and_writes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", 1e-3)
-    monkeypatch.setattr(bench, "ROWS", 64)
     monkeypatch.chdir(tmp_path)
     assert call(bench, "--tasks-per-step=2", "--group-size=2") == 0
-    printed = capsys.readouterr().out
-    words = ("rollout", "teacher", "score", "update", "sampled tokens", "plain", "chunked")
+    printed = "".join(capsys.readouterr())
+    words = ("rollout", "teacher", "score", "update", "sampled tokens")
     assert [word for word in words if word not in printed] == []
+    assert not re.search("GPU|CUDA|memory", printed)  # nobody asked for a card
     assert not list(tmp_path.iterdir())
+
+
+def test_player_lists_the_actions_and_says_what_it_took(monkeypatch, capsys):
+    keys = ["go to cabinet 3", "open cabinet 3", "take mug 1", "", "go to sofa 1"]
+    typed = iter([*keys, "put mug 1 in sofa 1"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(player, "toy", "--task", "put a mug in sofa 1") == 0
+    printed = capsys.readouterr().out
+    assert "\n(taken as: put mug 1 in/on sofa 1)\nYou put" in printed
+    assert printed.count("go to desk 1") == 2  # at first, and after the empty line
+    assert printed.endswith("\nafter 5 of 10 turns:\nwon\n")
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 QUANTILES = """
@@ -52,9 +66,9 @@ QUANTILES = """
 @mark.parametrize("n, quantile", table(QUANTILES))
 def test_t_interval_agrees_with_the_tables(n, quantile):
     gains = np.arange(n, dtype=float)
-    low, high = compare.t_interval(gains)
+    mean, low, high = compare.t_interval(gains)
     half = quantile * gains.std(ddof=1) / n**0.5
-    assert (gains.mean() - low, high - gains.mean()) == approx((half, half), rel=3e-4)
+    assert (mean, mean - low, high - mean) == approx((gains.mean(), half, half), rel=3e-4)
 
 
 # --- Compare -----------------------------------------------------------------------------
@@ -71,14 +85,14 @@ def compared(tmp_path, monkeypatch, capsys):
         config, folder = run.config, Path(run.config.out)
         launched.append(folder.name)
         if config.method == "opsd" and config.seed == 1:
-            return config.out, "exit code 1: out of luck"
+            return "exit code 1: out of luck"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(config)))
         won = {"grpo": 2, "sdar": 3, "opsd": 0}[config.method] + config.seed
         won += config.gate_beta == 1
         line = {"step": 1, "eval_success": won / 6, "eval_by_type": {"put": [6, won, 6]}}
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        return config.out, "exit code 0"
+        return "exit code 0"
 
     def run(*flags):
         launched.clear()
@@ -86,7 +100,7 @@ def compared(tmp_path, monkeypatch, capsys):
         code = call(compare, *out, *flags)
         return code, capsys.readouterr().out, sorted(launched)
 
-    start = {"success": 0.0, "by_type": {"put": [6, 0, 6]}}
+    start = {"success": 0.0, "success_skill": 1.0, "episodes": 6, "by_type": {"put": [6, 0, 6]}}
     monkeypatch.setattr(compare, "launch", launch)
     monkeypatch.setattr(sdar, "load_policy", lambda config: (None, None))
     monkeypatch.setattr(sdar, "evaluate", lambda *args: start)
@@ -95,38 +109,59 @@ def compared(tmp_path, monkeypatch, capsys):
 
 
 def rows_of(printed):
-    """{title: line} of a printed table."""
-    filled = [line for line in printed.splitlines() if line and line[0] not in " ▁▂▃▄▅▆▇█"]
-    return {line.split()[0]: line for line in filled}
+    """{label: its cells} of a printed table."""
+    cells = [line[2:-2].split(" | ") for line in printed.splitlines() if line[:1] == "|"]
+    return {label.strip(): [cell.strip() for cell in more] for label, *more in cells}
 
 
 def test_compare_prints_means_gains_and_curves(compared):
     code, printed, launched = compared("--methods", "grpo,sdar")
     assert (code, launched) == (0, ["grpo-s0", "grpo-s1", "sdar-s0", "sdar-s1"])
     rows = rows_of(printed)
-    assert "0.42±0.12" in rows["grpo"]  # 2/6 and 3/6
-    assert "teacher 1.00  minus grpo +0.167" in rows["sdar"]  # every seed 1/6 ahead
-    assert "+0.167 [" not in rows["sdar"]  # two seeds make no interval
-    assert "0/6 [0.00, 0.39]" in rows["vanilla"]
-    assert "teacher 1.00" in rows["vanilla"]
+    head = ["runs", "put", "1 steps", "1 steps with the skill", "minus grpo, 95 %"]
+    assert rows[""] == head
+    share, skilled = "0.42 ± 0.12", "1.00 ± 0.00"  # 2/6 and 3/6
+    assert rows["grpo"] == ["2", share, share, skilled, ""]
+    assert rows["sdar"][-1] == "+0.17"  # every seed 1/6 ahead; two seeds make no interval
+    assert "before training, alone: won 0.000 of 6 [0.00, 0.39]" in printed
+    assert "before training, with the skill: won 1.000 of 6" in printed
+    assert "4 of them to do: some 0 minutes" in printed
     assert "▁▅  0: 0.000  1: 0.583  sdar" in printed
 
 
 def test_compare_keeps_what_a_table_was_made_from(compared, tmp_path):
     compared("--methods", "sdar", "--lr", "3e-3", "--variant", "std:off")
     text = (tmp_path / "compare.json").read_text()
-    report = json.loads(text)
-    row = report["rows"]["sdar std:off"]
+    (row,) = json.loads(text)
+    assert row["label"] == "sdar std:off"
     assert (row["settings"]["lr"], row["settings"]["variant"]) == (3e-3, ["std:off"])
-    line = {"step": 1, "eval_success": 4 / 6, "eval_by_type": {"put": [6, 4, 6]}}
-    assert row["seeds"]["1"] == [line]
-    assert report["processor"] and report["versions"]["torch"] in torch.__version__
+    assert row["types"] == ["put"]
+    assert row["runs"]["1"] == {"0": [[6, 0, 6]], "1": [[6, 4, 6]]}
+    said = "compare.py --steps 1 --seeds 0,1 --methods sdar --lr 3e-3 --variant std:off"
+    assert row["command"] == said
     assert str(tmp_path) not in text
 
 
 def test_three_seeds_make_an_interval(compared):
     printed = compared("--methods", "grpo,sdar", "--seeds", "0,1,2")[1]
-    assert "minus grpo +0.167 [+0.17, +0.17]" in rows_of(printed)["sdar"]
+    assert rows_of(printed)["sdar"][-1] == "+0.17 [+0.17, +0.17]"
+
+
+def test_compare_that_is_stopped_shows_what_is_there_and_goes_on(compared, monkeypatch, capsys):
+    launch, folders = compare.launch, []
+
+    def stop(run):
+        if folders:
+            raise KeyboardInterrupt
+        folders.append(run.config.out)
+        return launch(run)
+
+    monkeypatch.setattr(compare, "launch", stop)
+    code, printed, _ = compared("--methods", "grpo,sdar", "--jobs", "1")
+    assert code == 130
+    assert rows_of(printed)["grpo"][1] == "0.33 [0.10, 0.70]"  # its first seed, of 6 games
+    monkeypatch.setattr(compare, "launch", launch)
+    assert compared("--methods", "grpo,sdar")[2] == ["grpo-s1", "sdar-s0", "sdar-s1"]
 
 
 def test_compare_goes_on_where_it_stopped(compared, tmp_path):
@@ -153,9 +188,9 @@ def test_compare_reports_failures_and_the_rest(compared):
     code, printed, _ = compared("--methods", "grpo,opsd")
     rows = rows_of(printed)
     assert code == 1
-    assert "seed 1 failed: exit code 1: out of luck" in rows["opsd"]
-    assert "0/6 [0.00, 0.39]" in rows["opsd"]  # its other seed
-    assert "0.42±0.12" in rows["grpo"]
+    assert "opsd-s1 failed: exit code 1: out of luck" in printed
+    assert rows["opsd"][1] == "0.00 [0.00, 0.39]"  # its other seed
+    assert rows["grpo"][1] == "0.42 ± 0.12"
     assert compared("--methods", "opsd", "--seeds", "1")[0] == 1
     assert compared("--methods", "sdar", "--steps", "2")[0] == 1  # after one step they ended
 
@@ -166,8 +201,7 @@ def test_a_sweep_is_compared_with_grpo(compared, tmp_path):
     code, printed, launched = compared("--sweep", "gate_beta=1,5", *flags)
     assert code == 0
     assert launched == ["sdar-gate_beta=1.0-s0", "sdar-gate_beta=1.0-s1"]  # the rest was there
-    assert "minus grpo +0.333" in printed
-    assert "sdar gate_beta=1.0 " in printed
+    assert rows_of(printed)["sdar gate_beta=1.0"][-1] == "+0.33"
     assert (tmp_path / "compare-gate_beta.json").exists()
 
 
@@ -210,8 +244,6 @@ REFUSED = """
 "plots|nowhere"                                  "nowhere holds no run"
 "plots|a-s0|--picture|no/p.png"                  "no file can be written there"
 "plots|a-s0|--picture|p.txt"                     "its name must end in .svg"
-"pictures|nothing.json"                          "nothing.json cannot be drawn"
-"pictures|a-s0/config.json|--map"                "a-s0/config.json cannot be drawn"
 """
 
 
@@ -239,12 +271,26 @@ def test_compare_trains_what_train_trains(tmp_path, monkeypatch):
     assert lines("all/sdar-s3") == plain
     assert lines("all/sdar-divergence-forward-s3") == changed != plain
 
+    (row, other) = json.loads(Path("all/compare-variant.json").read_text())[1:]
+    assert row["runs"]["3"]["1"] == [*plain[-1]["eval_by_type"].values()]
+    made = (row["made"], other["made"])
+    assert made == (compare.origin("cpu"),) * 2
+    assert compare.processor("cpu") in made[0] and torch.__version__.split("+")[0] in made[0]
+
+    monkeypatch.setattr(results, "DATA", tmp_path)
+    monkeypatch.setattr(results, "PAGES", [tmp_path / "PAGE.md"])
+    Path("PAGE.md").write_text("<!-- table: tiny: 0 steps, 1 steps -->\n<!-- end -->\n")
+    assert call(results, "--join", "tiny", "all/compare-variant.json", "--write") == 0
+    assert call(results, "--check") == 0
+    cells = rows_of(Path("PAGE.md").read_text())["sdar divergence:forward"]
+    assert cells[2].startswith(f"{changed[-1]['eval_success']:.2f} [")
+
 
 def test_compare_never_takes_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     config = small(tmp_path, "")
     assert compare.finished(config) == []
-    assert "is not empty" in compare.launch(compare.Run("sdar", config, []))[1]
+    assert "is not empty" in compare.launch(compare.Run("sdar", config, []))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -272,19 +318,48 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_plot_joins_seeds_and_leaves_out_what_is_not_there(runs, capsys):
-    assert call(plots, *"a-s0 a-s1 b-s0 --picture p.png".split()) == 0
+    Path("none0").rename("a-s2")  # it has only begun
+    assert call(plots, *"a-s0 a-s1 a-s2 b-s0 --picture p.png".split()) == 0
     printed = capsys.readouterr().out
-    assert "▅▅  1: 0.500  2: 0.500  a\n███  1: 1.000  2: 1.000  3: 1.000  b\n" in printed
+    assert "▅▅   1: 0.500  2: 0.500  3:     -  a (2 seeds)\n" in printed
+    assert "███  1: 1.000  2: 1.000  3: 1.000  b (one seed)\n" in printed
     assert "mean gap" not in printed
-    assert "KL\n▁▄  1" in printed
+    assert "KL\n▁▄   1: 0.143  2: 0.286  3:     -  a (2 seeds)\n▁▄█  1" in printed
     assert Path("p.png").exists() == ("no picture" not in printed)
+
+
+def test_a_method_has_one_colour_and_each_row_its_line():
+    labels = [
+        "grpo",
+        "sdar teacher=frozen",
+        "toy-sdar",
+        "a",
+        "b",
+        *(f"sdar lr={n}" for n in "12345"),
+    ]
+    looks = plots.looks_of(labels)
+    known = {**plots.looks_of(sdar.METHODS), **plots.looks_of(["house"])}
+    for label, name in zip(labels, ["grpo", "sdar", "sdar", "house", None, *["sdar"] * 5]):
+        assert name is None or looks[label]["color"] == known[name]["color"]
+    assert looks["toy-sdar"] == known["sdar"]  # in any company
+    for some in (looks, known):
+        assert len({str(look) for look in some.values()}) == len(some)
+
+
+def test_a_band_has_its_lines_colour():
+    axes = Mock()
+    curves = {name: np.zeros((2, 3, 2)) for name in ("skill_sd", "sdar", "opsd", "grpo")}
+    plots.draw_panel(axes, "success", curves)
+    bands = [call.kwargs["color"] for call in axes.fill_between.call_args_list]
+    assert bands == [plots.COLOURS[name][0] for name in ("sdar", "grpo")]
 
 
 def test_plot_keeps_other_settings_apart(runs, capsys):
     Path("b-s0").rename("a-s2")
     assert call(plots, "a-s0", "a-s1", "a-s2") == 0
     printed = capsys.readouterr().out
-    assert "▅▅  1: 0.500  2: 0.500  a-s0\n███  1: 1.000  2: 1.000  3: 1.000  a-s2\n" in printed
+    assert "▅▅   1: 0.500  2: 0.500  3:     -  a-s0 (2 seeds)\n" in printed
+    assert "███  1: 1.000  2: 1.000  3: 1.000  a-s2 (one seed)\n" in printed
 
 
 def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
@@ -292,7 +367,7 @@ def test_plot_draws_what_is_not_finite_as_a_gap(runs, capsys):
     rows = log.read_text().replace('"success": 1.0, "kl": 0.2', '"success": NaN, "kl": 0.2')
     log.write_text(rows)
     assert call(plots, "b-s0") == 0
-    assert "██  1: 1.000  3: 1.000  b\n" in capsys.readouterr().out
+    assert "██  1: 1.000  3: 1.000  b (one seed)\n" in capsys.readouterr().out
 
 
 TORN = """
@@ -311,75 +386,3 @@ def test_plot_refuses_lines_that_are_no_step(line, message, runs, capsys):
     assert call(plots, "a-s0") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-# --- Pictures ----------------------------------------------------------------------------
-
-
-def write_report(path, rows):
-    """A file as compare writes it, of rows (label, settings, a run's success): the teacher wins
-    half of the games more."""
-    start, *lines = [
-        {
-            "step": 10,
-            "eval_success": success,
-            "eval_success_skill": 0.5 + success,
-            "eval_by_type": {"put": [10, 1, 5]},
-        }
-        for success in (0.1, *(success for _, _, success in rows))
-    ]
-    report = {"start": start | {"step": 0}, "rows": {}}
-    for (label, settings, _), line in zip(rows, lines):
-        report["rows"][label] = {"settings": settings, "seeds": {"0": [line]}, "failed": {}}
-    path.write_text(json.dumps(report))
-    return str(path)
-
-
-def test_the_pages_pictures_are_drawn_from_a_comparison(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [("sdar", {}, 0.5), ("grpo", {}, 0.4), ("rlsd", {}, 0.3)]
-    flags = [write_report(tmp_path / "compare.json", rows), "--place", str(tmp_path)]
-
-    def drawn(name, *more):
-        assert call(pictures, *flags, "--name", name, *more) == 0
-        return [(tmp_path / f"{name}{dark}.svg").read_text("utf-8") for dark in ("", "-dark")]
-
-    both = drawn("compare")
-    assert ["#0d1117" in text for text in both] == [False, True]
-    assert drawn("again") == both  # the same bytes
-    assert ["rlsd" in text for text in both + drawn("two", "--rows", "sdar,grpo")] == [1, 1, 0, 0]
-
-
-MAP = """
-"live"    1.0  1e-3  0.10
-"frozen"  1.0  1e-3  0.20
-"frozen"  1.0  2e-3  0.30
-"frozen"  2.0  1e-3  0.40
-"""
-
-
-def test_a_map_shows_student_and_teacher_of_each_setting(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    panels, draw = {}, pictures.draw_cells
-
-    def noted(axes, title, *more):
-        draw(axes, title, *more)
-        texts = {text.get_position(): text.get_text() for text in axes.texts}
-        panels[title] = [texts.get((x, y)) for y in (0, 1) for x in (0, 1)]
-        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # a larger lambda is above
-
-    monkeypatch.setattr(pictures, "draw_cells", noted)
-    reports = []
-    for teacher, coef, lr, success in table(MAP):
-        settings = {"teacher": teacher, "sdar_coef": coef, "lr": lr, "variant": []}
-        label = f"sdar {teacher} {coef} {lr}"
-        rows = [(label, {**settings, "distil": "gate"}, success)]
-        rows.append(("grpo", {**settings, "distil": "none"}, 0.45))
-        reports.append(write_report(tmp_path / f"{label}.json", rows))
-    assert call(pictures, *reports, "--map", "--place", str(tmp_path)) == 0
-    assert panels == {
-        "frozen, alone": ["0.20", "0.30", "0.40", "nan"],  # learning rates, then a lambda above
-        "live, alone": ["0.10", "nan", "nan", "nan"],
-        "frozen, with the skill": ["0.70", "0.80", "0.90", "nan"],
-        "live, with the skill": ["0.60", "nan", "nan", "nan"],
-    }
