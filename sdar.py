@@ -1018,6 +1018,7 @@ def load_policy(config):
     path = config.model
     if path == "tiny":
         path = str(TINY_FOLDER)
+        torch.set_num_threads(1)  # a second one is no faster, and on busy cores much slower
         transformers.utils.logging.disable_progress_bar()
     with naming(f"--model {path} cannot be used", UserError):
         merged = not Path(path, "adapter_config.json").exists()

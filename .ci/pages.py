@@ -64,7 +64,7 @@ def check_command(command):
         return
     assert ROOT.joinpath(script).exists(), command
     for flag in re.findall(r" (--[\w-]+)", command):
-        known = call(ROOT / ("sdar.py" if "bug" in words else script), "--help")
+        known = call(ROOT / ("sdar.py" if {"bug", "run"} & {*words} else script), "--help")
         assert re.search(rf"{flag}\b", known), (command, flag)
 
     if script == ".lab/compare.py" and "M" not in words:

@@ -1,335 +1,474 @@
-"""The graders of the fill-in exercises: hand numbers, and what it means when one is missed.
-.lab/tests/test_course.py runs them."""
+"""What is wrong with an answer, and what that means. exercise.py calls this file as a process:
 
-from contextlib import contextmanager
+    python .lab/course/graders.py LOG SECONDS answers/kl_k3.py ...
+
+For each answer it appends to LOG a line of JSON, the verdict: a mark, a sentence, and what the
+answer printed. Marks: R right, n not yet, e still empty, x cannot be used.
+
+An answer is put into its module in memory. First it has to give the numbers of checks.json, or
+those of a function below. Then a small training step and a look through the microscope have to run
+with it, and the step to have the metrics that it has without it.
+"""
+
+import faulthandler
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = map(str, (HERE.parents[1], HERE.parent, HERE.parent / "trl", HERE))
+
+import microscope
+import numpy as np
 import torch
 
 import envs
 import sdar
+from envs import UserError, naming, require
+
+CHECKS = json.loads((HERE / "checks.json").read_text("utf-8"))
+AGAIN = 77  # exit code: what is left needs a fresh process
 
 
-def tensor(*values):
-    """Numbers, or rows of them, in float64."""
-    return torch.tensor(values, dtype=torch.float64)
+# --- An answer: its file, its place, its faults ------------------------------------------
 
 
-def check_near(got, expected, meaning):
-    """AssertionError with the meaning of the numbers unless the two agree to 1e-5, and in shape."""
-    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
-    assert got.shape == expected.shape, meaning
-    assert torch.allclose(got.double(), expected.double(), atol=1e-5), meaning
+class Unusable(UserError):
+    """An answer that is no Python, or defines something else."""
+
+
+class Notes(io.StringIO):
+    """Keeps the first characters that are printed. An endless loop may print for a minute."""
+
+    def write(self, text):
+        return super().write(text[: max(0, 2000 - self.tell())])
+
+
+def load(path):
+    """What an answer's file defines under the file's name. Unusable if that is nothing to grade."""
+    name = path.stem
+    sys.path.append(str(path.absolute().parent))  # there may be helpers beside it
+    try:
+        found = runpy.run_path(str(path))
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        where = f"{error.filename or path}, line {error.lineno} ({line})"
+        raise Unusable(f"{where}: Python cannot read it, {error.msg}") from error
+    require(name in found, f"{path} defines no {name}", Unusable)
+    answer, original = found[name], getattr(place_of(name), name)
+    if isinstance(original, dict):
+        require(isinstance(answer, dict), f"{path}: {name} must be a table", Unusable)
+        return answer
+
+    # It may name what it takes as it likes, but for what has a default.
+    theirs, required, options = inspect.signature(original), [], {}
+    for parameter in theirs.parameters.values():
+        if parameter.default is parameter.empty:
+            required.append(0)
+        else:
+            options[parameter.name] = 0
+    with naming(f"{path}: {name} must be a function of {theirs}", Unusable):
+        inspect.signature(answer).bind(*required, *options)
+        inspect.signature(answer).bind(*required, **options)
+    return answer
+
+
+def place_of(name):
+    """The module, or the class, that has a function."""
+    if name == "gated_terms":
+        sys.modules.setdefault("trl", None)  # not needed for this, and ten seconds to import
+        return importlib.import_module("trainer")
+    return {"retrieve": envs.SkillBank, "view": sdar.Episode}.get(name, sdar)
+
+
+@contextmanager
+def in_place(name, answer):
+    """In this block the answer stands in the original's place."""
+    place, original = place_of(name), getattr(place_of(name), name)
+    rows = {**original} if isinstance(original, dict) else None
+    try:
+        if rows is None:
+            setattr(place, name, answer)
+        else:  # others have the table by this object
+            original.clear()
+            original.update(answer)
+        yield
+    finally:
+        setattr(place, name, original)
+        if rows is not None:
+            original.clear()
+            original.update(rows)
+
+
+def sentence(error, *paths):
+    """What an answer raised, or a grader says of it, in one line, with the answer's own line."""
+    cause = error.__cause__ or error
+    files = [*map(str, paths)]
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename in files]
+    said = " ".join(str(cause).split())[:300]
+    if frames or not isinstance(cause, (AssertionError, UserError)):
+        said = f"{type(cause).__name__}: {said}"
+    if frames:
+        said = f"{frames[-1].filename}, line {frames[-1].lineno} ({frames[-1].line}): {said}"
+    meant = error is not cause and not isinstance(cause, (NameError, AttributeError))
+    return f"{said} ({error})" if meant else said
 
 
 @contextmanager
 def meaning(message):
-    """Whatever the learner's function raises in here becomes an AssertionError with a meaning."""
+    """Whatever an answer raises in here becomes an AssertionError with a meaning."""
     try:
         yield
     except NotImplementedError:
         raise
     except Exception as error:
-        raise AssertionError(f"{message} ({type(error).__name__}: {error})") from error
+        raise AssertionError(message) from error
 
 
-def slope_of(values, *inputs):
-    """Gradients of the sum of `values`; None where it has none."""
-    with meaning("the values must keep the gradient of the student's log-probs"):
-        return torch.autograd.grad(values.sum(), inputs, allow_unused=True)
+# --- A verdict ---------------------------------------------------------------------------
+
+SMOKE = (
+    "--seed 2 --steps 1 --tasks-per-step 2 --group-size 4 --minibatches 2 --eval-episodes 1 "
+    "--eval-every 0 --rollout-batch 8 --max-turns 6"
+)  # in one of the groups somebody wins and somebody loses
+COUNTS = ("gate_active", "clipped")  # rounding alone moves them
+WITH = {"GATES": "--gate soft_or", "retrieve": "--retrieval ucb"}
 
 
-def check_shape(values, like):
-    """AssertionError for a mean or a sum."""
-    message = "a value for every token (N,): the mean is taken in update, once"
-    assert values.shape == like.shape, message
+def main(log, seconds, *paths):
+    """Judge answers, one after the other. One that hangs ends the process, and shows its line."""
+    faulthandler.enable()
+    Path(log).touch()  # everything could be imported
+    for path in map(Path, paths):
+        before = shared_state()
+        row = verdict(path, float(seconds))
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if shared_state() != before:
+            os._exit(AGAIN)
+    os._exit(0)  # whatever an answer has started
 
 
-def grade_group_advantages():
-    rewards = torch.tensor([[1.0, 0, 0, 0]])
-    advantages = sdar.group_advantages(rewards)
-    assert advantages.shape == (1, 4), "an advantage for every reward, in the same rows"
-    meant = "1.5 is (1 - 1/4) / 0.5: the deviation has G - 1 under it (1.73: G)"
-    check_near(advantages[0], [1.5, -0.5, -0.5, -0.5], meant)
-
-    advantages = sdar.group_advantages(torch.tensor([[1.0, 0.0], [5.0, 5.0]]))
-    meant = "a row whose rewards are equal teaches nothing: 0, not nan (eps), nor the batch's mean"
-    check_near(advantages[1], [0, 0], meant)
-    meant = "a row is a group, and another group's rewards are not its business"
-    check_near(advantages[0], [0.707106, -0.707106], meant)
-
-    equal = sdar.group_advantages(torch.full((1, 7), 0.99))
-    meant = "rounding, divided by eps, became an advantage of equal rewards: compute in float64"
-    assert (equal.abs() < 1e-9).all(), meant
-    far = sdar.group_advantages(rewards, eps=0.5)
-    check_near(far[0, 0], 0.75, "eps is an argument, and is added to the deviation")
+def verdict(path, seconds):
+    """(mark, sentence, what was printed) of one answer."""
+    name, notes = path.stem, Notes()
+    try:
+        with redirect_stdout(notes):
+            judge(name, path, seconds)
+        mark, said = "R", ""
+    except NotImplementedError:
+        mark, said = "e", f"{path} is still empty"
+    except Unusable as error:
+        mark, said = "x", str(error)
+    except (Exception, SystemExit) as error:
+        mark, said = "n", sentence(error, path)
+    faulthandler.cancel_dump_traceback_later()
+    return mark, said, notes.getvalue()
 
 
-GAP = tensor(0.5, -0.2, 0.0, 0.3)
-ENTROPY = tensor(0.1, 0.7, 0.0, 0.4)
-GATES = {  # {gate: (its values on these four tokens with beta 5, what it is)}
-    "gap": (
-        [0.924142, 0.268941, 0.5, 0.817574],
-        "sigmoid(beta gap): 1/2 without a gap, more where the teacher finds the token likelier",
-    ),
-    "entropy": (
-        [0.622459, 0.970688, 0.5, 0.880797],
-        "sigmoid(beta h): it must not know the gap",
-    ),
-    "soft_or": (
-        [0.939913, 0.960834, 0.5, 0.947846],
-        "1 - (1 - h)(1 - gap) goes into the sigmoid, all of it times beta",
-    ),
-    "none": ([1, 1, 1, 1], "1 everywhere"),
-}
+def judge(name, path, seconds):
+    """AssertionError, or what the answer raises, unless it is right."""
+
+    def watch():
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    watch()
+    answer, before = load(path), shared_state()
+    with in_place(name, answer):
+        if name in CHECKS:
+            check_numbers(name)
+        else:
+            check_skills()
+            check_processes(path)
+    for what, state in shared_state().items():
+        meant = "which all share: whatever is random or computed after it is another; have your own"
+        assert state == before[what], f"it changes {what}, {meant}"
+    if name == "gated_terms":
+        return  # a step on TRL takes minutes
+    faulthandler.cancel_dump_traceback_later()
+    expected = known_smoke(WITH.get(name, ""))
+
+    watch()
+    with meaning("by hand numbers it is right, but a small training step or the microscope stops"):
+        with in_place(name, answer):
+            metrics = smoke(WITH.get(name, ""))
+    for key, value in expected.items():
+        meant = f"by hand numbers it is right, but in a small training step {key} is"
+        got = metrics.get(key, math.nan)
+        same = abs(got - value) < 1e-5 + abs(value) / 100
+        assert same or key in COUNTS or name == "retrieve", (
+            f"{meant} {got:.4f} instead of {value:.4f}"
+        )
 
 
-def grade_GATES():
-    if not sdar.GATES:
-        raise NotImplementedError("exercise: write GATES again")
-    assert {*GATES} <= {*sdar.GATES}, f"the table has {', '.join(GATES)}"
-    for kind, (expected, meant) in GATES.items():
-        value = sdar.GATES[kind](GAP, ENTROPY, 5.0)
-        assert value.shape == GAP.shape, f"{kind}: a gate for every token, so of the gap's shape"
-        check_near(value, expected, f"{kind}: {meant}")
-        if kind != "none":
-            meant = f"{kind}: beta 0 is a gate of 1/2, whatever the token"
-            check_near(sdar.GATES[kind](GAP, ENTROPY, 0.0), [0.5] * 4, meant)
-
-
-def grade_sdar_loss():
-    student = tensor(-1, -0.5, -2).requires_grad_()
-    teacher = tensor(-0.5, -0.7, -2).requires_grad_()
-    terms = sdar.sdar_loss(student, teacher)
-    check_shape(terms["sdar_loss"], student)
-    push, to_teacher = slope_of(-terms["sdar_loss"], student, teacher)
-    assert push is not None, "the student must not be detached: through it alone the loss teaches"
-    assert (push > 0).all(), (
-        "every sampled token is pushed up; down means a turned sign, or a gate that is not detached"
-    )
-    gates = [0.924142, 0.268941, 0.5]
-    check_near(push, gates, "the push on a token is its gate")
-    assert to_teacher is None, "the teacher must be detached, or it learns to please the student"
-    meant = "the value: g (teacher - student)"
-    check_near(terms["sdar_loss"], [gates[0] * 0.5, gates[1] * -0.2, 0], meant)
-    check_near(terms["gate"], gates, "gate: what the gap was multiplied by")
-    assert not terms["gate"].requires_grad, "the gate must be detached"
-    check_near(terms["gate_active"], [1, 0, 0], "gate_active: above 1/2, and a gate of 1/2 is not")
-
-    def loss_of(kind, beta=5.0):
-        with meaning(f"kind {kind!r}: its gate takes gap, entropy and beta"):
-            return sdar.sdar_loss(tensor(0, 0, 0, 0), GAP, ENTROPY, kind, beta)["sdar_loss"]
-
-    check_near(loss_of("gap", 2.0), torch.sigmoid(2 * GAP) * GAP, "beta must reach the gate")
-    check_near(loss_of("none"), GAP, "kind must reach the gate: none is a gate of 1")
-    gated = torch.sigmoid(5 * ENTROPY) * GAP
-    check_near(loss_of("entropy"), gated, "the entropy must reach the gate")
-
-
-def grade_kl_k3():
-    p, q = tensor(0.5, 0.3, 0.2), tensor(0.2, 0.3, 0.5)
-    policy = p.log().requires_grad_()
-    k3 = sdar.kl_k3(policy, q.log())
-    check_shape(k3, policy)
-    meant = "k3 is 0 where the two agree and never negative; the plain difference is neither"
-    assert (k3 >= 0).all(), meant
-    check_near(k3[1], 0, meant)
-    meant = "its mean under the policy is KL(policy || reference): d = reference - policy"
-    check_near((p * k3).sum(), (p * (p / q).log()).sum(), meant)
-    (slope,) = slope_of(k3, policy)
-    check_near(slope, 1 - q / p, "reference is a constant, the policy is not")
-
-    meant = "e^2.4 - 2.4 - 1: only what is further apart is clamped"
-    check_near(sdar.kl_k3(tensor(-2.4), tensor(0.0)), [7.623176], meant)
-    check_near(sdar.kl_k3(tensor(0.0), tensor(-9.0)), [8.000123], meant)
-    far = tensor(-900.0).requires_grad_()
-    value = sdar.kl_k3(far, tensor(0.0))
-    meant = (
-        "the value is clamped to 10, and exp must not overflow before: its gradient would be nan"
-    )
-    check_near(value, [10], meant)
-    (slope,) = slope_of(value, far)
-    assert slope.isfinite().all(), meant
-
-
-def grade_retrieve():
-    rows = [
-        dict(name="mug", text="m", task_types=["put", "heat"], keywords=["mug"]),
-        dict(name="hat", text="h", keywords=["hat"]),
-        dict(name="all", text="a"),
-        dict(name="cup", text="c", task_types=["cool"], keywords=["cup"]),
-        dict(name="lamp", text="l", task_types=["look"]),
-    ]
-
-    def names(strategy, seed=0, rows=rows, arms=()):
-        bank = envs.SkillBank(rows, strategy)
-        bank.arms = dict(arms)
-        with meaning(f"{strategy}: no more than the bank has"):
-            skills = bank.retrieve("put that mug in drawer 1", "put", seed)
-        return [skill.name for skill in skills]
-
-    assert names("keyword") == ["mug", "all"], (
-        "task type and a whole word must fit ('hat' is in 'that'); no condition fits always"
-    )
-    assert names("full") == ["mug", "hat", "all", "cup", "lamp"], "full is the bank in its order"
-
-    meant = "one seed, one choice: the episodes of a group read the same skills"
-    choices = [names("random", seed) for seed in range(30)]
-    assert choices == [names("random", seed) for seed in range(30)], meant
-    assert len({*map(str, choices)}) > 1, "another seed, another choice"
-    meant = "random: as many as keyword finds, each once"
-    assert all(len({*choice}) == len(choice) == 2 for choice in choices), meant
-    assert len({*sum(choices, [])}) == 5, "random: of the whole bank, not of what fits"
-    alone = names("random", rows=rows[1:2] + rows[3:])
-    assert len(alone) == 1, "random: at least one, even where nothing fits"
-
-    arms = {"mug found": [5, 5.0], "all found": [5, -5.0], "hat not found": [5, 5.0]}
-    known = names("ucb", rows=[*rows[:3], rows[4]], arms=arms)
-    meant = "ucb: the three of largest index: one never tried, then those that were worth something"
-    assert known[0] == "lamp" and {*known} == {"lamp", "mug", "hat"}, meant
-    orders = {str(names("ucb", seed)) for seed in range(9)}
-    assert len(orders) > 1, "ucb: ties are broken differently with each seed: shuffle the bank"
-
-
-def grade_gated_terms():
-    import trainer
-
-    student = torch.tensor([[-9.0, -1.0, -0.5, -2.0, -8.0], [-9.0, -0.7, -1.5, -8.0, -8.0]])
-    student = student.double().requires_grad_()
-    entropy = torch.tensor([[9.0, 0.3, 0.3, 0.3, 0.3], [9.0, 0.3, 0.3, 0.3, 0.3]])
-    output = SimpleNamespace(log_probs=student, entropy=entropy)
-    inputs = {
-        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]),
-        "sampling_per_token_logps": tensor([-0.5, 0.0, -2.2, -7.0], [-0.7, -1.5, 0.0, 0.0]),
+def shared_state():
+    """What an answer has to leave as it was."""
+    return {
+        "random's generator": str(random.getstate()),
+        "NumPy's generator": str(np.random.get_state()),
+        "PyTorch's generator": torch.get_rng_state().tolist(),
+        "PyTorch's default dtype": torch.get_default_dtype(),
+        "PyTorch's grad mode": torch.is_grad_enabled(),
     }
-    gap = tensor(0.5, -0.2, 1.0, 0.0, 0.0)
-
-    def terms_of(**settings):
-        with meaning("log-probs, entropies and the teacher's are chosen alike, by both masks"):
-            return trainer.gated_terms(output, inputs, SimpleNamespace(**settings))
-
-    terms = terms_of(gate="gap", gate_beta=5.0)
-    meant = "five tokens were sampled: those of the completion that no tool wrote"
-    check_near(terms["tokens"], [1] * 5, meant)
-    (slope,) = slope_of(terms["sdar_loss"], student)
-    g = torch.sigmoid(5 * gap)
-    expected = torch.zeros(2, 5).double()
-    expected[0, [1, 3, 4]], expected[1, 1:3] = g[:3], g[3:]
-    meant = "the push is g on the sampled tokens; only the last C columns are the completion's"
-    check_near(-slope, expected, meant)
-    check_near(terms["gap"], gap, "gap: the teacher's log-prob less the student's")
-    terms = terms_of(gate="entropy", gate_beta=2.0)
-    meant = "gate, beta and entropy must reach sdar_loss"
-    check_near(terms["gate"], torch.sigmoid(tensor(0.6)).expand(5), meant)
-
-    inputs["old_per_token_logps"] = tensor([-1.5, 9, -2, -8], [-0.7, -1.5, 9, 9])
-    meant = "gap: to the student that sampled, where the batch has it, not to one that moves"
-    check_near(terms_of(gate="gap", gate_beta=5.0)["gap"], [1.0, *gap[1:]], meant)
 
 
-# Tokens of policy_loss: (log of the ratio, advantage, loss, slope by the log-prob, what it is).
-CLIPPED = [
-    (0.1, 1, -1.105171, -1.105171, "the ratio is e to the difference of log-probs, new less old"),
-    (0.5, 1, -1.2, 0, "A > 0 and far above 1: clipped, nothing more is earned"),
-    (-0.5, 1, -0.606531, -0.606531, "A > 0 but far below 1: not clipped, or it never comes back"),
-    (-0.5, -1, 0.8, 0, "A < 0 and far below 1: clipped"),
-    (0.5, -1, 1.648721, 1.648721, "A < 0 but far above 1: not clipped"),
-]
+def smoke(flags):
+    """Metrics of a small training step, after it and a look through the microscope."""
+    words = f"{SMOKE} {flags}".split()
+    silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, silent[0], silent[1]:
+        given = vars(sdar.make_parser().parse_args([*words, "--out", f"{folder}/run"]))
+        metrics = sdar.train(sdar.configure(**given))
+        microscope.main([*words, "--page", f"{folder}/page.html"])
+    timed = [name for name in metrics if "second" in name or name.startswith("eval")]
+    return {name: value for name, value in metrics.items() if name not in timed}
 
 
-def grade_policy_loss():
-    for log_ratio, advantage, expected, expected_slope, meant in CLIPPED:
-        new = tensor(log_ratio - 1).requires_grad_()
-        terms = sdar.policy_loss(new, tensor(-1.0), tensor(advantage))
-        check_shape(terms["policy_loss"], new)
-        check_near(terms["policy_loss"], [expected], meant)
-        (slope,) = slope_of(terms["policy_loss"], new)
-        check_near(slope, [expected_slope], meant)
-
-    log_ratios, advantages = tensor(0.5, 0.0, 0.5, -0.5), tensor(1, 1, -1, -1)
-    terms = sdar.policy_loss(log_ratios, tensor(0, 0, 0, 0), advantages)
-    check_near(terms["ratio"], log_ratios.exp(), "ratio: the new probability by the old one")
-    meant = "clipped: where the clip changed the loss, which at a ratio of 1 it does not"
-    check_near(terms["clipped"], [1, 0, 0, 1], meant)
-    terms = sdar.policy_loss(log_ratios, tensor(0, 0, 0, 0), advantages, clip_eps=0.5)
-    meant = "clip_eps is an argument: the bounds are 1 - clip_eps and 1 + clip_eps"
-    check_near(terms["policy_loss"], [-1.5, -1, 1.648721, 0.606531], meant)
-    terms = sdar.policy_loss(tensor(-2.0), tensor(-1.0), tensor(-1), clip_eps=0.5)
-    check_near(terms["policy_loss"], [0.5], meant)
+known_smoke = lru_cache(smoke)  # of the originals: called while no answer is in place
 
 
-def an_episode(ids, mask, skill_at=1, skill_ids=()):
+# --- Numbers: checks.json ----------------------------------------------------------------
+#
+# A row calls a function `of` tensors and `with` options. It wants values, or a dict of them, within
+# a tolerance; and a slope, the gradient of their sum by the input of that number. A text in place
+# of a slope: there must be none, and why. What is got instead may be `known`, a usual mistake.
+
+NOTHING = (
+    "nothing is learned from it: the values must keep the gradient of the student's log-probs, so "
+    "no detach, no_grad, item or tolist on their way"
+)
+
+
+def check_numbers(name):
+    """AssertionError unless a function, or a table of them, gives the numbers of checks.json."""
+    function = AS_NUMBERS.get(name) or getattr(sdar, name)
+    if function == {}:
+        raise NotImplementedError
+    for row in CHECKS[name]:
+        if "gate" in row:
+            function = sdar.GATES.get(row["gate"])
+            assert callable(function), f"the table has no function {row['gate']!r}"
+        check_row(function, row)
+
+
+def check_row(function, row):
+    """AssertionError with a meaning unless the function does what a row says."""
+    slopes, wants, handed = row.get("slope", {}), row["want"], []
+    for place, value in enumerate(row["of"]):
+        tensor = torch.tensor(value) if isinstance(value, list) else value
+        if str(place) in slopes or "constant" in row:
+            tensor.requires_grad_()
+        handed.append(tensor)
+    before = str(handed)
+    with meaning(row["means"]):
+        values = function(*handed, **row.get("with", {}))
+    if not isinstance(wants, dict):
+        values, wants = {"": values}, {"": wants}
+    for key, want in wants.items():
+        known = isinstance(values, dict) and key in values
+        assert known, f"it must return a dict, with a row {key!r}"
+        check_near(values[key], want, row["means"], row.get("known"), row.get("within", 2e-5))
+        assert not (values[key].requires_grad and key in row.get("constant", ())), row["means"]
+    same = str(handed) == before
+    assert same, "it changes what it was handed, and others still need that: no x += 1, no x_()"
+    if not slopes:
+        return
+
+    total = values[[*wants][0]].sum()
+    assert total.requires_grad, NOTHING
+    inputs = [handed[int(place)] for place in slopes]
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    for slope, want in zip(found, slopes.values()):
+        if isinstance(want, str):
+            assert slope is None or not slope.any(), want
+        else:
+            slope = torch.zeros_like(torch.tensor(want)) if slope is None else slope
+            check_near(slope, want, row["slope_means"], row.get("known_slopes"))
+
+
+def check_near(got, want, meant, known=None, within=2e-5):
+    """AssertionError with what it means unless a tensor has these numbers, in this shape."""
+    want = torch.tensor(want)
+    kind = type(got).__name__
+    assert isinstance(got, torch.Tensor), f"{meant} (a tensor, and yours is a {kind})"
+    got = got.detach().float()
+    numbers = f"yours {shown(got)}, expected {shown(want)}"
+    if got.dim() < want.dim() or got.numel() == 1 < want.numel():
+        meant = "a number for each: no mean or sum here, it is taken in update, once"
+    assert got.shape == want.shape, f"{meant} ({numbers})"
+    if not torch.allclose(got, want, rtol=1e-5, atol=within):
+        for text, values in (known or {}).items():
+            if torch.allclose(got, torch.tensor(values), atol=1e-4):
+                meant = text
+        raise AssertionError(f"{meant} ({numbers})")
+
+
+def shown(values):
+    """The first numbers of a tensor."""
+    return ", ".join(f"{value:.5g}" for value in values.flatten()[:8].tolist())
+
+
+# What is no function of tensors becomes one.
+
+
+def an_episode(ids, mask, skill_at, skill_ids):
+    """An Episode of which nothing but these ids is known."""
     nothing = dict(env=None, task="", task_type="", random=None, skills=[])
-    place = dict(skill_at=skill_at, skill_ids=list(skill_ids))
-    return sdar.Episode(ids=list(ids), mask=list(mask), **place, **nothing)
+    return sdar.Episode(ids=ids, mask=mask, skill_at=skill_at, skill_ids=skill_ids, **nothing)
 
 
-def grade_view():
-    episode = an_episode([1, 2, 3, 4, 5], [0, 0, 1, 0, 1], skill_at=1, skill_ids=[8, 9])
-    for _ in range(2):
-        with meaning("view returns two lists"):
-            (ids, mask), student = episode.view(True), episode.view(False)
-        meant = "the student never sees the skill, and the episode stays as it is"
-        assert tuple(student) == ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]), meant
-        meant = "the teacher reads the skill from place skill_at on, between the halves"
-        assert ids == [1, 8, 9, 2, 3, 4, 5], meant
-        meant = "the skill was not sampled: 0 on it, and the ones move with their ids"
-        assert mask == [0, 0, 0, 0, 1, 0, 1], meant
-    alone = an_episode([1, 2, 3], [0, 0, 1])
-    assert tuple(alone.view(True)) == ([1, 2, 3], [0, 0, 1]), "no skill fits: both read the same"
+def view(ids, mask, skill_at, skill_ids, with_skill):
+    episode = an_episode([*ids], [*mask], skill_at, [*skill_ids])
+    read = episode.view(with_skill)
+    alike = (episode.ids, episode.mask, episode.skill_ids) == (ids, mask, skill_ids)
+    require(alike, "the episode itself must stay as it is: others still read it")
+    require(len(read) == 2, "it returns two lists, ids and mask")
+    plain = all(isinstance(values, (list, tuple)) for values in read)
+    require(plain, "it returns lists: padded makes tensors of them")
+    return {name: torch.tensor(values).float() for name, values in zip(("ids", "mask"), read)}
 
 
 class Counting:
     """A model of four words that finds likely what it has read often: the state at a position is
-    how often each id has come up, that position's included, and the head is the identity."""
+    how often each id has come up, that position's included, times `one`."""
 
     device = torch.device("cpu")
-    head = torch.eye(4, requires_grad=True)
+    halved = False  # has it been called in bfloat16?
 
-    def base_model(self, input_ids, attention_mask=None, use_cache=False):
-        seen = torch.nn.functional.one_hot(input_ids, 4).cumsum(1)
-        return SimpleNamespace(last_hidden_state=seen.float())
+    def __init__(self, one, head):
+        self.one, self.head = one, head
+
+    def base_model(self, input_ids, attention_mask=None, **options):
+        self.halved = torch.is_autocast_enabled("cpu")
+        words = torch.nn.functional.one_hot(input_ids, 4)
+        words = words if attention_mask is None else words * attention_mask[..., None]
+        return SimpleNamespace(last_hidden_state=words.cumsum(1) * self.one)
+
+    def __call__(self, *ids, **options):
+        states = self.base_model(*ids, **options).last_hidden_state
+        return SimpleNamespace(logits=states @ self.head.T)
 
     def get_output_embeddings(self):
         return SimpleNamespace(weight=self.head)
 
 
-def counted(chosen, *counts):
-    """Counting's log-prob of an id after so many of each, at temperature 2."""
-    return torch.log_softmax(torch.tensor(counts) / 2.0, -1)[chosen]
-
-
-def grade_response_logprobs():
+def response_logprobs(one, head, with_skill=False, dtype="float32"):
+    model, config = Counting(one, head), SimpleNamespace(temperature=2.0, dtype=dtype, kernel=False)
     episodes = [
-        an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], skill_ids=[3, 3]),
-        an_episode([2, 2, 3], [0, 0, 1]),
+        an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], 1, [3, 3]),
+        an_episode([2, 2, 3], [0, 0, 1], 1, []),
     ]
-    config = SimpleNamespace(temperature=2.0, dtype="float32", kernel=False)
+    logprobs, entropy = sdar.response_logprobs(model, episodes, config, with_skill)
+    return {"logprobs": logprobs, "entropy": entropy, "halved": torch.tensor([float(model.halved)])}
 
-    def read(with_skill):
-        with meaning("ids, states and mask must be cut and chosen alike"):
-            values = sdar.response_logprobs(Counting(), episodes, config, with_skill)
-        assert [len(part) for part in values] == [4, 4], "two values for each of four sampled ids"
-        return values
 
-    student, entropy = read(with_skill=False)
-    meant = (
-        "the first sampled id is predicted by the state before it, which has read two ids; the "
-        "logits are divided by config.temperature"
+def gated_terms(log_probs, entropy, completion, tools, teacher, *old, gate="gap", beta=5.0):
+    inputs = {"completion_mask": completion, "tool_mask": tools}
+    inputs |= {"sampling_per_token_logps": teacher}
+    if old:
+        inputs["old_per_token_logps"] = old[0]
+    output = SimpleNamespace(log_probs=log_probs, entropy=entropy)
+    config = SimpleNamespace(gate=gate, gate_beta=beta)
+    return place_of("gated_terms").gated_terms(output, inputs, config)
+
+
+AS_NUMBERS = {
+    "view": view,
+    "response_logprobs": response_logprobs,
+    "gated_terms": gated_terms,
+}
+
+# --- Skills: what any right draw has -----------------------------------------------------
+
+ROWS = [
+    dict(name="mug", text="m", task_types=["put", "heat"], keywords=["mug"]),
+    dict(name="hat", text="h", keywords=["hat"]),
+    dict(name="all", text="a"),
+    dict(name="cup", text="c", task_types=["cool"], keywords=["cup"]),
+    dict(name="hot", text="o", task_types=["heat"], keywords=["mug"]),
+    dict(name="lamp", text="l", task_types=["look"]),
+]
+
+
+def check_skills():
+    def names(strategy, seed=0, rows=ROWS, arms=(), task="put that mug in drawer 1", bank=None):
+        bank = bank or envs.SkillBank(rows, strategy)
+        bank.arms = dict(arms)
+        order = [*bank.skills]
+        with meaning(f"{strategy}: it stops, with {len(rows)} skills"):
+            skills = bank.retrieve(task, "put", seed)
+        assert isinstance(skills, (list, tuple)), "a list: it is read several times, and in order"
+        assert bank.skills == order, f"{strategy}: the bank itself is shuffled or cut; copy it"
+        known = all(skill in order for skill in skills)
+        assert known, f"{strategy}: skills of the bank, not their texts or names"
+        return [skill.name for skill in skills]
+
+    found = names("keyword")
+    assert "hot" not in found, (
+        "keyword: a skill of another task type does not fit, whatever it says"
     )
-    check_near(student[0], counted(1, 1, 1, 0, 0), meant)
-    more = [counted(2, 1, 2, 0, 0), counted(1, 1, 2, 1, 1)]
-    meant = "an observation has no value, but what follows has read it"
-    check_near(student[1:3], more, meant)
-    check_near(student[3], counted(3, 0, 0, 2, 0), "each episode by itself, in its order")
-    p = torch.softmax(tensor(1, 1, 0, 0) / 2, -1)
-    meant = "the entropy of all four words, not of one"
-    check_near(entropy[0], -(p * p.log()).sum(), meant)
+    meant = "keyword: a whole word must fit ('hat' is in 'that'), and what has no condition always"
+    assert found == ["mug", "all"], meant
+    bank = envs.SkillBank(ROWS, "keyword")
+    meant = "keyword: another task has other skills, and nothing is kept of the one before"
+    tasks = ("put that mug in drawer 1", "put a hat in drawer 1")
+    assert [names("", task=task, bank=bank)[0] for task in tasks] == ["mug", "hat"], meant
+    assert names("full") == [row["name"] for row in ROWS], "full is the bank, in its order"
 
-    teacher, _ = read(with_skill=True)
-    meant = "with_skill: the same id, whose reader has seen the skill"
-    check_near(teacher[0], counted(1, 1, 1, 0, 2), meant)
-    check_near(teacher[3], student[3], "no skill: teacher and student are one reader")
-    (slope,) = slope_of(student, Counting.head)
-    assert slope is not None and slope.abs().sum() > 0, "the log-probs must keep their gradient"
+    choices = [[names("random", seed) for seed in range(30)] for _ in range(2)]
+    meant = "one seed, one choice: the episodes of a group read the same skills"
+    assert choices[0] == choices[1], meant
+    assert len({*map(str, choices[0])}) > 1, "random: another seed, another choice"
+    meant = "random: as many as keyword finds, each once"
+    assert all(len({*choice}) == len(choice) == 2 for choice in choices[0]), meant
+    assert len({*sum(choices[0], [])}) == 6, "random: of the whole bank, not of what fits alone"
+    alone = names("random", rows=ROWS[1:2] + ROWS[3:])
+    assert len(alone) == 1, "random: exactly one where nothing fits, and not all or none"
+
+    arms = {"mug found": [5, 5.0], "all found": [5, -5.0], "hat not found": [5, 5.0]}
+    best = names("ucb", rows=[*ROWS[:3], ROWS[5]], arms=arms)
+    meant = "ucb: the three of largest index: one never tried, then those that were worth something"
+    assert best[:1] == ["lamp"] and sorted(best) == ["hat", "lamp", "mug"], meant
+    orders = {str(names("ucb", seed)) for seed in range(9)}
+    assert len(orders) > 1, "ucb: ties are broken differently with each seed: shuffle a copy"
+
+
+ELSEWHERE = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+from envs import SkillBank
+retrieve = runpy.run_path(sys.argv[2])["retrieve"]
+bank = SkillBank([dict(name=c, text=c, keywords=[c]) for c in "abcdefghij"], sys.argv[3])
+print([[skill.name for skill in retrieve(bank, "a b", "c", seed)] for seed in range(9)])
+"""
+
+
+def check_processes(path):
+    """AssertionError unless another process retrieves the same skills."""
+    for strategy in ("random", "ucb"):
+        said = set()
+        for number in "12":
+            command = [sys.executable, "-c", ELSEWHERE, HERE.parents[1], path, strategy]
+            env = {**os.environ, "PYTHONHASHSEED": number}
+            said.add(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+        meant = (
+            "a resumed run reads other skills: hash(), and a set's order, change with the process"
+        )
+        assert len(said) == 1, f"{strategy}: {meant}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,6 +3,8 @@
     python .lab/course/exercise.py log ill 1     # a stored log as a table; alarm 1 to 10, too
     python .lab/course/exercise.py alarm         # grades answers/alarm.py on ten stored logs
     python .lab/course/exercise.py late [flags]  # when is it too late to be told?
+
+`late` takes all flags of sdar.py.
 """
 
 import json
