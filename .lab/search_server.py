@@ -36,8 +36,8 @@ def words(text):
 
 
 class Index:
-    """BM25 over rows with contents. Of each word: the numbers of the rows that hold it, int32, and
-    its weight in each, float32: NumPy arrays, sixteen bytes or so for a word of a passage."""
+    """BM25 over rows with contents. Of each word: the numbers of the rows that hold it, and how
+    often each does: arrays, eight bytes for a word of a passage."""
 
     def __init__(self, file):
         """UserError for a line that is no such row."""
@@ -54,20 +54,15 @@ class Index:
                 found.append(number)
                 times.append(n)
         require(self.rows, f"{file} is empty")
-
-        norm = K1 * (1 - B + B * np.array(lengths) / np.mean(lengths))
-        for word, (found, times) in self.postings.items():
-            found, times = np.array(found), np.array(times)
-            rarity = math.log(1 + (len(self.rows) - len(found) + 0.5) / (len(found) + 0.5))
-            weights = rarity * times / (times + norm[found])
-            self.postings[word] = found, weights.astype(np.float32)
+        self.norm = K1 * (1 - B + B * np.array(lengths) / np.mean(lengths))
 
     def find(self, query, topk):
         """The best rows for a query: [{"document": row, "score": float}], best first."""
-        scores = np.zeros(len(self.rows), np.float32)
-        for word in words(query):
-            found, weights = self.postings.get(word, ([], []))
-            scores[found] += weights
+        scores = np.zeros(len(self.rows))
+        for word in filter(self.postings.get, words(query)):
+            found, times = map(np.array, self.postings[word])
+            rarity = math.log(1 + (len(scores) - len(found) + 0.5) / (len(found) + 0.5))
+            scores[found] += rarity * times / (times + self.norm[found])
         hits = np.flatnonzero(scores)
         best = hits[np.argsort(-scores[hits], kind="stable")[:topk]]
         return [{"document": self.rows[row], "score": float(scores[row])} for row in best]

@@ -24,6 +24,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -197,14 +198,11 @@ def demonstration(chat, rng, habit=0.0, world=TOY):
 # One token for each phrase and each thing of the toy's world: an episode has some 90. Articles and
 # punctuation are dropped. What is not of this world becomes <unk>.
 
-PHRASES = (
-    *("You are in the middle of a room", "Your task is to", "put", "put it in", "put two"),
-    *("clean", "heat", "cool", "look at", "under", "desklamp 1", "go to", "open", "take", "use"),
-    *("look", "inventory", "in", "from", "in/on", "with", "is closed", "On", "In", "you see"),
-    *("nothing", "You arrive at", "You pick up", "You put", "You clean", "You heat", "You cool"),
-    *("You turn on", "You are carrying", "Nothing happens", "Skill", "is kept in", "is on"),
-    *("Clean with", "Heat with", "Cool with"),
-)
+PHRASES = """You are in the middle of a room, Your task is to, put, put it in, put two, clean, heat,
+    cool, look at, under, desklamp 1, go to, open, take, use, look, inventory, in, from, in/on,
+    with, is closed, On, In, you see, nothing, You arrive at, You pick up, You put, You clean,
+    You heat, You cool, You turn on, You are carrying, Nothing happens, Skill, is kept in,
+    is on, Clean with, Heat with, Cool with"""
 TOY_TEMPLATE = (  # no system message: what the toy's says was learned by imitation
     "{% for m in messages %}"
     "{% if m.role == 'user' %}<|user|>{{ m.content }}"
@@ -221,7 +219,7 @@ def toy_tokenizer(world=TOY):
     from transformers import PreTrainedTokenizerFast
 
     objects = [f"{name} {number}" for name in CLASSES for number in (1, 2)]
-    words = {*PHRASES, *world.places, *CLASSES, *objects}
+    words = {*re.split(r",\s+", PHRASES), *world.places, *CLASSES, *objects}
     words = sorted(words, key=lambda word: (-len(word), word))  # the longest that fits is taken
     ids = {word: i for i, word in enumerate(["<unk>", *words])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -328,31 +326,29 @@ def warmstart(chat, steps=900, habit=0.0, world=TOY):
 def imitate(model, chat, config, world=TOY):
     """Teach a language model the same, in place: AdamW, the mean log-prob of what the player says.
     A step's demonstrations are as many as the config's tasks times its group size."""
-    rng = random.Random(config.seed)
+    rng, order = random.Random(config.seed), np.random.default_rng(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    rows = range(config.tasks_per_step * config.group_size)
     progress = tqdm(range(config.steps), desc=f"imitation by {config.model}", unit="step")
     for step in progress:
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / 10)
+        rows = range(config.tasks_per_step * config.group_size)
         episodes = [demonstration(chat, rng, world=world) for _ in rows]
-        tokens = max(1, sum(sum(episode.mask) for episode in episodes))
-        total = 0.0
-        model.train(config.gradient_checkpointing)
-        for micro in sdar.in_parts(episodes, config.micro_batch):
-            logprobs, _ = sdar.response_logprobs(model, micro, config)
-            loss = -logprobs.sum() / tokens
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{total:.3f}")
-    model.eval()
+        for episode in episodes:
+            episode.logprobs = [0.0] * sum(episode.mask)  # update counts them
+        old = {"old": torch.zeros(sum(len(episode.logprobs) for episode in episodes))}
+        metrics = sdar.update(model, optimizer, episodes, old, config, order, likelihood)
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}")
+
+
+def likelihood(model, episodes, tokens, config):
+    """Imitation's objective."""
+    logprobs, _ = sdar.response_logprobs(model, episodes, config)
+    return {"loss": -logprobs}
 
 
 # --- 5. The command ----------------------------------------------------------------------
 
-IMITATION = {"preset": "small", "steps": 200, "lr": 2e-5, "group_size": 2}
+IMITATION = {"preset": "small", "steps": 200, "lr": 2e-5, "group_size": 2, "minibatches": 1}
 
 
 def settings(argv):
@@ -371,30 +367,25 @@ def settings(argv):
 
 
 def main(argv):
-    """Make the tiny policy, or teach a language model, and play the held-out panel with it. Returns
-    the exit code."""
+    """Make the tiny policy, or teach a language model, and play the held-out panel with it."""
+    config, habit = settings(argv)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
+    free = not any(folder.iterdir()) or config.overwrite and (folder / "config.json").exists()
+    sdar.require(free, f"--out {folder} is not empty: --overwrite the policy in it")
+    envs = sdar.make_envs(config)
+    fine = isinstance(envs[0], ToyEnv)
+    sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
 
-    def command():
-        config, habit = settings(argv)
-        folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
-        free = not any(folder.iterdir()) or config.overwrite and (folder / "config.json").exists()
-        sdar.require(free, f"--out {folder} is not empty: --overwrite the policy in it")
-        envs = sdar.make_envs(config)
-        fine = isinstance(envs[0], ToyEnv)
-        sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
-
-        if config.model == "tiny":
-            chat = sdar.Chat(toy_tokenizer(envs[0]))
-            model = warmstart(chat, config.steps, habit, envs[0])
-        else:
-            model, chat = sdar.load_policy(config)
-            sdar.say_success("before", sdar.evaluate(model, chat, envs, config))
-            imitate(model, chat, config, envs[0])
-        save_policy(folder, model, chat, envs[0])
-        sdar.say_success(config.out, sdar.evaluate(model, chat, envs, config))
-
-    return sdar.run(command)
+    if config.model == "tiny":
+        chat = sdar.Chat(toy_tokenizer(envs[0]))
+        model = warmstart(chat, config.steps, habit, envs[0])
+    else:
+        model, chat = sdar.load_policy(config)
+        sdar.say_success("before", sdar.evaluate(model, chat, envs, config))
+        imitate(model, chat, config, envs[0])
+    save_policy(folder, model, chat, envs[0])
+    sdar.say_success(config.out, sdar.evaluate(model, chat, envs, config))
 
 
 def save_policy(folder, model, chat, world):
@@ -412,4 +403,4 @@ def save_policy(folder, model, chat, world):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

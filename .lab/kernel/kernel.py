@@ -14,6 +14,13 @@ from tqdm import tqdm
 SOURCE = Path(__file__).resolve().parent / "logprobs.cu"
 
 
+def defines(dtype):
+    """A compiler's options for logits of a dtype."""
+    if dtype == torch.float32:
+        return ["-DTYPE=0", "-DBits=unsigned int"]
+    return ["-DTYPE=1", "-DBits=unsigned short"]
+
+
 @lru_cache
 def compiled(name, dtype):
     """A function of logprobs.cu for logits of a dtype, compiled by NVRTC at its first use.
@@ -22,9 +29,7 @@ def compiled(name, dtype):
     and used here alone; row_logprobs falls back where it is gone or changed."""
     from torch.utils import cpp_extension
 
-    kind = (torch.float32, torch.bfloat16).index(dtype)
-    bits = ("int", "short")[kind]
-    options = ["--ftz=true", f"-DTYPE={kind}", f"-DBits=unsigned {bits}"]
+    options = ["--ftz=true", *defines(dtype)]
     if not cpp_extension.CUDA_HOME:  # it asks for a toolkit's folder, and needs nothing of it
         cpp_extension.CUDA_HOME = "/nowhere"
     source = SOURCE.read_text("utf-8")

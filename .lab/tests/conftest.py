@@ -1,15 +1,54 @@
-"""What the tests of .lab share: the fixtures of test_sdar.py, and where everything is."""
+"""What the tests of .lab share: where everything is, the fixtures of test_sdar.py, calls of a
+script, and one search server for all."""
 
+import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+
+from pytest import fail, fixture
 
 HERE = Path(__file__).resolve().parent
 LAB, ROOT = HERE.parent, HERE.parent.parent
 for folder in (HERE, LAB / "trl", LAB / "kernel", LAB / "course", LAB / "experiments", LAB, ROOT):
     sys.path.insert(0, str(folder))
 
-import test_sdar  # noqa: E402
+import sdar
+import test_sdar
 
 test_sdar.TURNS = 0  # small runs play whole episodes here
 
-from test_sdar import checkpoint, hub, policy, tiny  # noqa: E402, F401
+from test_sdar import DATA, checkpoint, hub, policy, tiny
+
+FEW = "--steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6 --max-turns 2".split()
+QUESTIONS = str(DATA / "questions.jsonl")
+
+
+def call(script, *words):
+    """The exit code of a script of .lab, by its module's name."""
+    return sdar.run(partial(import_module(script).main, [str(word) for word in words]))
+
+
+def refused(capsys, script, *words):
+    """The one line with which a script refuses a command line."""
+    capsys.readouterr()
+    code, said = call(script, *words), capsys.readouterr().err.splitlines()
+    if (code, len(said)) != (2, 1):
+        fail(f"exit code {code}, {said}")
+    return said[0]
+
+
+def start_server():
+    """The bundled search server, over real HTTP: (process, its address)."""
+    command = [sys.executable, LAB / "search_server.py", DATA / "corpus.jsonl", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().split()[-1]
+
+
+@fixture(scope="session")
+def server():
+    """Address of a search server for all tests."""
+    process, url = start_server()
+    yield url
+    process.kill()

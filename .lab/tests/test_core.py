@@ -1,15 +1,25 @@
 """What test_sdar.py has no room for: promises of sdar.py and envs.py that seldom break."""
 
-import math
+import json
 from functools import wraps
 
 import numpy as np
 import torch
-from pytest import approx, mark, raises
+from conftest import DATA
+from pytest import approx, mark
 
 import sdar
-from envs import UserError, make_env
-from test_sdar import play
+from envs import make_env
+from test_sdar import lines, one_update, play
+
+
+def test_the_first_steps_are_those_of_the_version_before(tmp_path):
+    """Commit 9754f85's: eight steps agreed to 1e-6 on one machine. Three here, to 1e-4: another
+    processor rounds otherwise, and may draw another token one day."""
+    rows = [json.loads(line) for line in open(DATA / "first_steps.jsonl")][:3]
+    sdar.train(sdar.configure(steps=3, eval_episodes=6, eval_every=0, out=str(tmp_path / "run")))
+    for old, new in zip(rows, lines(tmp_path / "run")):
+        assert {name: new[name] for name in old} == approx(old, abs=1e-4)
 
 
 def test_a_rollout_has_a_bar_that_moves(tiny, monkeypatch, capsys):
@@ -22,13 +32,13 @@ def test_a_rollout_has_a_bar_that_moves(tiny, monkeypatch, capsys):
 
 def test_only_new_ids_are_read(tiny, monkeypatch):
     """Each id of a conversation goes through the model once, but for the last response's end."""
-    read = []
-    forward = tiny[0].forward
+    read, forward = [], tiny[0].forward
 
     @wraps(forward)
-    def noting(input_ids, attention_mask, **more):
-        read.append(attention_mask[:, -input_ids.shape[1] :].sum().item())
-        return forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+    def noting(**inputs):
+        size = inputs["input_ids"].shape[1]
+        read.append(inputs["attention_mask"][:, -size:].sum().item())
+        return forward(**inputs)
 
     monkeypatch.setattr(tiny[0], "forward", noting)
     (episode,) = play(tiny, sdar.configure(group_size=2), episodes=1)
@@ -37,55 +47,38 @@ def test_only_new_ids_are_read(tiny, monkeypatch):
 
 def test_temperature_zero_is_greedy(tiny):
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 1.0, 4.9]])
-    for uniform in (0.0, 0.5, 0.999999):
-        ids, logprobs = sdar.Sampler(tiny[0], 0).draw(logits, np.full(2, uniform, "float32"))
-        assert ids == [1, 0]
-        assert logprobs == approx([0, 0], abs=1e-6)
-
-
-def test_token_logprobs_use_the_kernel_that_they_are_given():
-    def kernel(logits, ids, temperature):
-        return logits[:, 0] * 0 + 7, logits[:, 0] * 0 + temperature
-
-    values = sdar.token_logprobs(
-        torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 1]), 0.5, kernel
-    )
-    assert [x.tolist() for x in values] == [[7, 7], [0.5, 0.5]]
+    ids, logprobs = sdar.Sampler(tiny[0], 0).draw(logits, np.float32([0.0, 0.999999]))
+    assert ids == [1, 0]
+    assert logprobs == approx([0, 0], abs=1e-6)
 
 
 def test_no_logits_wait_for_the_backward_pass(monkeypatch):
     monkeypatch.setattr(sdar, "LOGITS_AT_ONCE", 100)  # two rows of fifty
     hidden, head, sizes = torch.randn(7, 6, requires_grad=True), torch.randn(50, 6), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.append(x.numel()) or x, lambda x: x
-    ):
+
+    def noting(kept):
+        sizes.append(kept.numel())
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(noting, lambda kept: kept):
         sdar.token_logprobs(hidden, head, torch.arange(7))
     assert not {7 * 50, 2 * 50} & {*sizes}
 
 
-def test_weights_that_are_not_finite_are_one_line(policy):
-    policy[0].lm_head.weight.data[0, 0] = math.nan
-    with raises(UserError, match="not ids scored.*--lr was too large"):
-        config = sdar.configure(group_size=2)
-        sdar.step_batch(policy[0], policy[0], policy[0], play(policy, config, 2), config, 1)
+@mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_computes_a_layer_twice(checkpointing):
+    """Where a gradient is wanted."""
+    policy, wanted = sdar.load_policy(sdar.configure(gradient_checkpointing=checkpointing)), []
+    mlp = policy[0].model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: wanted.append(torch.is_grad_enabled()))
+    one_update(policy, gradient_checkpointing=checkpointing, method="grpo", kl_coef=0)
+    assert wanted.count(True) == 1 + checkpointing
 
 
 def test_the_toys_seed_decides_what_else_is_about():
-    world = make_env("toy")
-    task = world.tasks("train")[0]
-    seen = []
+    world, seen = make_env("toy"), []
     for seed in (0, 0, 1, 2, 3):
-        world.reset(task, seed)
+        world.reset(world.tasks("train")[0], seed)
         seen.append(str(world.contents))
     assert seen[0] == seen[1]
     assert len({*seen}) > 2
-
-
-@mark.parametrize("with_skill", [False, True])
-def test_a_student_that_reads_the_skill_has_no_teacher(with_skill, tiny):
-    """The skill is then a part of the conversation, in front of the task, for both readers."""
-    (episode,) = play(tiny, sdar.configure(group_size=2), 1, with_skill=with_skill, max_turns=2)
-    text = tiny[1].tokenizer.decode(episode.ids[episode.skill_at :])
-    assert text.startswith("You are in the middle") == (not with_skill)
-    assert ("kept in" in text) == with_skill
-    assert (episode.view(True) == episode.view(False)) == with_skill == (not episode.skill_ids)

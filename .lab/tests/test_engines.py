@@ -2,25 +2,25 @@
 of questions, search servers that answer and that misbehave. Real engines: test_runs.py."""
 
 import random
+import urllib.request
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
+from conftest import DATA, QUESTIONS
 from faulty_server import FAULTS, faulty_server
 from pytest import fixture, mark, raises
 
 import envs
 from envs import EnvUnavailable, UserError, make_env
-from test_sdar import DATA, table
+from test_sdar import table
 
-QUESTIONS = str(DATA / "questions.jsonl")
+# --- WebShop and ALFWorld ----------------------------------------------------------------
 
 
 @fixture
 def shops():
     """Two shops in the same goal of a stand-in's."""
-    before = random.getstate()
     pair = [make_env("webshop", data=str(DATA / "webshop")) for _ in "ab"]
-    assert random.getstate() == before
     for shop in pair:
         shop.reset("1")
     return pair
@@ -49,24 +49,21 @@ def test_webshops_sessions_are_apart_and_its_crash_is_one_line(shops):
     assert outcome == (0.0, True)  # half a score is no win
 
 
-ALFWORLD = """
-"Mug"          "true"
-"Cup"          "false"
-"movable-Pen"  "true"
-"AppleSliced"  "true"
-"""
+LEFT_OUT = [("Cup", "false"), ("movable-Pen", "true"), ("AppleSliced", "true")]
 
 
 def test_alfworld_leaves_out_what_the_official_loader_does(tmp_path):
     for split in ("train", "valid_seen", "valid_unseen"):
         (tmp_path / split).mkdir()
-        for name, solvable in table(ALFWORLD):
+        for name, solvable in (("Mug", "true"), *LEFT_OUT):
             path = tmp_path / split / f"pick_heat-{name}.tw-pddl"
             path.write_text(f'{{"solvable": {solvable}}}')
     games = envs.AlfworldEnv.games(tmp_path)
     assert {Path(path).name for path in games} == {"pick_heat-Mug.tw-pddl"}
-    goals = [("pick_heat", (split,)) for split in ("train", "eval", "dev")]
-    assert [*games.values()] == goals
+    assert [*games.values()] == [("pick_heat", (split,)) for split in ("train", "eval", "dev")]
+
+
+# --- Search-QA ---------------------------------------------------------------------------
 
 
 def test_search_shows_passages_without_forged_tags():
@@ -84,21 +81,19 @@ def test_search_shows_passages_without_forged_tags():
 
 @mark.parametrize("kind", [kind for kind, fault in FAULTS.items() if "requests" in fault])
 def test_a_server_that_misbehaves_is_never_an_observation(kind, monkeypatch):
-    """Three tries, and then one line."""
-    monkeypatch.setattr(envs.time, "sleep", Mock())
+    """Nor is one that is silent, or not there. Three tries, and then one line."""
+    urlopen, sleep = urllib.request.urlopen, Mock()
+    quick = Mock(side_effect=lambda request, timeout: urlopen(request, timeout=timeout / 100))
+    monkeypatch.setattr(urllib.request, "urlopen", quick)
+    monkeypatch.setattr(envs.time, "sleep", sleep)
     with faulty_server(kind) as (url, requests):
         world = make_env("search", data=QUESTIONS, url=url)
         world.reset("1")
-        with raises(EnvUnavailable, match=url) as error:
+        with raises(EnvUnavailable, match=f"{url}.*search_server.py") as error:
             world.step("<search>q</search>")
-    assert (len(requests), len(str(error.value).splitlines())) == (3, 1)
-
-
-def test_search_at_the_last_turn_is_not_executed():
-    world = make_env("search", data=QUESTIONS, url="nowhere", max_turns=2)
-    world.reset("1")
-    assert world.step("hm")[4]["valid"] is False
-    assert world.step("<search>Velden</search>")[:4] == ("", 0.0, False, True)
+    assert len(requests) == FAULTS[kind]["requests"]
+    assert len(str(error.value).splitlines()) == 1
+    assert sleep.mock_calls == [call(1), call(5)]
 
 
 BAD_ROWS = (DATA / "bad_rows.txt").read_text().splitlines()

@@ -6,11 +6,13 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from pytest import approx, mark
+from conftest import LAB, call, refused
+from pytest import approx, fixture, mark
 
 pytest.importorskip("trl", minversion="1")  # a version, since our folder has the same name
 pytest.importorskip("peft")
@@ -19,7 +21,7 @@ import trainer
 
 import envs
 import sdar
-from test_sdar import ROOT, lines, small, table
+from test_sdar import lines, small, table
 
 pytestmark = mark.filterwarnings("ignore")  # what TRL and PEFT use of the deprecated is not ours
 PLAIN = ["optim=sgd", "weight_decay=0", "disable_tqdm=true"]  # Adam turns rounding into steps
@@ -39,7 +41,12 @@ class Lottery(envs.ToyEnv):
 
 
 class NotingTrainer(trainer.SDARTrainer):
-    """Keeps the starts and episodes of the last step."""
+    """Trains; keeps the starts and episodes of the last step."""
+
+    def __init__(self, config, changes=(), lora=0):
+        arguments = trainer.make_arguments(config, [*PLAIN, *changes])
+        super().__init__(config, arguments, lora)
+        self.train()
 
     def rollout(self, *played):
         self.starts = played[3]
@@ -68,85 +75,89 @@ def test_trl_takes_the_steps_of_update(model, method, changes, checkpoint, tmp_p
         changes |= {"device": "cpu", "max_turns": 2, "max_new_tokens": 6}
         changes |= {"tasks_per_step": 1, "group_size": 4}
     config = small(tmp_path, method=method, **changes)
-    theirs = NotingTrainer(config, [*PLAIN, "num_iterations=2", "max_steps=2"])
-    theirs.train()
+    theirs = NotingTrainer(config, ["num_iterations=2", "max_steps=2"])
 
     model, _ = sdar.load_policy(config)
     start, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=config.lr)
     teacher = start if config.teacher == "frozen" else model
     batch = sdar.step_batch(model, start, teacher, theirs.episodes, config, 1)
     assert batch["advantages"].any()
-    no_names = (
-        {"ratio", "policy_loss"} if config.policy_coef else {"ratio", "policy_loss", "clipped"}
-    )
-    for step in range(2):
+    other_names = {"ratio", "policy_loss"} | ({"clipped"} if method == "opsd" else set())
+    for logged in theirs.state.log_history[:2]:
         rng = np.random.default_rng(0)
         metrics = sdar.update(model, optimizer, theirs.episodes, batch, config, rng)
-        logged = theirs.state.log_history[step]
-        logged = {**logged, "clipped": logged["clip_ratio/region_mean"]}
-        for name in {*metrics} - no_names:
-            some = 0.02 if name == "gate_active" else 1e-5  # a gap of 0 may be rounded up or down
-            assert logged[name] == approx(metrics[name], abs=some), name
+        logged["clipped"] = logged["clip_ratio/region_mean"]
+        for name in {*metrics} - other_names:
+            near = 0.02 if name == "gate_active" else 1e-5  # a gap of 0 may be rounded up or down
+            assert logged[name] == approx(metrics[name], abs=near), name
     assert metrics["kl"] > 1e-4
     weights = theirs.policy.state_dict()
     for name, values in model.state_dict().items():
         assert torch.allclose(weights[name], values, atol=1e-5), name
 
 
-def test_processes_and_accumulation_change_nothing(tmp_path, capsys):
-    """What two processes leave is what sdar.py loads."""
+SIZE = {"steps": 1, "tasks_per_step": 4, "group_size": 8, "minibatches": 1, "lr": 0.1}
+
+
+@fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A step of a single process: its trainer."""
+    return NotingTrainer(small(tmp_path_factory.mktemp("one"), **SIZE))
+
+
+def check_same(one_process, weights, logged):
+    expected = one_process.state.log_history[0]
+    for name in ("loss", "grad_norm", "gap", "gate", "sdar_loss"):
+        assert logged[name] == approx(expected[name], abs=1e-5), name
+    for name, values in one_process.policy.state_dict().items():
+        assert name not in weights or torch.allclose(weights[name], values, atol=1e-6), name
+
+
+def test_accumulation_changes_nothing(one_process, tmp_path):
+    halved = ["steps_per_generation=2", "per_device_train_batch_size=16"]
+    two = NotingTrainer(small(tmp_path, **SIZE), [*halved, "gradient_accumulation_steps=2"])
+    check_same(one_process, two.policy.state_dict(), two.state.log_history[0])
+
+    # Two optimiser steps that do not move have the same loss on average.
+    still = [*halved, "max_steps=2", "logging_steps=2", "learning_rate=0"]
+    loss = NotingTrainer(small(tmp_path, **SIZE), still).state.log_history[0]["loss"]
+    assert loss == approx(one_process.state.log_history[0]["loss"], abs=1e-5)
+
+
+def test_two_processes_change_nothing(one_process, tmp_path, capsys):
+    """They play the tasks of sdar.py, and leave what it loads."""
     from safetensors.torch import load_file
 
-    size = {"steps": 1, "tasks_per_step": 4, "group_size": 8, "minibatches": 1, "lr": 0.1}
-    halved = ["steps_per_generation=2", "per_device_train_batch_size=16"]
-    still = [*halved, "max_steps=2", "logging_steps=2", "learning_rate=0"]  # two optimiser steps
-    found = []
-    for changes in ([], [*halved, "gradient_accumulation_steps=2"], still):
-        one = NotingTrainer(small(tmp_path, **size), [*PLAIN, *changes])
-        one.train()
-        found.append((one.policy.state_dict(), one.state.log_history[0]))
-    assert found.pop()[1]["loss"] == approx(found[0][1]["loss"], abs=1e-5)
-    seeds = [start[:2] for start in one.starts]
-    assert all(seeds[row] == seeds[row - row % 8] for row in range(32)), "a group begins alike"
-    assert len(set(seeds)) == 4
+    rng = np.random.default_rng([2, 0, 1])
+    expected = sdar.draw_starts(envs.make_env("toy"), small(tmp_path, **SIZE), 1, rng)
+    assert one_process.starts == expected
 
-    flags = [text for name, value in size.items() for text in (sdar.flag(name), str(value))]
+    flags = [text for name, value in SIZE.items() for text in (sdar.flag(name), str(value))]
     flags += [text for change in PLAIN for text in ("--set", change)]
+    flags += ["--device", "cpu", "--eval-episodes", "6", "--out", str(tmp_path / "two")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [str(ROOT / ".lab/trl/trainer.py"), "--device", "cpu", "--eval-episodes", "6"]
+    launch += [LAB / "trl/trainer.py", *flags]
     place = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-    out = ["--out", str(tmp_path / "two")]
-    done = subprocess.run(
-        [*launch, *script, *flags, *out], env=place, capture_output=True, text=True
-    )
+    done = subprocess.run(launch, env=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "two" / "checkpoint"
-    found.append((load_file(checkpoint / "model.safetensors"), lines(tmp_path / "two")[0]))
+    weights = load_file(checkpoint / "model.safetensors")
+    check_same(one_process, weights, lines(tmp_path / "two")[0])
 
-    (weights, logged), *others = found
-    for its_weights, its_log in others:
-        for name in ("loss", "grad_norm", "gap", "gate", "sdar_loss"):
-            assert its_log[name] == approx(logged[name], abs=1e-5), name
-        for name, values in its_weights.items():
-            assert torch.allclose(values, weights[name], atol=1e-6), name
-
-    panel = ["--preset", "toy", "--device", "cpu", "--eval-episodes", "6"]
-    assert sdar.main(["--steps", "0", "--model", str(checkpoint), *panel]) == 0
-    assert trainer.main(out) == 2
-    assert "is not empty" in capsys.readouterr().err
+    config = small(tmp_path, model=str(checkpoint), preset="toy", device="cpu", steps=0)
+    assert sdar.train(config)["episodes"] == 6
+    assert "is not empty" in refused(capsys, "trainer", *flags)
 
 
 def test_lora_needs_no_second_copy(tmp_path):
     """The frozen teacher and the start are the base weights with the adapters off."""
-    config = small(tmp_path, teacher="frozen", minibatches=1, group_size=8, lr=0.01)
+    config = small(tmp_path, teacher="frozen", minibatches=1, group_size=8, lr=0.1)
     base, _ = sdar.load_policy(config)
-    lora = NotingTrainer(config, PLAIN[2:], lora=4)
+    lora = NotingTrainer(config, lora=4)
     assert lora.teacher is lora.policy
     assert lora.ref_model is None
-    lora.train()
     frozen = lora.score(lora.teacher, lora.episodes, config, with_skill=True)
-    expected = sdar.score(base, lora.episodes, config, with_skill=True)
-    live = sdar.score(lora.policy, lora.episodes, config, with_skill=True)
+    expected, live = (sdar.score(m, lora.episodes, config, True) for m in (base, lora.policy))
     assert torch.allclose(frozen, expected, atol=1e-5)
     assert not torch.allclose(live, expected, atol=1e-3)
     lora.accelerator.unwrap_model(lora.model).merge_and_unload()
@@ -155,53 +166,17 @@ def test_lora_needs_no_second_copy(tmp_path):
     assert lora.policy.state_dict().keys() == base.state_dict().keys()
 
 
-REFUSED = """
-"--method rlsd"                              "--method rlsd: not on TRL"
-"--save-every 2"                             "--save-every: not on TRL"
-"--steps 0"                                  "--steps 0"
-"--kernel"                                   "--kernel is for CUDA"
-"--set optim"                                "NAME=VALUE"
-"--set use_vllm=true"                        "--set use_vllm"
-"--set nonsense=1"                           "GRPOConfig"
-"--set optim=nonsense"                       "GRPOConfig"
-"--tasks-per-step 3 --minibatches 5"         "3 tasks do not fit 1 processes, 5 --minibatches"
-"--lora -1"                                  "--lora -1"
-"--lora many"                                "--lora"
-"--lr many"                                  "--lr"
-"--out .assets"                              ".assets is not empty"
-"""
-
-
-@mark.parametrize("flags, message", table(REFUSED))
-def test_what_trl_cannot_do_is_refused_in_one_line(flags, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    out = ["--out", str(tmp_path / "run")]
-    assert trainer.main([*out, *flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-
-
-@mark.parametrize("found, message", [(None, "pip install peft=="), ("9.9", "peft 9.9")])
-def test_a_package_that_is_missing_or_untested_is_a_line(found, message, monkeypatch, capsys):
-    def version(name):
-        if found is None:
-            raise ModuleNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(trainer, "version", version)
-    code = sdar.run(lambda: trainer.check_version("peft"))
-    error = capsys.readouterr().err
-    assert code == (2 if found is None else 0)
-    assert message in error
-    assert len(error.splitlines()) == 1
+def test_without_trl_a_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trainer, "GRPOTrainer", object)
+    assert "pip install trl==" in refused(capsys, "trainer", "--out", tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_bench_times_both(capsys):
-    bench = runpy.run_path(str(ROOT / ".lab/trl/bench.py"))  # .lab has another module bench
+    bench = runpy.run_path(str(LAB / "trl/bench.py"))  # .lab has another module bench
     bench["main"].__globals__["ALTERNATIONS"] = 1
     size = "--steps 3 --tasks-per-step 2 --group-size 2 --max-turns 3".split()
-    assert bench["main"](size) == 0
+    assert sdar.run(partial(bench["main"], size)) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"teacher: here [\d.]+, TRL [\d.]+, ratio [\d.]+", printed)) == 2
-    assert bench["main"](["--steps", "2"]) == 2
+    assert sdar.run(partial(bench["main"], ["--steps", "2"])) == 2

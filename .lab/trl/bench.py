@@ -11,6 +11,7 @@ import io
 import sys
 import tempfile
 import time
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -35,17 +36,13 @@ class Forced(LogitsProcessor):
 
 def replay(model, episodes):
     """Sample the responses of these episodes again, by the library's generate()."""
-    responses = []  # of each episode, (begin, end) of each
+    turns = defaultdict(list)  # of each turn, (prompt, answer) of the episodes that have it
     for episode in episodes:
         edges = np.flatnonzero(np.diff([0, *episode.mask, 0]))
-        responses.append(edges.reshape(-1, 2).tolist())
-    for turn in range(max(map(len, responses))):
-        prompts, answers = [], []
-        for episode, places in zip(episodes, responses):
-            if turn < len(places):
-                begin, end = places[turn]
-                prompts.append(episode.ids[:begin])
-                answers.append(episode.ids[begin:end])
+        for turn, (begin, end) in enumerate(edges.reshape(-1, 2)):
+            turns[turn].append((episode.ids[:begin], episode.ids[begin:end]))
+    for turn in turns.values():
+        prompts, answers = zip(*turn)
         answers = sdar.padded(answers, model.device)
         model.generate(
             input_ids=sdar.padded(prompts, model.device, "left"),
@@ -64,7 +61,7 @@ class TimedTrainer(trainer.SDARTrainer):
 
     def __init__(self, config):
         self.steps, self.clock, self.paused = [], [], 0.0
-        super().__init__(config, ["disable_tqdm=true"])
+        super().__init__(config, trainer.make_arguments(config, ["disable_tqdm=true"]))
 
     def rollout(self, model, chat, envs, starts, *more):
         """sdar.rollout, of which the clock knows nothing, and what TRL does for the same."""
@@ -83,16 +80,8 @@ class TimedTrainer(trainer.SDARTrainer):
         return torch.tensor(sum([episode.logprobs for episode in episodes], []))
 
 
-def on_trl(config):
-    """(CPU seconds a step, the starts and episodes of each) on TRL."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        timed = TimedTrainer(config)
-        timed.train()
-    return seconds_a_step(timed.clock), timed.steps
-
-
 def on_ours(config, steps):
-    """CPU seconds a step of the same steps here."""
+    """The same steps here: the CPU time at which each begins."""
     envs = sdar.make_envs(config)
     model, chat = sdar.load_policy(config)
     start = copy.deepcopy(model)
@@ -105,7 +94,7 @@ def on_ours(config, steps):
         sdar.update(model, optimizer, episodes, batch, config, np.random.default_rng(step))
         same = [episode.ids for episode in episodes] == [episode.ids for episode in played]
         sdar.require(same, "other tokens were sampled on TRL than here")
-    return seconds_a_step(clock)
+    return clock
 
 
 def seconds_a_step(clock):
@@ -113,30 +102,31 @@ def seconds_a_step(clock):
     return (clock[-1] - clock[1]) / (len(clock) - 2)
 
 
+def compare(config):
+    """CPU seconds of a step: (here, on TRL)."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        timed = TimedTrainer(config)
+        timed.train()
+    return seconds_a_step(on_ours(config, timed.steps)), seconds_a_step(timed.clock)
+
+
 def main(argv):
-    """Compare without and with the teacher. Returns the exit code."""
-
-    def command():
-        usage = "python .lab/trl/bench.py [flags]"
-        given = vars(sdar.make_parser(usage=usage, description=__doc__).parse_args(argv))
-        trainer.check_version("trl")
-        torch.set_num_threads(1)
-        for method, title in (("grpo", "without a teacher"), ("sdar", "with the teacher")):
-            ratios = []
-            for _ in range(ALTERNATIONS):
-                with tempfile.TemporaryDirectory() as out:
-                    fixed = {**FIXED, "method": method, "out": out}
-                    config = sdar.configure(**{"steps": 6, **given, **fixed})
-                    sdar.require(config.steps > 2, "--steps: at least 3, the first warms up")
-                    theirs, steps = on_trl(config)
-                    ours = on_ours(config, steps)
-                ratios.append(ours / theirs)
-                print(f"{title}: here {ours:.2f}, TRL {theirs:.2f}, ratio {ratios[-1]:.2f}")
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            print(f"{title}, CPU time of a step: ratio {np.median(ratios):.2f} ({spread})")
-
-    return sdar.run(command)
+    """Compare without and with the teacher."""
+    parser = sdar.make_parser("python .lab/trl/bench.py [flags]", description=__doc__)
+    given = {"steps": 6, **vars(parser.parse_args(argv))}
+    torch.set_num_threads(1)
+    for method, title in (("grpo", "without a teacher"), ("sdar", "with the teacher")):
+        ratios = []
+        for _ in range(ALTERNATIONS):
+            with tempfile.TemporaryDirectory() as out:
+                config = sdar.configure(**given | FIXED | {"method": method, "out": out})
+                sdar.require(config.steps > 2, "--steps: at least 3, the first warms up")
+                ours, theirs = compare(config)
+            ratios.append(ours / theirs)
+            print(f"{title}: here {ours:.2f}, TRL {theirs:.2f}, ratio {ratios[-1]:.2f}")
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{title}, CPU time of a step: ratio {np.median(ratios):.2f} ({spread})")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

@@ -17,10 +17,10 @@ own), so that neither processes nor accumulation change the gradient.
 import copy
 import json
 import os
+import re
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,65 +30,51 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import sdar
 
 try:
+    from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
-except ImportError:  # main says so
+except ImportError:  # make_arguments says so
     GRPOTrainer = object
 
-TESTED = {"trl": "1.16.0", "peft": "0.21.2"}  # the versions that were tested
-NOT_HERE = {"resume", "save_every", "eval_every"}  # of ours; and of GRPOConfig:
-NOT_HERE |= {"use_vllm", "off_policy_mask_threshold"}  # they need the sampler's log-probs
+# Settings of ours that are not there; and of GRPOConfig, that need the sampler's log-probs.
+NOT_HERE = {"resume", "save_every", "eval_every", "use_vllm", "off_policy_mask_threshold"}
 
+# TRL's names of our settings.
+NAMES = """output_dir=out seed=seed num_generations=group_size temperature=temperature
+    epsilon=clip_eps beta=kl_coef learning_rate=lr max_grad_norm=grad_clip
+    steps_per_generation=minibatches logging_steps=minibatches"""
 
-def check_version(name):
-    """UserError if a package is missing; a line if it is not the one that was tested."""
-    tested = f"{name}=={TESTED[name]}"
-    with sdar.naming(f"pip install {tested}", sdar.UserError):
-        installed = version(name)
-    if installed != TESTED[name]:
-        print(f"{name} {installed} was not tested, {tested} was", file=sys.stderr)
+# What TRL gets are advantages already, not rewards to scale. dapo is one mean over the tokens of
+# all processes. The bias correction would multiply the KL by the ratio.
+FIXED = """scale_rewards=none loss_type=dapo use_bias_correction_kl=false weight_decay=0.01
+    lr_scheduler_type=constant save_strategy=no"""
 
 
 def make_arguments(config, changes):
     """TRL's GRPOConfig. changes: texts NAME=VALUE, which win. UserError for what it refuses."""
+    sdar.require(GRPOTrainer is not object, "pip install trl==1.16.0 peft==0.21.2")  # as tested
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     tasks, parts = config.tasks_per_step, config.minibatches
     share, rest = divmod(tasks * config.group_size, processes * parts)
     fits = rest == 0 and tasks % processes == 0
     sdar.require(fits, f"{tasks} tasks do not fit {processes} processes, {parts} --minibatches")
-    name = "activation_checkpointing"  # transformers 5.24 renamed it
-    name = name if hasattr(GRPOConfig, name) else "gradient_checkpointing"
+    renamed = hasattr(GRPOConfig, "activation_checkpointing")  # in transformers 5.24
     given = {
-        "output_dir": config.out,
-        "seed": config.seed,
+        f"{'activation' if renamed else 'gradient'}_checkpointing": config.gradient_checkpointing,
         "max_steps": config.steps * parts,
-        "steps_per_generation": parts,
         "per_device_train_batch_size": share,
-        "num_generations": config.group_size,
-        "temperature": config.temperature,
-        "scale_rewards": "none",  # they are advantages already
         "reward_weights": [config.policy_coef],
-        "epsilon": config.clip_eps,
-        "beta": config.kl_coef,
-        "use_bias_correction_kl": False,  # which multiplies it by the ratio
-        "loss_type": "dapo",  # one mean over the tokens of all processes
-        "learning_rate": config.lr,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.01,
-        "max_grad_norm": config.grad_clip,
         "bf16": config.dtype == "bfloat16",
         "use_cpu": config.device == "cpu",
-        "save_strategy": "no",
-        "logging_steps": parts,
-        name: config.gradient_checkpointing,
     }
-    for change in changes:
+    given |= {theirs: getattr(config, ours) for theirs, ours in re.findall(r"(\w+)=(\w+)", NAMES)}
+    for change in [*FIXED.split(), *changes]:
         name, equals, value = change.partition("=")
         sdar.require(equals, f"--set {change}: must be NAME=VALUE")
         sdar.require(name not in NOT_HERE, f"--set {name}: not on TRL with sdar.py")
-        try:
-            given[name] = json.loads(value)
-        except ValueError:  # a word
-            given[name] = value
+        with suppress(ValueError):  # a word stays one
+            value = json.loads(value)
+        given[name] = value
     with sdar.naming("TRL's GRPOConfig", sdar.UserError):
         return GRPOConfig(**given)
 
@@ -99,46 +85,27 @@ class SDARTrainer(GRPOTrainer):
 
     rollout = staticmethod(sdar.rollout)  # a place for another engine
 
-    def __init__(self, config, changes=(), lora=0):
-        """lora: the rank of adapters; 0: none."""
-        from datasets import Dataset
-
-        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # the warning of rollout_func
-        arguments = make_arguments(config, changes)
-        if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        self.run, self.lora = config, lora
+    def __init__(self, config, arguments, lora=0):
+        """arguments: TRL's. lora: the rank of adapters; 0: none."""
+        self.run = replace(config, kl_coef=0.0)  # TRL itself scores the start policy
         self.envs = sdar.make_envs(config)
         self.policy, self.chat = sdar.load_policy(config)  # inside of what TRL makes of it
-        tokenizer = self.chat.tokenizer
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tasks = self.envs[0].tasks("train")
-        tasks = tasks * -(-config.tasks_per_step // len(tasks))  # TRL draws a row once
-
-        adapters = None
-        if lora:
-            from peft import LoraConfig
-
-            adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+        self.policy.to(arguments.device)
         copied = config.teacher == "frozen" and not lora
         self.teacher = copy.deepcopy(self.policy) if copied else self.policy
         self.sums = {}  # of the gated term's values since the last line of the log
-        super().__init__(
-            self.policy,
-            advantage,
-            arguments,
-            train_dataset=Dataset.from_dict({"prompt": tasks}),
-            processing_class=tokenizer,
-            peft_config=adapters,
-            rollout_func=play,
-        )
+
+        rows = Dataset.from_dict({"prompt": ["a task, which play draws"] * config.tasks_per_step})
+        more = {"processing_class": self.chat.tokenizer, "rollout_func": play}
+        if lora:
+            adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+            more["peft_config"] = adapters
+        super().__init__(self.policy, advantage, arguments, train_dataset=rows, **more)
 
     def score(self, model, episodes, config, with_skill=False):
         """As sdar.score. With LoRA the frozen teacher is the policy with its adapters off."""
-        off = nullcontext()
-        if self.lora and with_skill and config.teacher == "frozen":
-            off = self.accelerator.unwrap_model(self.model).disable_adapter()
-        with off:
+        off = with_skill and config.teacher == "frozen" and model is self.policy
+        with self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext():
             return sdar.score(model, episodes, config, with_skill)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -161,11 +128,9 @@ class SDARTrainer(GRPOTrainer):
 
     def log(self, logs, start_time=None):
         """With the gated term's means over the tokens of all processes."""
-        sums = self.accelerator.reduce(self.sums, "sum")
+        sums, self.sums = self.accelerator.reduce(self.sums, "sum"), {}
         tokens = sums.pop("tokens", None)
-        for name, total in sums.items():
-            logs[name] = (total / tokens).item()
-        self.sums = {}
+        logs |= {name: (total / tokens).item() for name, total in sums.items()}
         super().log(logs, start_time)
 
 
@@ -191,50 +156,43 @@ def advantage(advantages, won, log_metric, **rest):
 
 
 def play(prompts, trainer):
-    """TRL's rollout function: an episode for each prompt, a task's id. Returns lists: {name: a
-    value for each}."""
-    config, policy, step = trainer.run, trainer.policy, trainer.state.global_step
-    starts = []
-    for i, task in enumerate(prompts, trainer.accelerator.process_index * len(prompts)):
-        group = i // config.group_size  # its episodes begin alike
-        rng = np.random.default_rng([2, config.seed, step, group])
-        starts.append((task, int(rng.integers(10**6)), (3, config.seed, step, i)))
+    """TRL's rollout function: an episode for each prompt. Tasks are drawn as in sdar.py, and this
+    process plays its part of them. Returns lists: {name: a value for each}."""
+    config, policy, step = trainer.run, trainer.policy, trainer.state.global_step + 1
+    rng = np.random.default_rng([2, config.seed, step])
+    starts = sdar.draw_starts(trainer.envs[0], config, step, rng)
+    starts = sdar.in_parts(starts, len(prompts))[trainer.accelerator.process_index]
 
-    training = policy.training
     policy.eval()
     more = starts, config, config.temperature, config.skilled
     episodes = trainer.rollout(policy, trainer.chat, trainer.envs, *more)
-    known = replace(config, kl_coef=0.0)  # TRL itself scores the start policy
-    batch = sdar.step_batch(policy, None, trainer.teacher, episodes, known, step, trainer.score)
-    policy.train(training)
+    batch = sdar.step_batch(policy, None, trainer.teacher, episodes, config, step, trainer.score)
+    policy.train()
 
     # TRL pads, shuffles and splits, and a number a token goes along: the sampler's log-prob, which
     # it needs for vLLM alone. The teacher's takes its place. A prompt ends at the first sampled id.
     lengths = [len(episode.logprobs) for episode in episodes]
-    teacher = batch.get("teacher", batch["old"]).cpu().split(lengths)
-    advantages = batch["advantages"].split(lengths)
+    teacher = iter(batch.get("teacher", batch["old"]).tolist())
     rows = []
-    for episode, of_teacher, of_group in zip(episodes, teacher, advantages):
-        first = episode.mask.index(1)
-        mask = torch.tensor(episode.mask[first:])
-        row = {"prompt_ids": episode.ids[:first], "completion_ids": episode.ids[first:]}
-        row |= {"env_mask": mask.tolist(), "advantages": of_group[0].item(), "won": episode.won}
-        row["logprobs"] = torch.zeros(len(mask)).masked_scatter(mask > 0, of_teacher).tolist()
-        rows.append(row)
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    for episode, advantages in zip(episodes, batch["advantages"].split(lengths)):
+        at = episode.mask.index(1)
+        mask = episode.mask[at:]
+        logprobs = [next(teacher) if sampled else 0.0 for sampled in mask]
+        outcome = advantages[0].item(), episode.won
+        rows.append((episode.ids[:at], episode.ids[at:], mask, logprobs, *outcome))
+    names = "prompt_ids completion_ids env_mask logprobs advantages won".split()
+    return dict(zip(names, map(list, zip(*rows))))
 
 
 def train(config, changes, lora):
     """Train, evaluate, and write what sdar.py loads."""
-    check_version("trl")
-    if lora:
-        check_version("peft")
     sdar.require(config.distil in ("gate", "none"), f"--method {config.method}: not on TRL")
     sdar.require(config.steps, "--steps 0: sdar.py evaluates, this trains")
     sdar.require(lora >= 0, f"--lora {lora}: must be a rank, or 0")
+    arguments = make_arguments(config, changes)
     sdar.load_checkpoint(config, None, None, None)  # asks whether --out may be written
 
-    trainer = SDARTrainer(config, changes, lora)
+    trainer = SDARTrainer(config, arguments, lora)
     trainer.train()
     if trainer.accelerator.is_main_process:
         policy, chat = trainer.policy.eval(), trainer.chat
@@ -250,21 +208,16 @@ def train(config, changes, lora):
 
 
 def main(argv):
-    """Train as a command line says. Returns the exit code."""
-
-    def command():
-        usage = "python .lab/trl/trainer.py [flags]"
-        parser = sdar.make_parser(usage=usage, description=__doc__)
-        parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
-        parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
-        given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
-        lora, changes = given.pop("lora"), given.pop("set")
-        for name in NOT_HERE & {*given}:
-            raise sdar.UserError(f"{sdar.flag(name)}: not on TRL")
-        train(sdar.configure(**given), changes, lora)
-
-    return sdar.run(command)
+    """Train as a command line says."""
+    parser = sdar.make_parser("python .lab/trl/trainer.py [flags]", description=__doc__)
+    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
+    given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
+    lora, changes = given.pop("lora"), given.pop("set")
+    for name in NOT_HERE & {*given}:
+        raise sdar.UserError(f"{sdar.flag(name)}: not on TRL")
+    train(sdar.configure(**given), changes, lora)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
