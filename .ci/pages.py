@@ -145,7 +145,7 @@ def check_front():
     for paragraph in re.split(r"\n\s*\n", prose):
         lines = paragraph.strip().splitlines()
         listed = paragraph.lstrip("\n").startswith(("|", "#", "<", " ", "-", "1."))
-        assert listed or len(lines) <= 5, paragraph
+        assert listed or len(lines) <= 4, paragraph
         for line in lines:
             assert len(re.findall(r"(?<![\w.])\d+", line)) <= 4 or "PyTorch" in line, line
     for name, said in re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) ", FRONT, re.MULTILINE):

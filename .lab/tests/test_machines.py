@@ -3,6 +3,7 @@ and open files, processes that are not forked, a graphics card without float64."
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -207,3 +208,16 @@ def test_dropout_stays_off_where_layers_are_checkpointed(checkpoint, tmp_path):
     more = {"model": str(folder), "preset": "toy", "gradient_checkpointing": True}
     final, _ = trained(tmp_path, steps=1, minibatches=1, max_turns=2, **more)
     assert final["ratio"] == approx(1, abs=1e-6)
+
+
+@mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_the_tiny_policy_takes_one_core():
+    """A second thread is no faster, and waits where the core does something else."""
+    code = (
+        "import torch, sdar; before = torch.get_num_threads(); sdar.load_policy(sdar.configure())"
+    )
+    code += "; print(before > 1, torch.get_num_threads())"
+    place = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "True 1", done.stderr
