@@ -128,7 +128,7 @@ def check_versions():
 def check_form():
     """The first page stays short; links lead somewhere; the index has every file."""
     lines = FRONT.splitlines()
-    assert len(lines) <= 165, len(lines)
+    assert len(lines) <= 175, len(lines)
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     for path in PATHS:
         for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", path.read_text("utf-8")):
