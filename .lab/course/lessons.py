@@ -62,7 +62,8 @@ def alarm(file="answers/alarm.py"):
         with naming(f"{file} fails on log {number}", UserError):
             steps = [line["step"] for i, line in enumerate(lines, 1) if function(lines[:i])]
         step = min(steps, default=None)
-        end = f"its student ends at {looks[max(looks)]:.2f}. Look: exercise.py log alarm {number}"
+        look = f"python .lab/course/exercise.py log alarm {number}"
+        end = f"its student ends at {looks[max(looks)]:.2f}. Look: {look}"
         if lost and (step is None or step > fine):
             return f"Not yet. Log {number}: no alarm up to step {fine}, and {end}"
         if step and not lost:
