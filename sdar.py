@@ -250,8 +250,8 @@ class Chat:
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         alike = (after, self._between) == (after_2, between_2)
         alike = alike and self._after[: len(after)] == after
-        message = "its chat template frames a second turn otherwise than the first, or a request"
-        require(alike, message)
+        message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
+        require(alike, f"its chat template {message}")
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
