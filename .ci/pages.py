@@ -129,7 +129,8 @@ def check_form():
     """The first page stays short; links lead somewhere; the index has every file."""
     lines = FRONT.splitlines()
     assert len(lines) <= 175, len(lines)
-    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    long = [line for line in lines if len(line) > 100 and not line.startswith("|")]
+    assert not long, long
     for path in PATHS:
         for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", path.read_text("utf-8")):
             there = link.startswith("https:") or path.parent.joinpath(link).exists()
