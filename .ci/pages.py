@@ -33,7 +33,8 @@ NOT_RUN = re.compile(  # of these, and of other scripts, which have their own te
     r"|Qwen/|runs/(warm|forty)"  # no weights at hand, or what warmstart.py makes in minutes
     r"|--env (?!house|moving)|--kernel"  # needs games, servers, a GPU
     r"|--resume"  # it has its own tests
-    r"|exercise\.py run"  # needs a student's answers
+    r"|exercise\.py run"  # needs a student's answers, as runs/gates does
+    r"|runs/gates/"
     r"|bug 6 microscope"  # its episode is one of a group of eight
 )
 
