@@ -2,7 +2,7 @@
 
     python .lab/experiments/variants.py practice:keep -- --method grpo
     python .lab/experiments/variants.py practice:out -- --method grpo
-    python .lab/experiments/variants.py sampling:0.7,0.8
+    python .lab/experiments/variants.py sampling:0.7/0.8
 
 Practice instead of imitation (arXiv 2609.29051, in kind) has no teacher: the reward alone teaches.
 A group of which less than a quarter has won plays again, and now the student reads the skill. These
@@ -57,7 +57,7 @@ def step_batch(kinds, model, start, teacher, episodes, config, step, *rest):
     `practice` adds. kinds: {variant: how}."""
     again, rows = [], np.arange(len(episodes))
     if "sampling" in kinds:
-        temperature, top_p = map(float, kinds["sampling"].split(","))
+        temperature, top_p = map(float, kinds["sampling"].split("/"))
         with patch.object(sdar, "Sampler", nucleus(top_p, config)):
             episodes[:] = play(model, episodes, rows, config, step, temperature)
     if "practice" in kinds:

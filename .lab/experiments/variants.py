@@ -18,7 +18,7 @@ In front of -- stand variants, in any order, behind it the flags of sdar.py:
                       does the work? Their mean (constant), their values, on whatever tokens
                       (shuffled), what is left without their mean (centred)
     divergence:KIND   of whole next-token distributions: reverse, forward, jsd
-    sampling:T,P      episodes are sampled at temperature T from the likeliest tokens that have
+    sampling:T/P      episodes are sampled at temperature T from the likeliest tokens that have
                       together a probability of P, and scored at --temperature all the same
     practice:KIND     no teacher: groups that fail play again with the skill, which is kept in the
                       prompt (keep) or taken out before scoring (out). See practice.py
@@ -50,7 +50,7 @@ WORD = re.compile(
     r"skills:(0|1|0?\.\d+)|retrieval:wrong|teacher:(lagged|ema)(,[1-9]\d*)?|std:off"
     r"|advantage:(gap|none|reverse_kl)|gate:(own|constant|shuffled|centred)"
     r"|divergence:(reverse|forward|jsd)|practice:(keep|out)"
-    r"|sampling:(\d*\.)?[1-9]\d*,(1|0?\.\d*[1-9])"
+    r"|sampling:(\d*\.)?[1-9]\d*/(1|0?\.\d*[1-9])"
 )
 
 # --- What the teacher reads, and who it is -----------------------------------------------

@@ -324,8 +324,8 @@ def test_another_sampler_keeps_the_likeliest_and_reports_the_scored_policy(polic
     plain = sdar.Sampler
     config = configure(group_size=4)
     unchanged = run(tmp_path)[1]
-    assert run(tmp_path, "sampling:1,1")[1] == unchanged
-    assert run(tmp_path, "sampling:0.7,1")[1] != unchanged
+    assert run(tmp_path, "sampling:1/1")[1] == unchanged
+    assert run(tmp_path, "sampling:0.7/1")[1] != unchanged
     assert sdar.Sampler is plain
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(1000, 3)  # shares .04, .19, .77 at .7
     uniform = (torch.arange(1000) / 1000).numpy()
@@ -361,7 +361,7 @@ gate:own -- --method grpo => --method grpo: it has no gate
 divergence:jsd -- --method rlsd => --method rlsd: it has no gate
 gate:own -- --gate entropy => --gate entropy: gate brings its own
 gate:own advantage:gap => advantage: not with gate or divergence
-sampling:0,1 => 'sampling:0,1' is no variant
+sampling:0/1 => 'sampling:0/1' is no variant
 practice:out => practice has no teacher: --method grpo
 teacher:ema -- --teacher frozen => --teacher: the variant is another
 teacher:ema -- --resume => --resume: its copy was not kept, --overwrite
