@@ -381,7 +381,7 @@ class ToyEnv(TextEnv):
 
     name = "toy"
     instructions = (
-        "Play a text game. Every answer is exactly one line:\n"
+        "Play a text game. Answer with one action.\nWrite it as one line: "
         "<action>an action from the list</action>"
     )
     GRAMMAR = re.compile(

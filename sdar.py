@@ -225,7 +225,8 @@ class Chat:
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
         self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
-        self.plain = tokenizer.init_kwargs.get("whole_words", False)  # the tiny policy's tokenizer
+        # A policy that has learned a game by imitation may read it plainly: see `first`.
+        self.plain = tokenizer.init_kwargs.get("plain", False)
         roles = "system user assistant user assistant user".split()
         # Marks are more than letters: a template that escapes or folds a text is no frame.
         marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
@@ -238,9 +239,10 @@ class Chat:
             date_string="26 Jul 2024",  # else Llama 3.2 reads another prompt every day
         )
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
-        expected = marks[1:] if self.plain else marks  # the tiny policy has no system message
+        kept = parts[1::2]
+        whole = kept == marks or (self.plain and kept == marks[1:])  # tiny has no system message
         message = "its chat template moves, repeats or drops a message, or changes its text"
-        require(parts[1::2] == expected, message)
+        require(whole, message)
 
         # The frames: before the system message, before the first observation, after an observation,
         # between an answer and the next observation, after that, and so on. In Qwen2.5's template
@@ -275,13 +277,16 @@ class Chat:
 
     def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
-        The environment's examples stand before it, as turns of this conversation. The tiny policy
-        reads no instructions and no examples."""
+        The environment's examples stand before it, as turns of this conversation. Whoever reads
+        plainly has a line of instructions and no examples, and answers with the bare action."""
+        instructions, examples = env.instructions.strip(), env.examples
+        if self.plain:
+            instructions, examples = instructions.split("\n")[0], ()
         ids = list(self._begin[0])
-        if not self.plain:
-            ids += self.encode(env.instructions.strip()) + self._begin[1]
-            for seen, said in env.examples:
-                ids += self.encode(seen) + self._after + self.encode(said) + self._between
+        for frame in self._begin[1:]:
+            ids += self.encode(instructions) + frame
+        for seen, said in examples:
+            ids += self.encode(seen) + self._after + self.encode(said) + self._between
         return ids + self.encode(prompt) + self._after, len(ids)
 
     def next(self, prompt, last_id):
@@ -351,8 +356,8 @@ def padded(rows, device="cpu", side="right"):
 
 
 def forward_dtype(model, config):
-    """Context of every forward pass: with --dtype bfloat16 it computes in that; weights stay
-    float32."""
+    """Context of every pass that scores or learns: with --dtype bfloat16 it computes in that;
+    weights stay float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -367,16 +372,10 @@ class Sampler:
     def __init__(self, model, temperature):
         from transformers import DynamicCache  # imported here, since it takes seconds
 
-        class Cache(DynamicCache):
-            """Keeps keys in the values' dtype: autocast leaves them in float32."""
-
-            def update(self, keys, values, *more, **named):
-                return super().update(keys.to(values.dtype), values, *more, **named)
-
         self.model = model
         self.temperature = max(temperature, 1e-4)  # 0: greedy
         renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
-        self.cache = {"cache" if renamed else "past_key_values": Cache(config=model.config)}
+        self.cache = {"cache" if renamed else "past_key_values": DynamicCache(config=model.config)}
         self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
 
     def feed(self, episodes):
@@ -426,6 +425,10 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     numbers: ints that seed an episode's random numbers; the first says what for: 1 evaluation, 3
     training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
     """
+    if config.dtype == "bfloat16":  # a copy, cast once: autocast would cast at every token
+        model = copy.deepcopy(model)
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16()
     episodes = []
     progress = tqdm(desc="playing", delay=2, leave=False)
     for first in range(0, len(starts), len(envs)):
@@ -490,9 +493,7 @@ def answer(sampler, chat, episodes, config):
         episode.begin = len(episode.ids)
     talking = list(range(len(episodes)))  # rows
     for uniform in uniforms.T:
-        with forward_dtype(sampler.model, config):
-            logits = sampler.feed(episodes)
-        ids, logprobs = sampler.draw(logits, uniform)
+        ids, logprobs = sampler.draw(sampler.feed(episodes), uniform)
         for row in talking:
             episodes[row].add([ids[row]], sampled=1)
             episodes[row].logprobs.append(logprobs[row])

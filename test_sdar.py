@@ -200,6 +200,19 @@ def test_glued_ids_are_the_rendered_conversation(template, hub):
     assert {0, 2} <= hub[1].end_ids  # of the checkpoint, which has two
 
 
+def test_a_plain_chat_reads_a_line_of_instructions_and_no_examples(hub, tmp_path):
+    """Its folder remembers that it has learned to."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(hub[0].name_or_path, plain=True).save_pretrained(tmp_path)
+    chat = sdar.Chat(AutoTokenizer.from_pretrained(tmp_path))
+    world = SimpleNamespace(instructions="Rules.\n<action>", examples=[("A cup.", "look")])
+    first, _ = chat.first(world, sdar.as_read(chat, "A mug.", {"hint": "Turn 1."}))
+    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A mug."}]
+    options = {"add_generation_prompt": True, "enable_thinking": False}
+    assert first == chat.tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+
 @mark.parametrize("template, message", TEMPLATES["refused"])
 def test_templates_that_do_not_frame_messages_one_by_one_are_refused(template, message, hub):
     tokenizer = copy.deepcopy(hub[1].tokenizer)
