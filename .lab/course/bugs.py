@@ -8,15 +8,17 @@ The three stored logs: 1 is the bug `groups` (--G 2 --tasks-per-step 8 --seed 3)
 (--method grpo --seed 1), 3 is --kl-coef 3 (--seed 2).
 """
 
-import inspect
-
 import torch
 
 import sdar
 
 
 def eos():
-    """The end of a response is not trained."""
+    """The end of a response is not trained.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_the_mask_covers_exactly_what_was_sampled_and_its_end
+    """
     right = sdar.answer
 
     def answer(sampler, chat, episodes, config):
@@ -32,7 +34,11 @@ def eos():
 
 
 def skill():
-    """The teacher reads no skill."""
+    """The teacher reads no skill.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_sampled_is_scored_is_a_plain_forward_pass
+    """
     right = sdar.response_logprobs
 
     def response_logprobs(model, episodes, config, with_skill=False):
@@ -42,7 +48,11 @@ def skill():
 
 
 def temperature():
-    """Sampled at one temperature, scored at another."""
+    """Sampled at one temperature, scored at another.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_draws_follow_the_log_probs_that_they_report
+    """
 
     class Sampler(sdar.Sampler):
         def draw(self, logits, uniform):
@@ -56,7 +66,11 @@ def temperature():
 
 
 def detach():
-    """The gate is not detached."""
+    """The gate is not detached.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_the_gradient_goes_through_the_student_alone
+    """
 
     def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
         gap = teacher_logprobs.detach() - logprobs
@@ -67,7 +81,11 @@ def detach():
 
 
 def reward():
-    """An episode gets the reward of another."""
+    """An episode gets the reward of another.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_an_episode_has_the_reward_of_its_own_environment
+    """
     right = sdar.rollout
 
     def rollout(*args, **options):
@@ -82,7 +100,11 @@ def reward():
 
 
 def shift():
-    """The teacher's log-probs stand one token late."""
+    """The teacher's log-probs stand one token late.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_sampled_is_scored_is_a_plain_forward_pass
+    """
     right = sdar.response_logprobs
 
     def response_logprobs(model, episodes, config, with_skill=False):
@@ -95,7 +117,11 @@ def shift():
 
 
 def observations():
-    """The environment's words are trained."""
+    """The environment's words are trained.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_the_mask_covers_exactly_what_was_sampled_and_its_end
+    """
     right = sdar.rollout
 
     def rollout(model, chat, envs, starts, config, *args, **options):
@@ -111,7 +137,11 @@ def observations():
 
 
 def groups():
-    """The groups are mixed."""
+    """The groups are mixed.
+
+    Caught by
+    python -m pytest -q test_sdar.py -k test_an_update_is_the_papers_formula
+    """
     right = sdar.group_advantages
 
     def group_advantages(rewards, eps=1e-6):
@@ -123,20 +153,3 @@ def groups():
 
 
 BUGS = (eos, skill, temperature, detach, reward, shift, observations, groups)  # 1 to 8
-CAUGHT_BY = {
-    "eos": "test_the_mask_covers_exactly_what_was_sampled_and_its_end",
-    "skill": "test_sampled_is_scored_is_a_plain_forward_pass",
-    "temperature": "test_draws_follow_the_log_probs_that_they_report",
-    "detach": "test_the_gradient_goes_through_the_student_alone",
-    "reward": "test_an_episode_has_the_reward_of_its_own_environment",
-    "shift": "test_sampled_is_scored_is_a_plain_forward_pass",
-    "observations": "test_the_mask_covers_exactly_what_was_sampled_and_its_end",
-    "groups": "test_an_update_is_the_papers_formula",
-}
-
-
-def explain(name):
-    """What somebody wrote, and the test that fails with it."""
-    (bug,) = [bug for bug in BUGS if bug.__name__ == name]
-    test = CAUGHT_BY[name]
-    return f"{inspect.getsource(bug)}\nCaught by: python -m pytest -q test_sdar.py -k {test}"

@@ -5,11 +5,13 @@
 For each answer it appends to LOG a line of JSON, the verdict: a mark, a sentence, and what the
 answer printed. Marks: R right, n not yet, e still empty, x cannot be used.
 
-An answer is put into its module in memory. First it has to give the numbers of checks.json, or
-those of a function below. Then a small training step and a look through the microscope have to run
-with it, and the step to have the metrics that it has without it.
+An answer and the original get the inputs of checks.json, and have to return the same. Where they do
+not, usual mistakes are tried on these inputs: if the answer does what one of them does, the verdict
+names it. Then a small training step and a look through the microscope have to run with the answer,
+and the step to have the metrics that it has without it.
 """
 
+import copy
 import faulthandler
 import importlib
 import inspect
@@ -23,13 +25,14 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import lru_cache
+from contextlib import contextmanager, redirect_stdout
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = map(str, (HERE.parents[1], HERE.parent, HERE.parent / "trl", HERE))
+sys.path[:0] = map(str, (HERE.parents[1], HERE.parent, HERE.parent / "trl"))
 
 import microscope
 import numpy as np
@@ -41,7 +44,6 @@ from envs import UserError, naming, require
 
 CHECKS = json.loads((HERE / "checks.json").read_text("utf-8"))
 AGAIN = 77  # exit code: what is left needs a fresh process
-
 
 # --- An answer: its file, its place, its faults ------------------------------------------
 
@@ -64,88 +66,64 @@ def load(path):
     try:
         found = runpy.run_path(str(path))
     except SyntaxError as error:
-        line = (error.text or "").strip()
-        where = f"{error.filename or path}, line {error.lineno} ({line})"
-        raise Unusable(f"{where}: Python cannot read it, {error.msg}") from error
-    require(name in found, f"{path} defines no {name}", Unusable)
-    answer, original = found[name], getattr(place_of(name), name)
-    if isinstance(original, dict):
-        require(isinstance(answer, dict), f"{path}: {name} must be a table", Unusable)
-        return answer
-
-    # It may name what it takes as it likes, but for what has a default.
-    theirs, required, options = inspect.signature(original), [], {}
-    for parameter in theirs.parameters.values():
-        if parameter.default is parameter.empty:
-            required.append(0)
-        else:
-            options[parameter.name] = 0
-    with naming(f"{path}: {name} must be a function of {theirs}", Unusable):
-        inspect.signature(answer).bind(*required, *options)
-        inspect.signature(answer).bind(*required, **options)
-    return answer
+        raise Unusable(f"{path}: Python cannot read it, {error}") from error
+    require(name in found, f"{path}: it defines no {name}", Unusable)
+    original = getattr(place_of(name), name)
+    if callable(original):
+        takes = inspect.signature(original)
+        with naming(f"{path}: {name} must be a function of {takes}", Unusable):
+            inspect.signature(found[name]).bind(*takes.parameters)  # by whatever names
+    return found[name]
 
 
 def place_of(name):
     """The module, or the class, that has a function."""
     if name == "gated_terms":
-        sys.modules.setdefault("trl", None)  # not needed for this, and ten seconds to import
+        sys.modules.setdefault("datasets", None)  # for TRL alone, and ten seconds to import
         return importlib.import_module("trainer")
     return {"retrieve": envs.SkillBank, "view": sdar.Episode}.get(name, sdar)
 
 
-@contextmanager
 def in_place(name, answer):
-    """In this block the answer stands in the original's place."""
-    place, original = place_of(name), getattr(place_of(name), name)
-    rows = {**original} if isinstance(original, dict) else None
-    try:
-        if rows is None:
-            setattr(place, name, answer)
-        else:  # others have the table by this object
-            original.clear()
-            original.update(answer)
-        yield
-    finally:
-        setattr(place, name, original)
-        if rows is not None:
-            original.clear()
-            original.update(rows)
+    """A context in which the answer stands in the original's place."""
+    if isinstance(answer, dict):  # others have the table by this object
+        return patch.dict(sdar.GATES, answer, clear=True)
+    return patch.object(place_of(name), name, answer)
 
 
 def sentence(error, *paths):
     """What an answer raised, or a grader says of it, in one line, with the answer's own line."""
-    cause = error.__cause__ or error
-    files = [*map(str, paths)]
-    frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename in files]
-    said = " ".join(str(cause).split())[:300]
-    if frames or not isinstance(cause, (AssertionError, UserError)):
-        said = f"{type(cause).__name__}: {said}"
-    if frames:
-        said = f"{frames[-1].filename}, line {frames[-1].lineno} ({frames[-1].line}): {said}"
-    meant = error is not cause and not isinstance(cause, (NameError, AttributeError))
-    return f"{said} ({error})" if meant else said
+    files, where = [*map(str, paths)], ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename in files:
+            where = f"{frame.filename}, line {frame.lineno} ({frame.line}): "
+    kind = "" if isinstance(error, (AssertionError, UserError)) else f"{type(error).__name__}: "
+    meant = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    said = " ".join(str(error).split())
+    return f"{where}{kind}{said:.500}{meant}"
 
 
 @contextmanager
 def meaning(message):
-    """Whatever an answer raises in here becomes an AssertionError with a meaning."""
+    """Whatever is raised in here gets a note: what that means."""
     try:
         yield
-    except NotImplementedError:
-        raise
     except Exception as error:
-        raise AssertionError(message) from error
+        error.add_note(message)
+        raise
 
 
 # --- A verdict ---------------------------------------------------------------------------
 
 SMOKE = (
     "--seed 2 --steps 1 --tasks-per-step 2 --group-size 4 --minibatches 2 --eval-episodes 1 "
-    "--eval-every 0 --rollout-batch 8 --max-turns 6"
+    "--eval-every 0 --rollout-batch 8 --max-turns 6 --gate soft_or --retrieval ucb"
 )  # in one of the groups somebody wins and somebody loses
-COUNTS = ("gate_active", "clipped")  # rounding alone moves them
-WITH = {"GATES": "--gate soft_or", "retrieve": "--retrieval ucb"}
+SHARED = (
+    "it changes what all share, the state of a generator (random's, NumPy's, PyTorch's) or a "
+    "default of PyTorch's: whatever comes after it is another; have your own"
+)
+COMPARED = "success reward turns loss policy_loss sdar_loss kl entropy gap gate ratio grad_norm"
 
 
 def main(log, seconds, *paths):
@@ -155,8 +133,8 @@ def main(log, seconds, *paths):
     for path in map(Path, paths):
         before = shared_state()
         row = verdict(path, float(seconds))
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(log, "a") as file:
+            print(json.dumps(row), file=file)
         if shared_state() != before:
             os._exit(AGAIN)
     os._exit(0)  # whatever an answer has started
@@ -164,13 +142,14 @@ def main(log, seconds, *paths):
 
 def verdict(path, seconds):
     """(mark, sentence, what was printed) of one answer."""
-    name, notes = path.stem, Notes()
+    notes = Notes()
+    mark, said = "R", ""
+    faulthandler.dump_traceback_later(seconds, exit=True)
     try:
         with redirect_stdout(notes):
-            judge(name, path, seconds)
-        mark, said = "R", ""
+            judge(path)
     except NotImplementedError:
-        mark, said = "e", f"{path} is still empty"
+        mark, said = "e", f"{path}: it is still empty"
     except Unusable as error:
         mark, said = "x", str(error)
     except (Exception, SystemExit) as error:
@@ -179,166 +158,124 @@ def verdict(path, seconds):
     return mark, said, notes.getvalue()
 
 
-def judge(name, path, seconds):
+def judge(path):
     """AssertionError, or what the answer raises, unless it is right."""
-
-    def watch():
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-    watch()
-    answer, before = load(path), shared_state()
-    with in_place(name, answer):
-        if name in CHECKS:
-            check_numbers(name)
-        else:
-            check_skills()
-            check_processes(path)
-    for what, state in shared_state().items():
-        meant = "which all share: whatever is random or computed after it is another; have your own"
-        assert state == before[what], f"it changes {what}, {meant}"
+    name, answer, before = path.stem, load(path), shared_state()
+    check(name, answer)
+    assert shared_state() == before, SHARED
+    if name == "retrieve":
+        check_processes(path)
     if name == "gated_terms":
         return  # a step on TRL takes minutes
-    faulthandler.cancel_dump_traceback_later()
-    expected = known_smoke(WITH.get(name, ""))
-
-    watch()
+    expected = smoke()
     with meaning("by hand numbers it is right, but a small training step or the microscope stops"):
         with in_place(name, answer):
-            metrics = smoke(WITH.get(name, ""))
-    for key, value in expected.items():
+            metrics = smoke.__wrapped__()
+    for key in COMPARED.split():
+        ours, yours = expected[key], metrics[key]
+        alike = math.isclose(ours, yours, rel_tol=0.01, abs_tol=1e-5) or name == "retrieve"
         meant = f"by hand numbers it is right, but in a small training step {key} is"
-        got = metrics.get(key, math.nan)
-        same = abs(got - value) < 1e-5 + abs(value) / 100
-        assert same or key in COUNTS or name == "retrieve", (
-            f"{meant} {got:.4f} instead of {value:.4f}"
-        )
+        assert alike, f"{meant} {yours:.4f} instead of {ours:.4f}"
 
 
 def shared_state():
     """What an answer has to leave as it was."""
-    return {
-        "random's generator": str(random.getstate()),
-        "NumPy's generator": str(np.random.get_state()),
-        "PyTorch's generator": torch.get_rng_state().tolist(),
-        "PyTorch's default dtype": torch.get_default_dtype(),
-        "PyTorch's grad mode": torch.is_grad_enabled(),
-    }
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()
+    return str((generators, torch.get_default_dtype(), torch.is_grad_enabled()))
 
 
-def smoke(flags):
+@lru_cache  # of the originals: called while no answer is in place
+def smoke():
     """Metrics of a small training step, after it and a look through the microscope."""
-    words = f"{SMOKE} {flags}".split()
-    silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, silent[0], silent[1]:
-        given = vars(sdar.make_parser().parse_args([*words, "--out", f"{folder}/run"]))
-        metrics = sdar.train(sdar.configure(**given))
-        microscope.main([*words, "--page", f"{folder}/page.html"])
-    timed = [name for name in metrics if "second" in name or name.startswith("eval")]
-    return {name: value for name, value in metrics.items() if name not in timed}
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with temporary as folder, redirect_stdout(io.StringIO()):
+        words = [*SMOKE.split(), "--out", f"{folder}/run"]
+        metrics = sdar.train(sdar.configure(**vars(sdar.make_parser().parse_args(words))))
+        microscope.main([*SMOKE.split(), "--page", f"{folder}/page.html"])
+    return metrics
 
 
-known_smoke = lru_cache(smoke)  # of the originals: called while no answer is in place
-
-
-# --- Numbers: checks.json ----------------------------------------------------------------
+# --- Values: checks.json -----------------------------------------------------------------
 #
-# A row calls a function `of` tensors and `with` options. It wants values, or a dict of them, within
-# a tolerance; and a slope, the gradient of their sum by the input of that number. A text in place
-# of a slope: there must be none, and why. What is got instead may be `known`, a usual mistake.
-
-NOTHING = (
-    "nothing is learned from it: the values must keep the gradient of the student's log-probs, so "
-    "no detach, no_grad, item or tolist on their way"
-)
+# A case calls a function `of` inputs, lists of which become tensors, and `with` options. Each of
+# its looks takes one row of the result (`row`, where that is a dict), or the gradient of its sum by
+# an input (`slope`, the number of that input). It says what a difference `means`, and in `wrong`
+# what usual mistakes mean: {expression: sentence}. An expression sees the inputs by their names,
+# all of sdar.py, and the original as `ours`.
 
 
-def check_numbers(name):
-    """AssertionError unless a function, or a table of them, gives the numbers of checks.json."""
-    function = AS_NUMBERS.get(name) or getattr(sdar, name)
-    if function == {}:
+def check(name, yours):
+    """AssertionError with a meaning unless an answer does what the original does."""
+    ours = getattr(place_of(name), name)
+    if name in CALLS:
+        ours = partial(CALLS[name], ours)
+        yours = partial(CALLS[name], yours)
+    takes = str(inspect.signature(ours))[1:-1]
+    for case in CHECKS[name]:
+        for look in case["looks"]:
+            with meaning(look["means"]):
+                got = seen(yours, case, look)
+            want = seen(ours, case, look)
+            if same(got, want):
+                continue
+            meant = look["means"]
+            for formula, usual in look.get("wrong", {}).items():
+                wrong = eval(f"lambda {takes}: {formula}", vars(sdar) | {"ours": ours})
+                if same(got, seen(wrong, case, look | {"row": ""})):
+                    meant = usual
+            if got.dim() < want.dim() or got.numel() == 1 < want.numel():
+                meant = "a number for each: no mean or sum here, it is taken in update, once"
+            raise AssertionError(f"{meant} (yours {got}, expected {want})")
+
+
+def seen(function, case, look):
+    """The tensor that a look takes of what a function returns."""
+    given = [torch.tensor(value) if isinstance(value, list) else value for value in case["of"]]
+    options = copy.deepcopy(case.get("with", {}))
+    if "slope" in look:
+        given[look["slope"]].requires_grad_()
+    before = str((given, options))
+    values = function(*given, **options)
+    meant = "it changes what it was handed, and others still need that: no x += 1, no x_()"
+    assert str((given, options)) == before, meant
+
+    row = look.get("row")
+    if row:
+        assert isinstance(values, dict) and row in values, f"it must return a dict, with {row!r}"
+        values = values[row]
+    assert isinstance(values, torch.Tensor), "a tensor is needed, and no list or number"
+    if "slope" not in look:
+        return values.detach().float()
+    by = given[look["slope"]]
+    (slope,) = torch.autograd.grad(values.sum() + 0 * by.sum(), by)  # 0 where there is no graph
+    return slope
+
+
+def same(one, two):
+    """True for tensors of one shape and, but for rounding, the same numbers."""
+    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-5, atol=2e-5)
+
+
+# How to call what is no function of tensors: the function first, then what checks.json hands over.
+
+
+def gates(table, gap, entropy, beta, kind):
+    """One function of the table of gates."""
+    if not table:
         raise NotImplementedError
-    for row in CHECKS[name]:
-        if "gate" in row:
-            function = sdar.GATES.get(row["gate"])
-            assert callable(function), f"the table has no function {row['gate']!r}"
-        check_row(function, row)
-
-
-def check_row(function, row):
-    """AssertionError with a meaning unless the function does what a row says."""
-    slopes, wants, handed = row.get("slope", {}), row["want"], []
-    for place, value in enumerate(row["of"]):
-        tensor = torch.tensor(value) if isinstance(value, list) else value
-        if str(place) in slopes or "constant" in row:
-            tensor.requires_grad_()
-        handed.append(tensor)
-    before = str(handed)
-    with meaning(row["means"]):
-        values = function(*handed, **row.get("with", {}))
-    if not isinstance(wants, dict):
-        values, wants = {"": values}, {"": wants}
-    for key, want in wants.items():
-        known = isinstance(values, dict) and key in values
-        assert known, f"it must return a dict, with a row {key!r}"
-        check_near(values[key], want, row["means"], row.get("known"), row.get("within", 2e-5))
-        assert not (values[key].requires_grad and key in row.get("constant", ())), row["means"]
-    same = str(handed) == before
-    assert same, "it changes what it was handed, and others still need that: no x += 1, no x_()"
-    if not slopes:
-        return
-
-    total = values[[*wants][0]].sum()
-    assert total.requires_grad, NOTHING
-    inputs = [handed[int(place)] for place in slopes]
-    found = torch.autograd.grad(total, inputs, allow_unused=True)
-    for slope, want in zip(found, slopes.values()):
-        if isinstance(want, str):
-            assert slope is None or not slope.any(), want
-        else:
-            slope = torch.zeros_like(torch.tensor(want)) if slope is None else slope
-            check_near(slope, want, row["slope_means"], row.get("known_slopes"))
-
-
-def check_near(got, want, meant, known=None, within=2e-5):
-    """AssertionError with what it means unless a tensor has these numbers, in this shape."""
-    want = torch.tensor(want)
-    kind = type(got).__name__
-    assert isinstance(got, torch.Tensor), f"{meant} (a tensor, and yours is a {kind})"
-    got = got.detach().float()
-    numbers = f"yours {shown(got)}, expected {shown(want)}"
-    if got.dim() < want.dim() or got.numel() == 1 < want.numel():
-        meant = "a number for each: no mean or sum here, it is taken in update, once"
-    assert got.shape == want.shape, f"{meant} ({numbers})"
-    if not torch.allclose(got, want, rtol=1e-5, atol=within):
-        for text, values in (known or {}).items():
-            if torch.allclose(got, torch.tensor(values), atol=1e-4):
-                meant = text
-        raise AssertionError(f"{meant} ({numbers})")
-
-
-def shown(values):
-    """The first numbers of a tensor."""
-    return ", ".join(f"{value:.5g}" for value in values.flatten()[:8].tolist())
-
-
-# What is no function of tensors becomes one.
+    return table[kind](gap, entropy, beta)
 
 
 def an_episode(ids, mask, skill_at, skill_ids):
     """An Episode of which nothing but these ids is known."""
-    nothing = dict(env=None, task="", task_type="", random=None, skills=[])
-    return sdar.Episode(ids=ids, mask=mask, skill_at=skill_at, skill_ids=skill_ids, **nothing)
+    return sdar.Episode(None, "", "", None, ids, mask, skill_at, [], skill_ids)
 
 
-def view(ids, mask, skill_at, skill_ids, with_skill):
-    episode = an_episode([*ids], [*mask], skill_at, [*skill_ids])
-    read = episode.view(with_skill)
-    alike = (episode.ids, episode.mask, episode.skill_ids) == (ids, mask, skill_ids)
-    require(alike, "the episode itself must stay as it is: others still read it")
-    require(len(read) == 2, "it returns two lists, ids and mask")
-    plain = all(isinstance(values, (list, tuple)) for values in read)
-    require(plain, "it returns lists: padded makes tensors of them")
-    return {name: torch.tensor(values).float() for name, values in zip(("ids", "mask"), read)}
+def view(function, ids, mask, skill_at, skill_ids, with_skill):
+    """An episode as one of the two readers sees it."""
+    read = function(an_episode(ids, mask, skill_at, skill_ids), with_skill)
+    assert {*map(type, read)} <= {list, tuple}, "it returns two lists, and padded makes tensors"
+    return {"ids": torch.tensor(read[0]), "mask": torch.tensor(read[1])}
 
 
 class Counting:
@@ -346,13 +283,12 @@ class Counting:
     how often each id has come up, that position's included, times `one`."""
 
     device = torch.device("cpu")
-    halved = False  # has it been called in bfloat16?
 
     def __init__(self, one, head):
         self.one, self.head = one, head
 
     def base_model(self, input_ids, attention_mask=None, **options):
-        self.halved = torch.is_autocast_enabled("cpu")
+        self.halved = torch.tensor([torch.is_autocast_enabled("cpu")])  # called in bfloat16?
         words = torch.nn.functional.one_hot(input_ids, 4)
         words = words if attention_mask is None else words * attention_mask[..., None]
         return SimpleNamespace(last_hidden_state=words.cumsum(1) * self.one)
@@ -365,109 +301,71 @@ class Counting:
         return SimpleNamespace(weight=self.head)
 
 
-def response_logprobs(one, head, with_skill=False, dtype="float32"):
-    model, config = Counting(one, head), SimpleNamespace(temperature=2.0, dtype=dtype, kernel=False)
-    episodes = [
-        an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], 1, [3, 3]),
-        an_episode([2, 2, 3], [0, 0, 1], 1, []),
-    ]
-    logprobs, entropy = sdar.response_logprobs(model, episodes, config, with_skill)
-    return {"logprobs": logprobs, "entropy": entropy, "halved": torch.tensor([float(model.halved)])}
+def response_logprobs(function, one, head, temperature=2.0, dtype="float32", with_skill=False):
+    """Two conversations, of six and three ids, read by a model that counts."""
+    model = Counting(one, head)
+    config = SimpleNamespace(temperature=temperature, dtype=dtype, kernel=False)
+    long = an_episode([0, 1, 1, 2, 3, 1], [0, 0, 1, 1, 0, 1], 1, [3, 3])
+    short = an_episode([2, 2, 3], [0, 0, 1], 1, [])
+    logprobs, entropy = function(model, [long, short], config, with_skill)
+    return {"logprobs": logprobs, "entropy": entropy, "halved": model.halved}
 
 
-def gated_terms(log_probs, entropy, completion, tools, teacher, *old, gate="gap", beta=5.0):
-    inputs = {"completion_mask": completion, "tool_mask": tools}
-    inputs |= {"sampling_per_token_logps": teacher}
-    if old:
-        inputs["old_per_token_logps"] = old[0]
-    output = SimpleNamespace(log_probs=log_probs, entropy=entropy)
+BATCH = "completion_mask", "tool_mask", "sampling_per_token_logps", "old_per_token_logps"
+
+
+def gated_terms(function, logprobs, entropy, *batch, gate="gap", beta=5.0):
+    """A batch of TRL's. Of one optimiser step it does not have the last row."""
+    output = SimpleNamespace(log_probs=logprobs, entropy=entropy)
     config = SimpleNamespace(gate=gate, gate_beta=beta)
-    return place_of("gated_terms").gated_terms(output, inputs, config)
+    return function(output, dict(zip(BATCH, batch)), config)
 
 
-AS_NUMBERS = {
+def retrieve(function, strategy, rows=range(6), tasks=("put that mug in drawer 1",), arms=()):
+    """What all right draws have in common, over thirty seeds: they may be others than ours."""
+    bank = envs.SkillBank([CHECKS["skills"][row] for row in rows], strategy)
+    bank.arms, order, draws = dict(arms), [*bank.skills], []
+    for seed in [*range(30), *range(30)]:
+        for task in tasks:
+            skills = function(bank, task, "put", seed)
+            assert bank.skills == order, f"{strategy}: the bank itself is changed; have a copy"
+            draws.append([order.index(skill) for skill in skills[:]])  # of a list, or the like
+    common = {
+        "two": draws[0] + draws[1],
+        "sizes": [(len(draw), len({*draw})) for draw in draws],
+        "ever": sorted({*sum(draws, [])}),
+        "by seed": [draws[:30] == draws[30:], len({*map(str, draws)}) > 1],
+    }
+    return {name: torch.tensor(values) for name, values in common.items()}
+
+
+CALLS = {
+    "GATES": gates,
     "view": view,
     "response_logprobs": response_logprobs,
     "gated_terms": gated_terms,
+    "retrieve": retrieve,
 }
-
-# --- Skills: what any right draw has -----------------------------------------------------
-
-ROWS = [
-    dict(name="mug", text="m", task_types=["put", "heat"], keywords=["mug"]),
-    dict(name="hat", text="h", keywords=["hat"]),
-    dict(name="all", text="a"),
-    dict(name="cup", text="c", task_types=["cool"], keywords=["cup"]),
-    dict(name="hot", text="o", task_types=["heat"], keywords=["mug"]),
-    dict(name="lamp", text="l", task_types=["look"]),
-]
-
-
-def check_skills():
-    def names(strategy, seed=0, rows=ROWS, arms=(), task="put that mug in drawer 1", bank=None):
-        bank = bank or envs.SkillBank(rows, strategy)
-        bank.arms = dict(arms)
-        order = [*bank.skills]
-        with meaning(f"{strategy}: it stops, with {len(rows)} skills"):
-            skills = bank.retrieve(task, "put", seed)
-        assert isinstance(skills, (list, tuple)), "a list: it is read several times, and in order"
-        assert bank.skills == order, f"{strategy}: the bank itself is shuffled or cut; copy it"
-        known = all(skill in order for skill in skills)
-        assert known, f"{strategy}: skills of the bank, not their texts or names"
-        return [skill.name for skill in skills]
-
-    found = names("keyword")
-    assert "hot" not in found, (
-        "keyword: a skill of another task type does not fit, whatever it says"
-    )
-    meant = "keyword: a whole word must fit ('hat' is in 'that'), and what has no condition always"
-    assert found == ["mug", "all"], meant
-    bank = envs.SkillBank(ROWS, "keyword")
-    meant = "keyword: another task has other skills, and nothing is kept of the one before"
-    tasks = ("put that mug in drawer 1", "put a hat in drawer 1")
-    assert [names("", task=task, bank=bank)[0] for task in tasks] == ["mug", "hat"], meant
-    assert names("full") == [row["name"] for row in ROWS], "full is the bank, in its order"
-
-    choices = [[names("random", seed) for seed in range(30)] for _ in range(2)]
-    meant = "one seed, one choice: the episodes of a group read the same skills"
-    assert choices[0] == choices[1], meant
-    assert len({*map(str, choices[0])}) > 1, "random: another seed, another choice"
-    meant = "random: as many as keyword finds, each once"
-    assert all(len({*choice}) == len(choice) == 2 for choice in choices[0]), meant
-    assert len({*sum(choices[0], [])}) == 6, "random: of the whole bank, not of what fits alone"
-    alone = names("random", rows=ROWS[1:2] + ROWS[3:])
-    assert len(alone) == 1, "random: exactly one where nothing fits, and not all or none"
-
-    arms = {"mug found": [5, 5.0], "all found": [5, -5.0], "hat not found": [5, 5.0]}
-    best = names("ucb", rows=[*ROWS[:3], ROWS[5]], arms=arms)
-    meant = "ucb: the three of largest index: one never tried, then those that were worth something"
-    assert best[:1] == ["lamp"] and sorted(best) == ["hat", "lamp", "mug"], meant
-    orders = {str(names("ucb", seed)) for seed in range(9)}
-    assert len(orders) > 1, "ucb: ties are broken differently with each seed: shuffle a copy"
-
 
 ELSEWHERE = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
 from envs import SkillBank
 retrieve = runpy.run_path(sys.argv[2])["retrieve"]
-bank = SkillBank([dict(name=c, text=c, keywords=[c]) for c in "abcdefghij"], sys.argv[3])
-print([[skill.name for skill in retrieve(bank, "a b", "c", seed)] for seed in range(9)])
+for strategy in ("random", "ucb"):
+    bank = SkillBank([dict(name=c, text=c, keywords=[c]) for c in "abcdefghij"], strategy)
+    print([[skill.name for skill in retrieve(bank, "a b", "c", seed)] for seed in range(9)])
 """
 
 
 def check_processes(path):
     """AssertionError unless another process retrieves the same skills."""
-    for strategy in ("random", "ucb"):
-        said = set()
-        for number in "12":
-            command = [sys.executable, "-c", ELSEWHERE, HERE.parents[1], path, strategy]
-            env = {**os.environ, "PYTHONHASHSEED": number}
-            said.add(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
-        meant = (
-            "a resumed run reads other skills: hash(), and a set's order, change with the process"
-        )
-        assert len(said) == 1, f"{strategy}: {meant}"
+    command = [sys.executable, "-c", ELSEWHERE, HERE.parents[1], path]
+    said = set()
+    for number in "12":
+        said.add(subprocess.check_output(command, env=os.environ | {"PYTHONHASHSEED": number}))
+    meant = "a resumed run reads other skills: hash(), and a set's order, change with the process"
+    assert len(said) == 1, meant
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ def main(steps=8):
         # Credit: how much better an episode is than its group. All its tokens get that.
         rewards = [episode.reward - 0.01 * episode.invalid for episode in episodes]
         rewards = torch.tensor(rewards, dtype=torch.float64).view(8, 8)
-        mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-        A = ((rewards - mean) / (std + 1e-6)).float().flatten()
+        better = rewards - rewards.mean(1, keepdim=True)
+        A = better / (rewards.std(1, keepdim=True) + 1e-6)
         lengths = [len(episode.logprobs) for episode in episodes]
+        A = A.float().flatten()
         A = A.repeat_interleave(torch.tensor(lengths))
 
         # Learn: four optimiser steps on this one batch.
@@ -54,7 +55,8 @@ def main(steps=8):
             A, old, ref, teacher = torch.cat([batch[row] for row in rows], 1)  # (N,) each
             logprobs, _ = response_logprobs(model, [episodes[row] for row in rows], config)
             ratio = (logprobs - old).exp()
-            policy = torch.maximum(-A * ratio, -A * ratio.clamp(1 - EPSILON, 1 + EPSILON))
+            clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+            policy = torch.maximum(-A * ratio, -A * clipped)
             d = ref - logprobs
             kl = d.exp() - d - 1
 
@@ -62,11 +64,11 @@ def main(steps=8):
             gate = torch.sigmoid(BETA * gap).detach()
             loss = policy + KL * kl + LAMBDA * gate * gap
             loss.mean().backward()
+            total += loss.sum().item()
 
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            total += loss.sum().item()
         won = sum(episode.won for episode in episodes)
         print(f"step {step}: won {won} of 64, loss {total / sum(lengths):+.7f}")
 
