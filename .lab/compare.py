@@ -13,21 +13,20 @@ files, prints them as tables of a page, and draws them.
 
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 LAB = Path(__file__).resolve().parent
@@ -38,6 +37,9 @@ import variants
 import sdar
 
 FREE = {"seed", *sdar.MAY_DIFFER} - {"steps", "eval_every"}  # between runs of a row
+FIXED = [name for name in vars(sdar.Config()) if name not in FREE]
+
+GAIN = "{:+.2f} [{:+.2f}, {:+.2f}]"  # with its 95 % interval
 
 # A training run: its row of the table, its Config, and its words for experiments/variants.py.
 Run = namedtuple("Run", "label config variant")
@@ -57,54 +59,36 @@ def make_parser():
 
 
 def main(argv):
-    """Run all that is not there yet, and print the comparison. Returns 1 if a run failed, 130 after
-    Ctrl-C."""
+    """Run all that is not there yet, and print the comparison; after Ctrl-C of what is there.
+    Returns True if a run is missing."""
     given = vars(make_parser().parse_args(argv))
     jobs, sweep = given.pop("jobs"), given["sweep"]
-    sdar.require(jobs >= 0, f"--jobs {jobs}: must be at least 1, or 0 for one a core")
     out = Path(given.pop("out", "runs/compare")).expanduser()
     runs = plan(given, out)
-    for run in runs:  # what no process could use is refused now
-        variants.hooks(run.variant)
-        variants.check(run.variant, run.config)
     todo = [run for run in runs if not finished(run.config)]
     out.mkdir(parents=True, exist_ok=True)
-
     config = runs[0].config
-    torch.set_num_threads(1)  # as in the processes
-    policy, envs = sdar.load_policy(config), sdar.make_envs(config)
-    clock = time.perf_counter()
-    before = sdar.evaluate(*policy, envs, config)
+    before = sdar.evaluate(*sdar.load_policy(config), sdar.make_envs(config), config)
+    torch.cuda.empty_cache()  # its memory is for the processes
     sdar.say_success("before training", before)
-    del policy  # its memory is for the processes
-    torch.cuda.empty_cache()
-    at_once = jobs or (os.cpu_count() if config.device == "cpu" else 1)
-    looks = 2 + config.steps // (config.eval_every or config.steps)
-    played = config.steps * config.tasks_per_step * config.group_size / before["episodes"]
-    seconds = (looks + played) * (time.perf_counter() - clock)  # as long to learn as to play
-    minutes = seconds * math.ceil(len(todo) / at_once) / 60
-    print(f"{len(runs)} runs in {out}, {len(todo)} of them to do: some {minutes:.0f} minutes")
-    reasons, code = [], 0
-    try:
-        reasons = thread_map(launch, todo, max_workers=at_once, unit="run")
-    except KeyboardInterrupt:  # the processes get it, too
-        print("compare.py: stopped; the same command goes on with what is left", file=sys.stderr)
-        code = 130
 
-    command = re.sub(r" --(out|jobs)[= ]\S+", "", shlex.join(["compare.py", *argv]))
+    print(f"{len(runs)} runs in {out}, {len(todo)} of them to do")
+    at_once = max(0, jobs) or (os.cpu_count() if config.device == "cpu" else 1)
+    with suppress(KeyboardInterrupt):  # the processes get it, too
+        thread_map(launch, todo, max_workers=at_once, unit="run")
+
+    command = shlex.join(["compare.py", *argv])
+    command = re.sub(r" --(out|jobs)[= ]\S+", "", command)
     rows = make_rows(runs, before["by_type"], command)
-    path = out / "-".join(["compare", *re.findall(r"(\S+)=", sweep)])
+    swept = re.findall(r"(\S+)=", sweep)
+    path = out / "-".join(["compare", *swept])
     Path(f"{path}.json").write_text(as_json(rows), "utf-8")
-    steps = f"{config.steps} steps"
-    print("\n" + tables(rows, [*before["by_type"], steps, f"{steps} with the skill"]))
-    for run, reason in zip(todo, reasons):
-        if not finished(run.config):
-            print(f"{run.config.out} failed: {reason}")
-            code = 1
+    last = f"{config.steps} steps"
+    print("\n" + tables(rows, [last, f"{last} with the skill"]))
     if rows:
         title = "held-out success without the skill at training steps"
         plots.draw({title: learning_curves(rows)}, f"{path}.svg")
-    return code
+    return not all(finished(run.config) for run in todo)
 
 
 # --- The runs ----------------------------------------------------------------------------
@@ -113,18 +97,13 @@ def main(argv):
 def plan(given, out):
     """The Runs that the flags ask for, row after row."""
     methods, sweep, seeds = (given.pop(name) for name in ("methods", "sweep", "seeds"))
-    goes_on = not {"seed", "resume"} & {*given}
-    sdar.require(goes_on, "compare takes --seeds, and goes on without --resume")
-    names = {"variant", *vars(sdar.Config())} - {"out", "resume", "overwrite", *given}
-    choices = {}  # {setting: its values}
-    for axis in (sweep or f"method={methods}").split() + [f"seed={seeds}"]:
-        name, _, values = axis.partition("=")
+    axes = f"{sweep or f'method={methods}'} seed={seeds}"
+    choices, free = {}, {"variant", "seed", *FIXED} - {"steps", "preset", *given}
+    for name, values in re.findall(r"([^\s=]+)=?(\S*)", axes):
         name = name.replace("-", "_")
-        fine = name in names - {*choices}
-        sdar.require(fine, f"{sdar.flag(name)} cannot be swept, or is there twice")
+        sdar.require(name in free, f"{sdar.flag(name)} cannot be swept, or is there twice")
+        free.remove(name)
         choices[name] = values.split(",")
-        once = len({*choices[name]}) == len(choices[name])
-        sdar.require(once, f"{values}: one is there twice")
 
     seeds = choices.pop("seed")
     rows = [dict(zip(choices, row)) for row in itertools.product(*choices.values())]
@@ -136,27 +115,28 @@ def plan(given, out):
 
 def make_run(given, row, seed, out):
     """The Run of a row and a seed. Its label says what in the row is no default of its method."""
-    settings = given | row
+    settings = given | row | {"seed": seed, "resume": False}
     words = settings.pop("variant", "").split("+")
     variant = [word for word in words if word not in ("", "none")]
-    config = sdar.configure(**settings, seed=seed)
+    config = sdar.configure(**settings)
     sdar.require(config.steps, "--steps 0: there is nothing to compare")
+    variants.check(variant, config)
 
-    kept = ("env", "model", "preset", "method")
-    plain = sdar.configure(**{name: getattr(config, name) for name in kept})
+    plain = sdar.configure(preset=config.preset, method=config.method)
     label = [config.method]
     for name in row:
         value = getattr(config, name, None)  # a variant is none of its fields
         if value != getattr(plain, name, None):
             label.append(f"{name}={value}")
     label = " ".join(label + variant)
-    config.out = f"{out / re.sub('[^A-Za-z0-9_.=+-]', '-', label)}-s{config.seed}"
+    name = re.sub("[^A-Za-z0-9_.=+-]", "-", label)
+    config.out = f"{out / name}-s{config.seed}"
     return Run(label, config, variant)
 
 
 def launch(run):
-    """Train from the first step, in a process of its own. Returns how that ended. A file `made`
-    beside those of the run says what made it."""
+    """Train from the first step, in a process of its own. A file `made` beside those of the run
+    says what made it."""
     command = [sys.executable, variants.__file__, *run.variant, "--"]
     for name, value in vars(run.config).items():
         typed = f"{sdar.flag(name)}={value}"
@@ -168,17 +148,16 @@ def launch(run):
     done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         Path(run.config.out, "made").write_text(made, "utf-8")
-    reason = " ".join(done.stderr.split()[-20:])
-    return f"exit code {done.returncode}: {reason}"
+    else:
+        tqdm.write(f"{run.config.out} failed: {' '.join(done.stderr.split()[-20:])}")
 
 
 def origin(device):
     """What results depend on beside the settings: the code, and by rounding processor and
     libraries. A line of text."""
-    git = ["git", "-C", str(LAB), "describe", "--always", "--dirty"]
-    commit = "unknown"  # no git, or no repository
-    if shutil.which("git"):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    git = "git describe --always --dirty"
+    git = subprocess.run(git, shell=True, cwd=LAB, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"  # no git, or no repository
     packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "numpy")]
     return ", ".join([f"commit {commit}", processor(device), *packages])
 
@@ -199,13 +178,11 @@ def finished(config):
         old, lines = plots.read_run(config.out)
     except sdar.UserError:  # it has not begun, or was killed while it wrote: it is done again
         return []
-    names = {*vars(config)} - {*sdar.MAY_DIFFER} | {"steps", "eval_every"}
-    same = all(old.get(name) == getattr(config, name) for name in names)
+    same = all(old.get(name) == getattr(config, name) for name in FIXED)
     message = f"{config.out} holds a run of other settings: another --out, or --overwrite"
     sdar.require(same or config.overwrite, message)
-    if not same or len(lines) < config.steps:
-        return []
-    return [line for line in lines if "eval_success" in line]
+    whole = same and len(lines) >= config.steps
+    return [line for line in lines if whole and "eval_success" in line]
 
 
 # --- Results as data: a list of rows, each with all that it was made with ----------------
@@ -218,18 +195,21 @@ def make_rows(runs, before, command):
     before: the start policy's, {type: counts}. It stands in every run as step 0."""
     rows = []
     for run in runs:
+        lines, made = finished(run.config), Path(run.config.out, "made")
         looks = {"0": [*before.values()]}  # JSON's keys are strings
-        for line in finished(run.config):
+        for line in lines:
             looks[str(line["step"])] = [line["eval_by_type"][kind] for kind in before]
-        settings = vars(run.config) | {"variant": run.variant}
-        for name in FREE:
-            del settings[name]
-        made = Path(run.config.out, "made")
-        row = {"label": run.label, "made": "unknown", "command": command, "settings": settings}
-        if made.exists():
-            row["made"] = made.read_text("utf-8")
-        if len(looks) > 1:
-            rows.append(row | {"types": [*before], "runs": {str(run.config.seed): looks}})
+        row = {
+            "label": run.label,
+            "made": made.read_text("utf-8") if made.exists() else "unknown",
+            "command": command,
+            "settings": {name: getattr(run.config, name) for name in FIXED},
+            "types": [*before],
+            "runs": {str(run.config.seed): looks},
+        }
+        row["settings"]["variant"] = run.variant
+        if lines:
+            rows.append(row)
     return join(rows)
 
 
@@ -249,15 +229,13 @@ def as_json(rows):
 
 
 def success(row, column):
-    """The share of games that each run of a row has won, (runs,), and their number. A column is a
-    task type, at the end, or has the number of a step: "60 steps", "60 with the skill"."""
-    named = "" if column in row["types"] else column
-    step = re.search(r"\d+", named or str(row["settings"]["steps"]))[0]
-    counts = np.array([looks[step] for looks in row["runs"].values()])  # (runs, types, 3)
-    if column in row["types"]:
-        counts = counts[:, [row["types"].index(column)]]
-    games, *won = counts.sum(1).T
-    return won["skill" in column] / games, games[0]
+    """{seed: the share of games that its run has won}, and their number. A column has the number of
+    a step: "60 steps", "60 with the skill"."""
+    step, shares = re.search(r"\d+", column)[0], {}
+    for seed, looks in row["runs"].items():
+        games, *won = np.sum(looks[step], 0)
+        shares[seed] = won["skill" in column] / games
+    return shares, games
 
 
 def learning_curves(rows):
@@ -265,9 +243,9 @@ def learning_curves(rows):
     on."""
     curves = {}
     for row in rows:
-        (steps, *_) = row["runs"].values()
-        points = [[(int(step), share) for share in success(row, step)[0]] for step in steps]
-        curves.setdefault(row["label"], []).extend(np.swapaxes(points, 0, 1))
+        for seed, looks in row["runs"].items():
+            curve = [(int(step), success(row, step)[0][seed]) for step in looks]
+            curves.setdefault(row["label"], []).append(curve)
     return {label: np.array(runs) for label, runs in curves.items()}
 
 
@@ -276,24 +254,28 @@ def learning_curves(rows):
 
 def tables(rows, columns):
     """Markdown, a table for the rows of each origin: success, mean ± standard deviation over seeds,
-    or of one run with Wilson's interval, and what a row has over grpo, seed by seed."""
+    or of one run with Wilson's interval, and what a row has over grpo, seed by seed, if there are
+    three: of two the interval would be wider than what is possible."""
     text = ""
     for made in dict.fromkeys(row["made"] for row in rows):
+        alike = [row for row in rows if row["made"] == made]
         cells = [["", "runs", *columns, "minus grpo, 95 %"]]
-        for row in rows:
-            if row["made"] == made:
-                texts = [cell(*success(row, column)) for column in columns]
-                gain = interval(gains_over("grpo", row, rows))
-                cells.append([row["label"], str(len(row["runs"])), *texts, gain])
+        for row in alike:
+            gains = gains_over("grpo", row, alike, str(row["settings"]["steps"]))
+            gain = GAIN.format(*t_interval(gains)) if len(gains) > 2 else ""
+            shares = [cell(*success(row, column)) for column in columns]
+            cells.append([row["label"], str(len(row["runs"])), *shares, gain])
         text += f"{markdown(cells)}\n{made}\n"
     return text
 
 
 def cell(shares, games):
     """Successes of runs as a text."""
+    shares = [*shares.values()]
     if len(shares) > 1:
-        return f"{shares.mean():.2f} ± {shares.std(ddof=1):.2f}"
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*shares, *sdar.wilson(shares[0] * games, games))
+        return f"{np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f}"
+    bracket = sdar.wilson(shares[0] * games, games)
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*shares, *bracket)
 
 
 def markdown(cells):
@@ -303,22 +285,14 @@ def markdown(cells):
     return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in cells)
 
 
-def gains_over(label, row, rows, column=""):
+def gains_over(label, row, rows, column):
     """What a row's runs win more than those of another row of the same origin, seed by seed."""
+    ours, _ = success(row, column)
     for other in rows:
-        if (other["label"], other["made"]) == (label, row["made"]) and other is not row:
-            theirs = dict(zip(other["runs"], success(other, column)[0]))
-            ours = dict(zip(row["runs"], success(row, column)[0]))
+        if other["label"] == label != row["label"] and other["made"] == row["made"]:
+            theirs, _ = success(other, column)
             return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return []
-
-
-def interval(gains):
-    """Their mean with t_interval, if there are more than two: of two it would be wider than what is
-    possible."""
-    if len(gains) > 2:
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*t_interval(gains))
-    return f"{np.mean(gains):+.2f}" if gains else ""
 
 
 def t_interval(gains):
@@ -328,8 +302,9 @@ def t_interval(gains):
     df = len(gains) - 1
     x = np.linspace(0, np.pi / 2, 10**6)
     mass = (np.cos(x) ** (df - 1)).cumsum()
-    quantile = df**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, x))
-    half = quantile * np.std(gains, ddof=1) / len(gains) ** 0.5
+    place = np.interp(0.95 * mass[-1], mass, x)
+    error = np.std(gains, ddof=1) / len(gains) ** 0.5
+    half = df**0.5 * np.tan(place) * error
     mean = np.mean(gains)
     return mean, mean - half, mean + half
 

@@ -31,7 +31,7 @@ import plots
 import sdar
 
 ASSETS = LAB.parent / ".assets"
-DATA = LAB / "experiments" / "results"
+DATA = LAB / "experiments/results"
 PAGES = [LAB.parent / "README.md", *sorted(LAB.rglob("*.md"))]
 MARK = re.compile(r"(?<=<!-- table: )(.*)( -->\n)((?:.*\n)*?)(?=<!-- end -->)")
 
@@ -47,84 +47,79 @@ def main(argv):
         return draw()
     if given.join:
         name, *files = given.join
-        rows = compare.join([row for file in files for row in read_rows(file)])
+        rows = compare.join(sum(map(read, files), []))
         DATA.joinpath(f"{name}.json").write_text(compare.as_json(rows), "utf-8")
 
     code = 0
     for path in PAGES:
         text = path.read_text("utf-8")
-        filled = MARK.sub(lambda match: match[1] + match[2] + make_table(match[1]), text)
+        filled = MARK.sub(lambda mark: f"{mark[1]}{mark[2]}\n{make_table(mark[1])}\n", text)
         if given.write:
             path.write_text(filled, "utf-8")
         elif not given.check:
-            print(*[f"{path.name}: {match[0]}" for match in MARK.finditer(filled)], sep="")
+            print(*[f"{path.name}: {mark[0]}" for mark in MARK.finditer(filled)], sep="")
         elif filled != text:
             print(f"{path}: its data say something else, --write it anew", file=sys.stderr)
             code = 1
     return code
 
 
-def read_rows(path):
-    """Rows of a file. UserError if it holds something else."""
-    with sdar.naming(f"{path} holds no rows of compare.py", sdar.UserError):
-        rows = json.loads(Path(path).read_text("utf-8"))
-        return [row for row in rows if row["runs"]]
+def read(name):
+    """What a file of results/ holds, or one at another place. UserError if it is no JSON."""
+    path = DATA / name
+    with sdar.naming(f"{path} holds no results", sdar.UserError):
+        return json.loads(path.read_text("utf-8"))
 
 
 def make_table(mark):
     """The text of a table, as a mark asks for it, and below it what made the rows."""
     file, _, words = mark.partition(": ")
     with sdar.naming(f"the table {mark!r} cannot be made", sdar.UserError):
-        if file in FORMS:
-            return f"\n{FORMS[file](words)}\n"
-        rows = read_rows(DATA / f"{file}.json")
-        return f"\n{compare.tables(rows, words.split(', '))}\n"
+        if file == "gains":
+            return gains(words)
+        if file == "probe":
+            return probe(words.split(", "))
+        return compare.tables(read(f"{file}.json"), words.split(", "))
 
 
 def gains(name):
     """A table: what one row wins more than another, a line for each entry of a file. That has rows'
     file, two labels and a column; or, of an older commit, the gain, number of runs and commit."""
     cells = [["", "gain, 95 %", "so it is", "runs", "made by"]]
-    for title, *entry in json.loads(DATA.joinpath(f"{name}.json").read_text("utf-8")):
-        lines = [entry]
-        if len(entry) == 4:
-            file, label, base, column = entry
-            rows, lines = read_rows(DATA / f"{file}.json"), []
-            for row in rows:
-                found = compare.gains_over(base, row, rows, column)
-                if row["label"] == label and len(found) > 2:
-                    made = row["made"].split(",")[0]
-                    lines.append((compare.t_interval(found), len(found), made))
-        for (mean, low, high), runs, made in lines:
-            verdict = "ahead" if low > 0 else "behind" if high < 0 else "not resolved"
-            gain = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-            cells.append([title, gain, verdict, str(runs), made])
+    for title, *entry in read(f"{name}.json"):
+        for gain, runs, made in measured(*entry) if len(entry) > 3 else [entry]:
+            verdict = "ahead" if gain[1] > 0 else "behind" if gain[2] < 0 else "not resolved"
+            cells.append([title, compare.GAIN.format(*gain), verdict, str(runs), made])
     return compare.markdown(cells)
 
 
-def probe(words):
+def measured(file, label, base, column):
+    """(gain with its interval, number of runs, commit) of a label over another, for each origin."""
+    rows = read(f"{file}.json")
+    for row in rows:
+        gains = compare.gains_over(base, row, rows, column)
+        if row["label"] == label and len(gains) > 2:
+            yield compare.t_interval(gains), len(gains), row["made"].split(",")[0]
+
+
+def probe(names):
     """A table: what .lab/probe.py saw of some runs, step by step. Means over seeds."""
-    runs = json.loads(DATA.joinpath("probe.json").read_text("utf-8"))
-    cells = []
-    for name in words.split(", "):
-        seeds = [runs[run]["looks"] for run in runs if re.sub(r"-s\d+$", "", run) == name]
+    runs, cells = read("probe.json"), []
+    for name in names:
+        seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
+        steps = [str(look["step"]) for look in seeds[0]]
         for what, title in (("diagonal", "home"), ("blind", "blind")):
             seen = np.mean([[look["alone"][what] for look in looks] for looks in seeds], 0)
-            cells.append([f"{name}, {title}", *[f"{share:.2f}" for share in seen]])
-    steps = [str(look["step"]) for look in seeds[0]]
-    made = {runs[run]["made"] for run in runs}
-    return compare.markdown([[f"steps; {len(seeds)} seeds", *steps], *cells]) + "\n".join(
-        ["", *made, ""]
-    )
-
-
-FORMS = {"gains": gains, "probe": probe}
+            cells.append([f"{name}, {title}", *map("{:.2f}".format, seen)])
+    head = [f"steps; {len(seeds)} seeds", *steps]
+    made = {run["made"] for run in runs.values()}
+    return compare.markdown([head, *cells]) + "\n".join(["", *made, ""])
 
 
 def draw():
     """The pictures, each light and dark."""
     for name, file in (("compare", "short"), ("long", "long")):
-        curves = compare.learning_curves(read_rows(DATA / f"{file}.json"))
+        curves = compare.learning_curves(read(f"{file}.json"))
         for dark in (False, True) if curves else ():
             path = ASSETS / f"{name}{'-dark' * dark}.svg"
             plots.picture({"held-out success without the skill": curves}, path, dark)

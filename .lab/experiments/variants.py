@@ -1,16 +1,17 @@
-"""Experiments of FINDINGS that are not the paper's, each from outside of sdar.py.
+"""What is not the paper's, each from outside of sdar.py: the experiments of FINDINGS.
 
     python .lab/experiments/variants.py divergence:forward -- --gate none --sdar-coef 0.07
     python .lab/experiments/variants.py gate:shuffled teacher:ema skills:0.5 -- --seed 1
     python .lab/experiments/variants.py advantage:reverse_kl -- --sdar-coef 0.1
-    python .lab/experiments/variants.py -- --gate reverse_kl --sdar-coef 0.1
+    python .lab/experiments/variants.py practice:out -- --method grpo
 
 In front of -- stand variants, in any order, behind it the flags of sdar.py:
 
     skills:SHARE      in this share of the groups the teacher reads the right skills, else those of
                       other task types
     retrieval:wrong   it never reads the right ones
-    teacher:KIND[,N]  it is a copy that stays behind: lagged (made anew every N steps, 10), or ema
+    bandit:type       an arm of --retrieval ucb is a skill and a task type
+    teacher:KIND[/N]  it is a copy that stays behind: lagged (made anew every N steps, 10), or ema
                       (moved by 1/N of the way before each step). Such a run cannot be resumed
     std:off           advantages are not divided by the deviation of their group
     advantage:KIND    distillation in PPO's advantage; KIND is the gate: gap, none, reverse_kl
@@ -21,7 +22,7 @@ In front of -- stand variants, in any order, behind it the flags of sdar.py:
     sampling:T/P      episodes are sampled at temperature T from the likeliest tokens that have
                       together a probability of P, and scored at --temperature all the same
     practice:KIND     no teacher: groups that fail play again with the skill, which is kept in the
-                      prompt (keep) or taken out before scoring (out). See practice.py
+                      prompt (keep) or taken out before scoring (out)
 
 They become the step_batch, objective and skill_bank that train() takes; all else is sdar.py's.
 """
@@ -32,71 +33,97 @@ import random
 import re
 import sys
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
-import practice
-from practice import by_token
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sdar
 
 sdar.GATES["reverse_kl"] = lambda gap, entropy, beta: gap  # the signed gradient of that KL
 sdar.GATES["beta"] = lambda gap, entropy, beta: beta + 0 * gap  # what is handed in as beta
-WORD = re.compile(
-    r"skills:(0|1|0?\.\d+)|retrieval:wrong|teacher:(lagged|ema)(,[1-9]\d*)?|std:off"
+WORD = re.compile(  # without commas: compare.py has them between the values of a sweep
+    r"skills:(0|1|0?\.\d+)|retrieval:wrong|bandit:type|teacher:(lagged|ema)(/[1-9]\d*)?|std:off"
     r"|advantage:(gap|none|reverse_kl)|gate:(own|constant|shuffled|centred)"
     r"|divergence:(reverse|forward|jsd)|practice:(keep|out)"
-    r"|sampling:(\d*\.)?[1-9]\d*/(1|0?\.\d*[1-9])"
+    r"|sampling:\d*\.?\d*[1-9]\d*/(1|0?\.\d*[1-9])"
 )
+NEEDS = {  # {variant: the settings without which it would do nothing, or lose its teacher}
+    "bandit": {"retrieval": "ucb"},
+    "teacher": {"teacher": "live", "resume": False},
+    "advantage": {"distil": "gate", "gate": "gap"},
+    "gate": {"distil": "gate", "gate": "gap"},
+    "divergence": {"distil": "gate"},
+    "practice": {"distil": "none"},
+}
 
 # --- What the teacher reads, and who it is -----------------------------------------------
 
 
-def partly_wrong(share):
+class ByType(sdar.SkillBank):
+    """Another bandit: a skill's worth is another one for each task type, whatever its words."""
+
+    def arm(self, skill, task, task_type):
+        return f"{skill.name} for {task_type}"
+
+
+def partly_wrong(share, bank):
     """A class of skill banks that find right skills in this share of the groups, in the others as
     many wrong ones."""
 
-    class PartlyWrong(sdar.SkillBank):
+    class PartlyWrong(bank):
         def retrieve(self, task, task_type, seed):
             found = super().retrieve(task, task_type, seed)
             text = task.encode(errors="replace")
             if np.random.default_rng([seed, *text]).random() < share:
                 return found
-            typed = [skill for skill in self.skills if skill.task_types]
-            wrong = [skill for skill in typed if task_type not in skill.task_types]
+            wrong = []
+            for skill in self.skills:
+                if task_type not in (skill.task_types or [task_type]):
+                    wrong.append(skill)
             rng = random.Random(f"{task}/{seed}".encode(errors="replace"))
-            return rng.sample(wrong, min(len(wrong), max(1, len(found))))
+            count = max(1, len(found))
+            return rng.sample(wrong, min(len(wrong), count))
 
     return PartlyWrong
 
 
 @torch.no_grad()
 def follow(teacher, model, kind, step):
-    """Before a step's scoring, move a copy of the student to where the student is: a part of the
-    way ("ema,20"), or all of it, every so many steps ("lagged,20")."""
+    """The copy of the student that reads the skill in this step: made anew every so many steps
+    ("lagged/20"), or moved a part of the way ("ema/20")."""
     # Of what the student was n steps ago an ema keeps (1 - 1/refresh)^n: a memory of about
     # `refresh` steps.
-    kind, refresh = f"{kind},10".split(",")[:2]
-    if kind == "ema":
-        for weight, target in zip(teacher.parameters(), model.parameters()):
-            weight.lerp_(target, 1 / int(refresh))
-    elif (step - 1) % int(refresh) == 0:
-        teacher.load_state_dict(model.state_dict())
+    kind, refresh = f"{kind}/10".split("/")[:2]
+    if step == 1 or (kind == "lagged" and (step - 1) % int(refresh) == 0):
+        return copy.deepcopy(model)
+    for weight, target in zip(teacher.parameters(), model.parameters()):
+        weight.lerp_(target, (kind == "ema") / int(refresh))
+    return teacher
 
 
 # --- Other values for the tokens of a step: {name: (N,)}, which take those of step_batch --
 
 
+def by_token(values, episodes):
+    """A number for each episode as one for each of its tokens, (N,)."""
+    lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
+    return torch.as_tensor(values).repeat_interleave(lengths)
+
+
+def rewards_of(episodes, config):
+    """Rewards less the penalties, (groups, G)."""
+    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
+    return torch.tensor(rewards).view(-1, config.group_size)
+
+
 def std(kind, batch, episodes, config, step):
     """Advantages multiplied by the deviations again."""
-    rewards = [one.reward - config.invalid_penalty * one.invalid for one in episodes]
-    groups = torch.tensor(rewards, dtype=torch.float64).view(-1, config.group_size)
-    deviations = (groups.std(1) + 1e-6).repeat_interleave(config.group_size)
-    return {"advantages": batch["advantages"] * by_token(deviations, episodes).to(batch["old"])}
+    deviations = rewards_of(episodes, config).std(1) + 1e-6
+    factors = by_token(deviations.repeat_interleave(config.group_size), episodes)
+    return {"advantages": batch["advantages"] * factors.to(batch["old"])}
 
 
 def advantage(kind, batch, episodes, config, step):
@@ -150,32 +177,142 @@ def full_divergence(model, teacher, episodes, config, kind):
         views = [episode.view(with_skill) for episode in episodes]
         ids, mask = (sdar.padded(rows, model.device) for rows in zip(*views))
         with sdar.forward_dtype(model, config), torch.set_grad_enabled(not with_skill):
-            logits = reader(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:].bool()]
+            logits = reader(input_ids=ids, use_cache=False).logits
+        logits = logits[:, :-1][mask[:, 1:].bool()]
         readers.append(torch.log_softmax(logits.float() / config.temperature, -1))
     taught = by_token([bool(episode.skill_ids) for episode in episodes], episodes)
     return taught.to(model.device) * between(*readers, kind)
 
 
+# --- A step's tasks, played again --------------------------------------------------------
+#
+# Practice instead of imitation (arXiv 2609.29051, in kind) has no teacher: the reward alone
+# teaches. A group of which less than a quarter has won plays again, and now the student reads the
+# skill. These guided episodes are trained on, too; in the log they count as any other.
+#
+# keep  The skill stays in their prompt, and they are a group of their own. If all of them win, as
+#       with a good skill, the group is flat, and teaches nothing.
+# out   The skill is taken out of their prompt before they are scored, and the guided and the plain
+#       tries of a task have one baseline. What was done with the skill becomes likelier without it.
+#       Nobody sampled it so: the ratio begins with 1 all the same.
+
+
+@lru_cache(1)
+def chat_of(model):
+    """The Chat of a model."""
+    return sdar.load_policy(sdar.configure(model=model, device="cpu"))[1]
+
+
+def play_again(model, episodes, rows, config, step, temperature, with_skill=False):
+    """Play some rows of a step from their starts again. With the skill they are drawn anew."""
+    envs = [episode.env for episode in episodes[: config.rollout_batch]]
+    rng = np.random.default_rng([2, config.seed, step])  # as train() draws them
+    drawn = sdar.draw_starts(envs[0], config, step, rng)
+    starts = []
+    for row in rows:
+        task, seed, (stream, *numbers) = drawn[row]
+        starts.append((task, seed, (5 if with_skill else stream, *numbers)))
+    chat = chat_of(config.model)
+    return sdar.rollout(model, chat, envs, starts, config, temperature, with_skill)
+
+
+def take_as_scored(model, episodes, config):
+    """Replace the sampler's log-probs by those that are scored. The check of drift asks for ids and
+    places, and not for a mismatch that an experiment is about."""
+    scored = iter(sdar.score(model, episodes, config).tolist())
+    for episode in episodes:
+        episode.logprobs = [next(scored) for _ in episode.logprobs]
+
+
+def sample_otherwise(kind, model, episodes, config, step):
+    """All episodes are played again, by another sampler."""
+    from transformers import TopPLogitsWarper  # here, since it takes seconds
+
+    temperature, top_p = map(float, kind.split("/"))
+    warp = TopPLogitsWarper(top_p)  # the fewest tokens that have together that probability
+
+    def likeliest(model, inputs, output):
+        output.logits = warp(None, output.logits[:, -1].float() / temperature)[:, None]
+
+    with model.register_forward_hook(likeliest):  # scoring asks for states, and does not pass here
+        episodes[:] = play_again(model, episodes, range(len(episodes)), config, step, 1.0)
+    take_as_scored(model, episodes, config)
+
+
+def failed(episodes, config):
+    """Numbers of a step's plain groups of which less than a quarter has won."""
+    won = torch.tensor([episode.won for episode in episodes]).view(-1, config.group_size)
+    return torch.where(won[: config.tasks_per_step].float().mean(1) < 1 / 4)[0]
+
+
+def practise(kind, model, episodes, config, step):
+    """Add guided episodes to those of a step."""
+    rows = torch.arange(len(episodes)).view(-1, config.group_size)
+    rows = rows[failed(episodes, config)].flatten().tolist()
+    again = play_again(model, episodes, rows, config, step, config.temperature, with_skill=True)
+    if kind == "out" and again:
+        for row, guided in zip(rows, again):
+            plain = episodes[row]
+            begin, prompt = guided.mask.index(1), plain.mask.index(1)
+            guided.ids[:begin] = plain.ids[:prompt]
+            guided.mask[:begin] = plain.mask[:prompt]
+        take_as_scored(model, again, config)
+    episodes += again
+
+
+def practice(kind, batch, episodes, config, step):
+    """Without the skill, the plain and the guided tries of a task have one baseline."""
+    plain = config.tasks_per_step
+    rewards = rewards_of(episodes, config)
+    advantages = sdar.group_advantages(rewards)
+    groups = failed(episodes, config)
+    if kind == "out":
+        tries = torch.cat([rewards[groups], rewards[plain:]], 1)  # (groups that failed, 2 G)
+        advantages[groups], advantages[plain:] = sdar.group_advantages(tries).chunk(2, 1)
+    return {"advantages": by_token(advantages.flatten(), episodes).to(batch["old"])}
+
+
 # --- All of them -------------------------------------------------------------------------
 
 
-def hooks(words):
-    """What sdar.train takes to run these variants, a dict; for one run, since a copied teacher is
-    kept in it. UserError for words that are none."""
+def parse(words):
+    """{variant: its kind}. UserError for words that are none."""
     for word in words:
         sdar.require(WORD.fullmatch(word), f"{word!r} is no variant, --help names them")
     kinds = dict(word.split(":") for word in words)
     sdar.require(len(kinds) == len(words), f"{' '.join(words)}: each variant once")
-    kept = {}  # copies of models
+    return kinds
+
+
+def check(words, config):
+    """UserError for words that are no variants, or do not go together or with these settings."""
+    kinds = parse(words)
+    for name in kinds:
+        for setting, value in NEEDS.get(name, {}).items():
+            was = getattr(config, setting)
+            needs = f"{name} needs {sdar.flag(setting)} {value}"
+            sdar.require(was == value, f"{needs}, --method {config.method} has {was}")
+    alone = "advantage" not in kinds or not {"gate", "divergence"} & {*kinds}
+    sdar.require(alone, "advantage: not with gate or divergence")
+
+
+def hooks(words):
+    """What sdar.train takes to run these variants, a dict; for one run, since copies of models are
+    kept in it."""
+    kinds, copies = parse(words), {}
 
     def step_batch(model, start, teacher, episodes, config, step, *rest):
         if "teacher" in kinds:
-            teacher = kept["copy"] = kept.get("copy") or copy.deepcopy(model)
-            follow(teacher, model, kinds["teacher"], step)
+            teacher = follow(copies.get("teacher"), model, kinds["teacher"], step)
+            copies["teacher"] = teacher
         if "divergence" in kinds:  # from the teacher of now, also when the student has moved
-            kept["now"] = copy.deepcopy(teacher)
-        batch = practice.step_batch(kinds, model, start, teacher, episodes, config, step, *rest)
-        for change in (std, advantage, gate):
+            copies["now"] = copy.deepcopy(teacher)
+        if "sampling" in kinds:
+            sample_otherwise(kinds["sampling"], model, episodes, config, step)
+        if "practice" in kinds:
+            practise(kinds["practice"], model, episodes, config, step)
+        batch = sdar.step_batch(model, start, teacher, episodes, config, step, *rest)
+        for change in (practice, std, advantage, gate):
             if change.__name__ in kinds:
                 batch |= change(kinds[change.__name__], batch, episodes, config, step)
         return batch
@@ -188,46 +325,28 @@ def hooks(words):
         terms = sdar.objective(model, episodes, tokens, config)
         if "divergence" in kinds:  # instead of the gap
             kind = kinds["divergence"]
-            loss = terms["gate"] * full_divergence(model, kept["now"], episodes, config, kind)
+            loss = terms["gate"] * full_divergence(model, copies["now"], episodes, config, kind)
             terms["loss"] = terms["loss"] + config.sdar_coef * (loss - terms["sdar_loss"])
             terms["sdar_loss"] = loss
         return terms
 
-    bank = partly_wrong(0 if "retrieval" in kinds else float(kinds.get("skills", 1)))
+    bank = ByType if "bandit" in kinds else sdar.SkillBank
+    share = 0 if "retrieval" in kinds else float(kinds.get("skills", 1))
+    bank = partly_wrong(share, bank)
     return {"step_batch": step_batch, "objective": objective, "skill_bank": bank}
 
 
-def check(words, config):
-    """UserError where a run with these settings would ignore a variant, or lose its teacher."""
-    names = {word.split(":")[0] for word in words}
-    losses = names & {"advantage", "gate", "divergence"}
-    own_gate = losses - {"divergence"} and config.gate != "gap"
-    for wrong, message in (
-        (losses and config.distil != "gate", f"--method {config.method}: it has no gate"),
-        (own_gate, f"--gate {config.gate}: {', '.join(losses)} brings its own"),
-        ("practice" in names and config.distil != "none", "practice has no teacher: --method grpo"),
-        ("advantage" in names and len(losses) > 1, "advantage: not with gate or divergence"),
-        ("teacher" in names and config.teacher != "live", "--teacher: the variant is another"),
-        ("teacher" in names and config.resume, "--resume: its copy was not kept, --overwrite"),
-    ):
-        sdar.require(not wrong, message)
-
-
 def main(argv):
-    """Train with variants. Returns the exit code."""
-
-    def command():
-        usage = "python .lab/experiments/variants.py VARIANT ... -- [flags of sdar.py]"
-        parser = sdar.make_parser(usage, description=__doc__)
-        parser.add_argument("words", nargs="*", help="variants, see above")
-        given = vars(parser.parse_args([word for word in argv if word != "--"]))
-        words = given.pop("words", [])
-        config = sdar.configure(**given)
-        check(words, config)
-        sdar.train(config, **hooks(words))
-
-    return sdar.run(command)
+    """Train with variants."""
+    usage = "python .lab/experiments/variants.py VARIANT ... -- [flags of sdar.py]"
+    parser = sdar.make_parser(usage, description=__doc__)
+    parser.add_argument("words", nargs="*", help="variants, see above")
+    given = vars(parser.parse_args([word for word in argv if word != "--"]))
+    words = given.pop("words", [])
+    config = sdar.configure(**given)
+    check(words, config)
+    sdar.train(config, **hooks(words))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
