@@ -7,6 +7,7 @@ python .lab/player.py alfworld --data FOLDER --split dev
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -17,60 +18,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 import sdar
 
+KEYS = """
+Type an action; you need no tags.
+An empty line lists all of them, and costs no turn.
+Ctrl-D leaves (on Windows Ctrl-Z, and the return key).
+"""
+
 
 def main(argv):
     """Play an episode in the terminal: of the first task of the split, or of one that is named."""
     raw = argparse.RawTextHelpFormatter
     parser = sdar.Parser("python .lab/player.py", epilog=__doc__, formatter_class=raw)
-    parser.add_argument("env", help=f"{', '.join(envs.ENVS)}, or your own, module:Class")
-    parser.add_argument("--data", type=os.path.expanduser, help="its games, checkout or questions")
-    parser.add_argument("--url", help="of a search server")
-    parser.add_argument("--split", default="eval", help="train, dev or eval")
-    parser.add_argument("--task", help="its id")
-    parser.add_argument("--skill", action="store_true", help="read what the teacher reads")
-    given = parser.parse_args(argv)
-    options = {name: vars(given)[name] for name in ("data", "url") if vars(given)[name]}
-    env = envs.make_env(given.env, **options)
-    env.plain = True  # people need no tags
-    task = given.task or env.tasks(given.split)[0]
-    envs.require(task in env.goals, f"--task {task}: {given.env} has no such task")
+    more = parser.add_argument
+    more("env", help=f"{', '.join(envs.ENVS)}, or your own, module:Class")
+    more("--data", type=os.path.expanduser, help="its games, checkout or questions")
+    more("--url", help="of a search server")
+    more("--split", default="eval", help="train, dev or eval")
+    more("--task", help="its id")
+    more("--skill", action="store_true", help="read what the teacher reads")
+    given = vars(parser.parse_args(argv))
+    name, split, task, skill = (given.pop(key) for key in ("env", "split", "task", "skill"))
+    env = envs.make_env(name, **{key: value for key, value in given.items() if value})
+    task = task or env.tasks(split)[0]
+    envs.require(task in env.goals, f"--task {task}: {name} has no such task")
     try:
-        play(env, task, given.skill)
+        play(env, task, skill)
     except EOFError:
         print("\nstopped")
 
 
 def play(env, task, with_skill):
     """An episode with a person for the policy."""
+    env.plain = True  # people need no tags
     observation, info = env.reset(task)
-    say(f"{env.instructions}\nAn empty line lists all actions, and costs no turn.\n")
+    say(env.instructions + KEYS)
     if with_skill:
-        bank = envs.SkillBank(env.skills)
-        for skill in bank.retrieve(info["task"], info["task_type"], 0):
+        for skill in envs.SkillBank(env.skills).retrieve(info["task"], info["task_type"], 0):
             say("Skill: " + skill.text)
-    ended = False
-    while not ended:
+    while True:
         say(observation + info["hint"])
         while not (line := input("> ").strip()):
             say(", ".join(info["admissible"]))
-        typed, readable = env.parse(line)
-        action = meant(typed, info["admissible"])
-        if action != typed:
+        action, readable = env.parse(line)
+        full = re.sub(" (in|on) ", " in/on ", action.lower())
+        if full in info["admissible"] and full != action:
+            action = full
             say(f"(taken as: {action})")
         observation, _, terminated, truncated, info = env.step(action)
         if not (readable and info["valid"]):
             say("(an invalid action)")
-        ended = terminated or truncated
+        if terminated or truncated:
+            break
     say(f"{observation}\nafter {env.turns} of {env.max_turns} turns:")
     print("won" if info["won"] else "not won")
-
-
-def meant(action, admissible):
-    """The admissible action that is typed with "in" or "on" for "in/on"; else what is typed."""
-    for known in admissible:
-        if action.lower() in (known.replace("in/on", "in"), known.replace("in/on", "on")):
-            return known
-    return action
 
 
 def say(text):

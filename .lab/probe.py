@@ -13,10 +13,14 @@ the class (blind): it knows where things are kept at all, and not which thing wh
 
 import itertools
 import json
+import re
 import sys
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 LAB = Path(__file__).resolve().parent
@@ -28,6 +32,8 @@ import variants
 import sdar
 from envs import ToyEnv, UserError, naming, require
 
+SEEN = "\nstep {}, {}: diagonal {:.3f}, blind {:.3f}"
+
 
 @torch.no_grad()
 def matrix(model, chat, env, config, with_skill):
@@ -37,8 +43,8 @@ def matrix(model, chat, env, config, with_skill):
     form, end = ("go to {}", [chat.end_id]) if chat.plain else ("<action>go to {}</action>", [])
     episodes = []
     for name, place in itertools.product(env.household.home, env.storages):
-        start = (tasks[name], 0, 0)
-        episode = sdar.start_episode(chat, env, start, env.reset(tasks[name]), with_skill=False)
+        task = tasks[name]
+        episode = sdar.start_episode(chat, env, (task, 0, 0), env.reset(task), with_skill=False)
         episode.add(chat.encode(form.format(place)) + end, sampled=1)
         episodes.append(episode)
     lengths = [sum(episode.mask) for episode in episodes]
@@ -65,8 +71,8 @@ def look(model, chat, env, config, step):
         found = matrix(model, chat, env, config, with_skill=reader == "skill")
         known, blind = means(found, homes(env))
         percent = (100 * found).round().int().tolist()
-        seen[reader] = {"diagonal": round(known, 4), "blind": round(blind, 4), "percent": percent}
-        print(f"\nstep {step}, {reader}: diagonal {known:.3f}, blind {blind:.3f}")
+        seen[reader] = {"diagonal": known, "blind": blind, "percent": percent}
+        print(SEEN.format(step, reader, known, blind))
     show(env, percent)
     return seen
 
@@ -79,91 +85,85 @@ def order(env):
 def show(env, percent):
     """Print a matrix."""
     heads = [env.storages[column] for column in order(env)]
-    print(" " * 8 + "".join(f"{head[:2] + head.split()[-1]:>4}" for head in heads))
+    print(" " * 8, *["{:.2}{:<2}".format(*head.split()) for head in heads], sep="")
     for name, row, home in zip(env.household.home, percent, homes(env)):
-        print(f"{name:<8}", end="")
-        for column in order(env):
-            tenths = ".123456789#"[(row[column] + 5) // 10]
-            print(f" [{tenths}]" if column == home else f"  {tenths} ", end="")
-        print()
+        cells = [".123456789#"[(share + 5) // 10] for share in row]
+        cells[home] = f"[{cells[home]}]"
+        print(f"{name:<8}", *[f"{cells[column]:^4}" for column in order(env)], sep="")
+
+
+def looks_at(steps, config, words, env):
+    """Train up to each of the steps, with variants, and look. A run that is resumed is the run that
+    was never stopped."""
+    looks = []
+    policy = config.model
+    for step in steps:
+        if step:
+            sdar.train(replace(config, steps=step), **variants.hooks(words))
+            config = replace(config, resume=True, overwrite=False)
+            policy = f"{config.out}/checkpoint"
+        model, chat = sdar.load_policy(replace(config, model=policy))
+        looks.append(look(model, chat, env, config, step))
+    return looks
 
 
 def draw(env, looks, path):
     """The matrices of several steps beside each other, as a picture."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     grey = "#8b949e"  # is read on white and on black, as is an orange that lets the page through
-    figure, axes = pyplot.subplots(1, len(looks), figsize=(2.4 * len(looks), 2), squeeze=False)
-    for axis, seen in zip(axes[0], looks):
-        shares = torch.tensor(seen["alone"]["percent"])[:, order(env)] / 100
-        axis.imshow(torch.ones_like(shares), cmap="autumn", vmin=0, vmax=2, alpha=shares)
-        axis.set_title(f"step {seen['step']}: {seen['alone']['diagonal']:.2f}", color=grey)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_color(grey)
-    axes[0, 0].set_yticks(range(10), env.household.home, color=grey, fontsize=7)
+    figure = Figure(figsize=(2.4 * len(looks), 2))
+    for place, look in enumerate(looks, 1):
+        axes = figure.add_subplot(1, len(looks), place)
+        shares = np.array(look["alone"]["percent"])[:, order(env)] / 100
+        axes.imshow(0 * shares, cmap="autumn", vmin=-1, vmax=1, alpha=shares)
+        title = "step {}: {:.2f}".format(look["step"], look["alone"]["diagonal"])
+        axes.set_title(title, color=grey)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(grey)
+    names = [*env.household.home]
+    figure.axes[0].set_yticks(range(len(names)), names, color=grey, fontsize=7)
     figure.savefig(path, transparent=True, bbox_inches="tight")
 
 
-def trained(config, words, steps):
-    """Train with variants, and look after some of the steps. Returns the looks."""
-    hooks, looks, kept = variants.hooks(words), [], []
-    step_batch, (_, chat) = hooks["step_batch"], sdar.load_policy(config)
-
-    def looking(model, start, teacher, episodes, config, step, *rest):
-        kept[:] = [model, chat, episodes[0].env, config]
-        if step - 1 in steps:  # before a step's update as many are done
-            looks.append(look(*kept, step - 1))
-        return step_batch(model, start, teacher, episodes, config, step, *rest)
-
-    sdar.train(config, **hooks | {"step_batch": looking})
-    return [*looks, look(*kept, config.steps)]
-
-
 def main(argv):
-    """Look at a policy as it is, or while it is trained."""
+    """Look at a policy as it is, or at some steps of its training."""
     parser = sdar.make_parser("python .lab/probe.py [flags]", description=__doc__)
-    parser.add_argument("--variant", default="", help="words of experiments/variants.py, with +")
-    parser.add_argument("--json", default="", help="add what was seen to this file")
-    parser.add_argument(
-        "--picture", default="", help="draw the looks (matplotlib): .svg, .png, .pdf"
-    )
+    more = parser.add_argument
+    more("--variant", default="", help="words of experiments/variants.py, with +")
+    more("--json", default="", help="add what was seen to this file")
+    more("--picture", default="", help="draw it (matplotlib): .svg, .png, .pdf")
     given = vars(parser.parse_args(argv))
     words, file, picture = (given.pop(name) for name in ("variant", "json", "picture"))
-    words = [word for word in words.split("+") if word]
-    with naming(f"--steps {given.get('steps')}: must be numbers like 0,2,5", UserError):
-        steps = sorted({*map(int, given.pop("steps", "0").split(","))})
-        require(steps[0] >= 0, "none is below 0")
+    words = re.findall("[^+]+", words)
+    steps = given.pop("steps", "0")
+    fine = re.fullmatch(r"\d+(,\d+)*", steps)
+    require(fine, f"--steps {steps}: must be numbers like 0,2,5")
+    if picture:
+        plots.check_file("--picture", picture, plots.PICTURES)
+        require(find_spec("matplotlib"), "--picture: pip install matplotlib")
     runs = {}
     if file:
-        plots.check_file("--json", file, (".json",))
+        plots.check_file("--json", file, [".json"])
+    if Path(file).is_file():
         with naming(f"--json {file} holds something else", UserError):
-            runs |= json.loads(Path(file).read_text("utf-8")) if Path(file).exists() else {}
-    if picture:
-        plots.check_file("--picture", picture, (".svg", ".png", ".pdf"))
-        require(find_spec("matplotlib"), "--picture: pip install matplotlib")
+            runs.update(json.loads(Path(file).read_text("utf-8")))
+    steps = sorted({*map(int, steps.split(","))})
     config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
-    variants.check(words, config)
+    variants.check(words, replace(config, resume=len(steps) > 1))
     env = sdar.make_envs(config)[0]
     known = isinstance(env, ToyEnv)
     require(known, f"--env {config.env}: the probe knows the places of the toy alone")
 
-    if config.steps:
-        looks = trained(config, words, steps)
-    else:
-        looks = [look(*sdar.load_policy(config), env, config, 0)]
+    looks = looks_at(steps, config, words, env)
     if picture:
         draw(env, looks, picture)
     if file:
-        runs[Path(config.out).name] = {
-            "settings": vars(config) | {"variant": words},
-            "made": compare.origin(config.device),
-            "home": env.household.home,
-            "places": env.storages,
-            "looks": looks,
-        }
+        seen = {"settings": vars(config) | {"variant": words}, "looks": looks}
+        seen["made"] = compare.origin(config.device)
+        runs[Path(config.out).name] = seen
         Path(file).write_text(json.dumps(runs) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(partial(main, sys.argv[1:])))
