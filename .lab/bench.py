@@ -3,18 +3,15 @@
     python .lab/bench.py
     python .lab/bench.py --model Qwen/Qwen3-0.6B --device cuda --gradient-checkpointing --kernel
 
-Nothing is written. Times are means of two steps on this machine, now: they say little beside those
-of another day. On a card its memory is printed, too. The same steps beside TRL's are in
-.lab/trl/bench.py.
+A run of two steps, in a folder that is removed. Times are of the second step, on this machine, now:
+they say little beside those of another day. The same beside TRL's: .lab/trl/bench.py.
 """
 
-import copy
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,43 +19,32 @@ import sdar
 
 
 def main(argv):
-    """Time three steps, of which the first one warms up, and print the parts of a step."""
+    """Train for two steps, of which the first one warms up, and print the parts of the second."""
     parser = sdar.make_parser("python .lab/bench.py [flags]", description=__doc__)
-    config = sdar.configure(**vars(parser.parse_args(argv)))
-    envs = sdar.make_envs(config)
-    model, chat = sdar.load_policy(config)
-    start = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    steps = []
-    for number in (1, 2, 3):
-        steps.append(time_step(model, start, optimizer, chat, envs, config, number))
+    given, seconds = vars(parser.parse_args(argv)), {"teacher": 0.0}
 
-    tokens, *seconds = np.mean(steps[1:], 0)
-    total, teacher = sum(seconds), seconds[1]
+    def timed(model, episodes, config, with_skill=False):
+        begun = time.perf_counter()
+        logprobs = sdar.score(model, episodes, config, with_skill)
+        logprobs.sum().item()  # a card is waited for
+        if with_skill:
+            seconds["teacher"] = time.perf_counter() - begun
+        return logprobs
+
+    with TemporaryDirectory() as folder:
+        size = {"steps": 2, "eval_every": 0, "eval_episodes": 2, "out": f"{folder}/run"}
+        line = sdar.train(sdar.configure(**given | size), score=timed)
+    for part in ("rollout", "score", "update"):
+        seconds[part] = line[f"seconds_{part}"]
+    seconds["score"] -= seconds["teacher"]
+    total = sum(seconds.values())
+    tokens = line["tokens_per_second"] * total
     print(f"a step: {tokens:,.0f} sampled tokens, {total:.2f} s")
-    for part, spent in zip(("rollout", "teacher", "score", "update"), seconds):
-        print(f"{part:<9}{spent:8.2f} s {spent / total:5.0%} {tokens / spent:10,.0f} tokens/s")
-    print(f"the teacher adds {teacher / (total - teacher):.0%} to the rest")
-    if config.device == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-
-
-def time_step(model, start, optimizer, chat, envs, config, number):
-    """Of a training step: [sampled tokens, seconds of rollout, teacher, other scoring, update]."""
-    rng = np.random.default_rng([2, config.seed, number])
-    starts = sdar.draw_starts(envs[0], config, number, rng)
-    clock = [time.perf_counter()]
-    episodes = sdar.rollout(model, chat, envs, starts, config, config.temperature, config.skilled)
-    clock.append(time.perf_counter())
-    taught = sdar.score(model, episodes, config, with_skill=True)
-    taught.sum().item()  # a card is waited for
-    clock.append(time.perf_counter())
-    alone = replace(config, distil="none", retrieval="keyword")  # the rest is scored without it
-    batch = sdar.step_batch(model, start, model, episodes, alone, number)
-    clock.append(time.perf_counter())
-    sdar.update(model, optimizer, episodes, batch | {"teacher": taught}, config, rng)
-    clock.append(time.perf_counter())
-    return [len(taught), *np.diff(clock)]
+    for part, spent in seconds.items():
+        print(f"{part:<9}{spent:8.2f} s {spent / total:5.0%}")
+    print(f"the teacher adds {seconds['teacher'] / (total - seconds['teacher']):.0%} to the rest")
+    if torch.cuda.is_available():
+        print(f"peak memory of the card {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

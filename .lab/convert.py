@@ -12,7 +12,6 @@ of envs.load_skills. In WebShop a task is told by keywords, elsewhere by its typ
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,14 +41,13 @@ def main(argv):
 
 def questions(file):
     """The questions of a file as JSON lines; without those that have no question or no answer."""
+    lines = file.read_bytes().splitlines()
     if file.suffix == ".parquet":
         with naming(f"{file} cannot be read by pyarrow (pip install pyarrow)", UserError):
             from pyarrow import parquet
 
             rows = parquet.read_table(file).to_pylist()
         lines = [json.dumps(row, default=str) for row in rows]
-    else:
-        lines = file.read_bytes().splitlines()
 
     found = []
     for number, line in enumerate(lines, 1):
@@ -78,13 +76,9 @@ def question_of(fields, number):
     if isinstance(golden, str):  # one answer, or a list that became a text
         golden = json.loads(golden) if golden.startswith("[") else [golden]
     require(isinstance(golden, list), f"golden_answers is {golden!r:.50}")
-    return {
-        "id": fields.get("id", number),
-        "question": fields.get("question", ""),
-        "golden_answers": [text for text in golden if text.strip()],
-        "data_source": fields.get("data_source", ""),
-        "split": fields.get("split", ""),
-    }
+    row = {"id": number, "question": "", "data_source": "", "split": ""} | fields
+    row = {name: row[name] for name in ("id", "question", "data_source", "split")}
+    return row | {"golden_answers": [text for text in golden if text.strip()]}
 
 
 def skills(file, env):
@@ -101,10 +95,10 @@ def skills(file, env):
                 row["keywords"] = sum([mapping["task_keywords"][kind] for kind in types], [])
             else:
                 row["task_types"] = [OURS.get(kind, kind) for kind in types]
-            if [] not in row.values() or name == "general_skills":
+            if types or name == "general_skills":
                 bank.append(row)
     return json.dumps(bank, indent=1)
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(partial(main, sys.argv[1:])))
+    sys.exit(sdar.run(lambda: main(sys.argv[1:])))

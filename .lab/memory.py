@@ -1,97 +1,54 @@
-"""Does a model fit the card? GB of a run, counted on tensors without data: in seconds, on any CPU.
+"""Does a model fit the card? GB of a run, by arithmetic.
 
     python .lab/memory.py --preset small
     python .lab/memory.py --preset paper --tokens 10000    # of the longest episode
 
-Takes the flags of sdar.py. CUDA itself, and holes between tensors, need a GB more.
+Takes the flags of sdar.py, for bfloat16 with gradient checkpointing, as both presets have it. CUDA
+itself, and holes between tensors, need a GB and more on top.
 """
 
 import sys
-import weakref
 from pathlib import Path
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
 
-NUMBERS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-SHAPES = {  # as published; all have a vocabulary of 151,936, and the embedding as their head
-    "Qwen2.5-0.5B": ("qwen2", 896, 4864, 24, 14, 2),
-    "Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8),
-    "Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2),
-    "Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8),
-    "Qwen2.5-3B": ("qwen2", 2048, 11008, 36, 16, 2),
-}
+MODELS = """
+Qwen2.5-0.5B   0.494  24   896   128
+Qwen3-0.6B     0.596  28  1024  1024
+Qwen2.5-1.5B   1.544  28  1536   256
+Qwen3-1.7B     1.721  28  2048  1024
+Qwen2.5-3B     3.086  36  2048   256
+"""  # as published: billions of parameters, layers, width of a layer, and of its keys
 
 
-class Tracker(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and the most that ever were."""
+def sizes(config, tokens, weights, layers, width, keys):
+    """GB of the state, a training pass, learning, the KV cache, playing. weights: billions."""
+    state = 16 * weights  # float32: the weights, AdamW's two numbers for each, the start policy
+    cast = 2 * weights  # a pass computes with bfloat16 copies
 
-    live = peak = 0
+    # What goes into each layer is kept, in float32; of a chunk of logits there are six copies.
+    inputs = 4 * config.micro_batch * tokens * layers * width / 1e9
+    a_pass = inputs + 6 * 4 * sdar.LOGITS_AT_ONCE / 1e9 + cast
+    step = 4 * weights  # AdamW's own step takes the weights' size once more
+    gradient = 4 * weights
+    learning = state + gradient + max(a_pass, step)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else self
-            if not hasattr(storage, "live"):  # it is new
-                storage.live = True
-                self.count(storage.nbytes())
-                weakref.finalize(storage, self.count, -storage.nbytes())
-        return result
-
-    def count(self, size):
-        """Add some bytes to those that are alive."""
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    cache = 2 * 2 * config.rollout_batch * tokens * layers * keys / 1e9  # keys, values: two bytes
+    return state, a_pass, learning, cache, state + cast + cache
 
 
 def main(argv):
     """Print a line a model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     parser = sdar.make_parser("python .lab/memory.py [flags]", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2000, help="of the longest episode [2000]")
     given = vars(parser.parse_args(argv))
     tokens, config = given.pop("tokens"), sdar.configure(**{"model": ""} | given)
-    print(f"{'':<16}   state   pass learning   cache playing")
-    for name, (kind, *numbers) in SHAPES.items():
-        more = dict(zip(NUMBERS.split(), numbers), vocab_size=151936, tie_word_embeddings=True)
-        with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **more))
-            a_pass = training_pass(model, config, tokens)
-        weights = sum(weight.nbytes for weight in model.parameters())
-        state = 4 * weights  # and AdamW's two, and the start policy; a gradient while it learns
-        learning = state + weights + max(a_pass, weights)  # AdamW's step takes room, too
-
-        half = config.dtype == "bfloat16"  # then weights are copied for a pass
-        keys = sum(len(rows) for part, rows in model.named_parameters() if "k_proj.weight" in part)
-        cache = config.rollout_batch * tokens * 2 * keys * (2 if half else 4)
-        sizes = state, a_pass, learning, cache, state + cache + half * weights // 2
-        print(f"{name:<16}" + "".join(f"{size / 1e9:8.1f}" for size in sizes), flush=True)
-
-
-def training_pass(model, config, tokens):
-    """The most bytes that a training pass needs beside weights and gradients."""
-    if config.gradient_checkpointing:
-        renamed = getattr(model, "activation_checkpointing_enable", None)  # as in sdar.py
-        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        model.train()
-    ids = torch.zeros(config.micro_batch, tokens, dtype=torch.long)
-    sampled = ids.flatten()[::6]
-    with Tracker() as tracker:
-        for weight in model.parameters():
-            weight.grad = torch.empty_like(weight)
-        gradients = tracker.live
-        with sdar.forward_dtype(model, config):
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings().weight
-            logprobs, _ = sdar.token_logprobs(states.flatten(0, 1)[sampled], head, sampled)
-        logprobs.sum().backward()
-    return tracker.peak - gradients
+    print(f"{'':<12}   state  a pass learning  cache playing")
+    for line in MODELS.strip().splitlines():
+        name, *numbers = line.split()
+        row = sizes(config, tokens, *map(float, numbers))
+        print(f"{name:<12}" + "".join(f"{size:8.1f}" for size in row))
 
 
 if __name__ == "__main__":

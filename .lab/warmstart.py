@@ -1,54 +1,57 @@
-"""How the tiny policy was made: a network of 309 thousand parameters imitates a scripted player.
+"""Imitation: how the tiny policy was made, and how a language model learns the toy's format.
 
-    python .lab/warmstart.py                          # into .assets/tiny-policy, in some minutes
+    python .lab/warmstart.py                                # the tiny policy, in some minutes
     python .lab/warmstart.py --out elsewhere --steps 300
-    python .lab/warmstart.py --model Qwen/Qwen2.5-0.5B-Instruct --out FOLDER    # any language model
+    python .lab/warmstart.py --model Qwen/Qwen2.5-0.5B-Instruct --plain --out runs/warm
+    python sdar.py --model runs/warm/checkpoint --preset small
 
-Reinforcement learning needs a policy that sometimes wins, and SDAR one that can read a skill. For a
-language model pretraining has done both. Here imitation does. Every demonstration is played in a
-household of its own, drawn at random. So the weights can learn the format of actions, how to
-explore, and to believe what a skill says; but not where this toy's household keeps its mugs. That
-is left to learn.
+Reinforcement learning needs a policy that sometimes wins, and SDAR one that can read a skill. Here
+both imitate a scripted player. Every demonstration is played in a household of its own, drawn at
+random. So the weights can learn the format of actions, how to explore, and to believe what a skill
+says; but not where this toy's household keeps its mugs. That is left to learn.
 
-Then the policy is played with and without skills: it should win nearly always, and seldom.
-
-A language model imitates the same player in its own chat template, with tags, examples, and the
-list of actions: what --env toy shows it. Only what the player says is learned, not the world.
+The tiny policy is a network of 309 thousand parameters. A language model imitates in its own chat
+template, and only what the player says, not the world. Its run is a folder like those of sdar.py,
+which goes on with --resume. It ends when the format is there: every answer of the held-out panel is
+valid, and a share of --enough is won with the skill. With --plain it reads what the tiny policy
+reads: one line of instructions, no list of actions, no tags. That is a third of the tokens, and
+its checkpoint remembers it.
 """
 
-import hashlib
-import json
 import math
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
 from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, SkillBank, ToyEnv, is_a
 
-WARMSTART = 1  # raise it with every change of how the policy is trained: it is part of the recipe
-BATCH = 32  # demonstrations a step
-
 # --- 1. The scripted player --------------------------------------------------------------
 
 
 class Player:
     """A sensible player of one ToyEnv episode. It uses the skills that it has read, what it has
-    seen in this episode, and nothing else. rng: a random.Random for free choices."""
+    seen in this episode, and nothing else. rng: a random.Random for free choices, of which it takes
+    the first one in a share `habit` of the cases: who imitates a habit is surer of itself."""
 
-    def __init__(self, env, rng):
+    def __init__(self, env, rng, habit=0.0):
         self.env = env
         self.rng = rng
+        self.habit = habit
         self.seen = set()  # places whose contents it has looked at
         self.broken = set()  # appliances that it has tried
+
+    def choice(self, places):
+        """A place that nothing speaks against."""
+        first = self.habit and self.rng.random() < self.habit
+        return places[0] if first else self.rng.choice(places)
 
     def act(self, observation, known):
         """The next action after an observation. known: names of skills, a set; empty: a newcomer
@@ -61,7 +64,7 @@ class Player:
 
         # It carries something else, picked up by a random action: put it away.
         if env.hand and not is_a(env.hand, wanted):
-            place = env.where if env.where in env.storages else self.rng.choice(env.storages)
+            place = env.where if env.where in env.storages else self.choice(env.storages)
             return self.way_to(place) or f"put {env.hand}"
 
         # It carries nothing: take the thing that is wanted, but not one that was already brought.
@@ -82,7 +85,7 @@ class Player:
         if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
             untried = [place for place in APPLIANCES[env.kind] if place not in self.broken]
             likely = [house.appliance[env.kind]] if env.kind in known else untried
-            place = env.where if env.where in untried else self.rng.choice(likely)
+            place = env.where if env.where in untried else self.choice(likely)
             return self.way_to(place) or f"{env.kind} {env.hand}"
         return self.way_to(env.target) or f"put {env.hand}"
 
@@ -108,7 +111,7 @@ class Player:
         if known and home not in self.seen:
             return self.way_to(home)
         unseen = [place for place in env.storages if place not in self.seen]
-        return self.way_to(self.rng.choice(unseen or env.storages))
+        return self.way_to(self.choice(unseen or env.storages))
 
 
 # --- 2. Demonstrations -------------------------------------------------------------------
@@ -117,20 +120,7 @@ SKILLED = 0.75  # share of episodes whose player has read the skills of its task
 DISTRACTED = 0.3  # share in which skills of other tasks stand between them
 TAKEOVER = 0.5  # share of these whose first turns (1 to 8 of 10) an explorer plays
 NOISE = 0.05  # share of random actions: played, so that other states are seen, but not imitated
-OBSERVATIONS = 0.2  # weight of an observation's tokens: knowing the world helps acting in it
-
-
-class Habit(random.Random):
-    """Random numbers of a player who takes the first of several choices in a `share` of cases. A
-    policy that imitates it is surer of itself: its entropy is lower."""
-
-    def __init__(self, seed, share):
-        super().__init__(seed)
-        self.share = share
-
-    def choice(self, options):
-        """The first of them, or one of all."""
-        return options[0] if self.random() < self.share else super().choice(options)
+OBSERVATIONS = 0.2  # the tiny policy's weight of what it reads: knowing the world helps acting
 
 
 class Library(SkillBank):
@@ -154,27 +144,28 @@ class Library(SkillBank):
 TOY = ToyEnv()
 
 
-def demonstration(chat, rng, habit=0.0, world=TOY):
+def demonstration(chat, rng, world=TOY, habit=0.0, observations=0.0):
     """One scripted episode in a fresh random household, as this chat's model reads it: an Episode
-    whose mask is the weight of each id in the loss. rng: random.Random; habit: see Habit; world: a
-    ToyEnv, which says how many places and turns there are.
+    whose mask is the weight of each id in the loss. rng: random.Random; world: a ToyEnv, which says
+    how many places and turns there are; habit: see Player; observations: the weight of their ids.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
     household = Household.random(rng, world.household.closable)
     env = ToyEnv(world.max_turns + 2 * chat.plain, household)
     env.bank = Library(env.skills, rng)
-    kind = rng.choice(sorted(TASK_TEXT))
-    tasks = [(*goal[2:], task) for task, goal in env.goals.items() if goal[0] == kind]
-    tasks.sort(key=lambda task: (task[0], env.storages.index(task[1])))
-    task, seed = rng.choice(tasks)[2], rng.random()
+    kind, tasks = rng.choice(sorted(TASK_TEXT)), {}  # a dict: some are the same
+    for name in CLASSES:
+        for target in env.storages:
+            tasks[TASK_TEXT[kind].format(object=name, target=target)] = None
+    task, seed = rng.choice([task for task in tasks if task in env.goals]), rng.random()
     observation, info = begun = env.reset(task, seed)
     episode = sdar.start_episode(chat, env, (task, seed, 0), begun, with_skill=True)
     known, explored_turns = {skill.name for skill in episode.skills}, 0
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, max(1, world.max_turns - 2))
 
-    player = Player(env, Habit(rng.random(), habit) if habit else rng)
+    player = Player(env, rng, habit)
     while True:
         explores, noisy = env.turns < explored_turns, rng.random() < NOISE
         action = player.act(observation, set() if explores else known)
@@ -184,19 +175,20 @@ def demonstration(chat, rng, habit=0.0, world=TOY):
         said = action
         if not chat.plain:  # as the list has it
             listed = [text for text in info["admissible"] if is_a(text, action)]
-            said = f"<action>{(listed or [action])[0]}</action>"
+            said = f"<action>{listed[0]}</action>"
         episode.add(chat.encode(said) + [chat.end_id], sampled=int(not (explores or noisy)))
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
+            episode.turns, episode.won = env.turns, info["won"]
             return episode
         prompt = chat.next(sdar.as_read(chat, observation, info), chat.end_id)
-        episode.add(prompt, sampled=OBSERVATIONS if chat.plain else 0)
+        episode.add(prompt, sampled=observations)
 
 
-# --- 3. The tokenizer --------------------------------------------------------------------
+# --- 3. The tiny policy ------------------------------------------------------------------
 #
-# One token for each phrase and each thing of the toy's world: an episode has some 90. Articles and
-# punctuation are dropped. What is not of this world becomes <unk>.
+# Its tokenizer has one token for each phrase and each thing of the toy's world: an episode has some
+# 90. Articles and punctuation are dropped. What is not of this world becomes <unk>.
 
 PHRASES = """You are in the middle of a room, Your task is to, put, put it in, put two, clean, heat,
     cool, look at, under, desklamp 1, go to, open, take, use, look, inventory, in, from, in/on,
@@ -235,24 +227,8 @@ def toy_tokenizer(world=TOY):
         unk_token="<unk>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=TOY_TEMPLATE,
-        whole_words=True,  # sdar.Chat's `plain`: no tags, no system message
+        plain=True,  # sdar.Chat: no tags, no system message
     )
-
-
-# --- 4. Training -------------------------------------------------------------------------
-
-
-def recipe(chat, world=TOY):
-    """Hash of what the tiny policy is made from: WARMSTART and sample demonstrations, in which the
-    world, the scripted player, the skills, the tokenizer and the chat template show.
-
-    The folder of the policy keeps it: a test says when the carried one is out of date."""
-    rng, rows = random.Random("recipe"), []
-    for _ in range(32):
-        episode = demonstration(chat, rng, world=world)
-        rows.append([episode.ids, list(map(float, episode.mask))])
-    sample = [WARMSTART, len(chat.tokenizer), rows]
-    return hashlib.sha256(json.dumps(sample).encode()).hexdigest()
 
 
 def new_policy(tokenizer):
@@ -276,130 +252,129 @@ def new_policy(tokenizer):
     return transformers.Qwen3ForCausalLM(config)
 
 
-def make_optimizers(model):
-    """Muon for the layers' matrices, AdamW for the rest. It matters: with AdamW alone the policy
-    needs several times the steps before it reads the skill."""
+def learn(model, optimizer, config, chat, *what):
+    """A step of imitation, of as many demonstrations as the config's tasks times its group size.
+    what: as for demonstration. Returns the Episodes, and metrics."""
+    episodes, weights = [], []
+    for _ in range(config.tasks_per_step * config.group_size):
+        episode = demonstration(chat, *what)
+        episodes.append(episode)
+        episode.logprobs = [weight for weight in episode.mask if weight]
+        episode.mask = [int(weight > 0) for weight in episode.mask]
+        weights += episode.logprobs
+    weights = torch.tensor(weights).float()
+    batch = {"old": weights / weights.mean()}  # update gives each episode its own
+    order = np.random.default_rng(0)  # they are as good in any order
+    return episodes, sdar.update(model, optimizer, episodes, batch, config, order, likelihood)
+
+
+def likelihood(model, episodes, tokens, config):
+    """Imitation's objective: log-probs of what was said, by weight."""
+    logprobs, _ = sdar.response_logprobs(model, episodes, config)
+    return {"loss": -tokens["old"].to(logprobs) * logprobs}
+
+
+def warmstart(config, world=TOY, habit=0.0):
+    """(model, chat) of a tiny policy, trained by imitation. Deterministic on one machine.
+
+    Muon for the layers' matrices, AdamW for the rest. It matters: with AdamW alone the policy needs
+    several times the steps before it reads the skill."""
+    torch.manual_seed(0)
+    chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(0)
+    model = new_policy(chat.tokenizer)
     matrices, rest = [], []
     for name, weights in model.named_parameters():
         in_layer = "layers." in name and weights.ndim == 2
         (matrices if in_layer else rest).append(weights)
-    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01)
-    adamw = torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    return muon, adamw
+    muon = torch.optim.Muon(matrices, weight_decay=0.01)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)
+
+    @muon.register_step_post_hook
+    def step_the_rest(*_):
+        adamw.step()
+        adamw.zero_grad()
+
+    for step in tqdm(range(config.steps), "warm start of the tiny policy", unit="step"):
+        # The learning rate: up in 50 steps, then down along a cosine to a fiftieth.
+        rate = min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / config.steps))
+        muon.param_groups[0]["lr"] = 0.05 * rate
+        adamw.param_groups[0]["lr"] = 0.004 * rate
+        learn(model, muon, config, chat, rng, world, habit, OBSERVATIONS)
+    return model, chat
 
 
-def imitation_loss(model, episodes):
-    """Mean cross-entropy of demonstrations by the weights of their ids."""
-    ids = sdar.padded([episode.ids for episode in episodes])  # (B, S)
-    real = sdar.padded([[1] * len(episode.ids) for episode in episodes])
-    masks = [torch.tensor(episode.mask, dtype=torch.float32) for episode in episodes]
-    weights = pad_sequence(masks, batch_first=True)[:, 1:]
-    logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * weights).sum() / weights.sum()
+# --- 4. A language model -----------------------------------------------------------------
 
 
-def warmstart(chat, steps=900, habit=0.0, world=TOY):
-    """A tiny policy, trained by imitation. habit, world: see demonstration. Deterministic on one
-    machine and PyTorch."""
-    rng = random.Random(0)
-    torch.manual_seed(0)
-    model = new_policy(chat.tokenizer)
-    optimizers = make_optimizers(model)
+def imitate(config, envs, habit=0.0, plain=False, enough=0.9):
+    """Teach a language model, in a run as sdar.train's: evaluated, logged, saved, and resumed
+    exactly. It ends when the format is there, see above."""
+    from transformers import AutoTokenizer
 
-    def rate(step):
-        """Up in 50 steps, then down along a cosine to a fiftieth."""
-        cosine = math.cos(math.pi * step / max(1, steps))
-        return min(1, (step + 1) / 50) * (0.51 + 0.49 * cosine)
+    model, chat = sdar.load_policy(config)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
+    if plain or done:  # who resumes reads as before
+        source = f"{config.out}/checkpoint" if done else config.model
+        tokenizer = AutoTokenizer.from_pretrained(source, **{"plain": True} if plain else {})
+        chat = sdar.Chat(tokenizer, model.generation_config.eos_token_id)
+    for step in tqdm(range(done + 1, config.steps + 1), "imitation"):
+        clock = [time.perf_counter()] * 3  # nobody plays, and nothing is scored
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 10)
+        rng = random.Random(f"{config.seed} {step}")
+        episodes, metrics = learn(model, optimizer, config, chat, rng, envs[0], habit)
+        clock.append(time.perf_counter())
 
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
-    for _ in tqdm(range(steps), desc="warm start of the tiny policy", unit="step"):
-        episodes = [demonstration(chat, rng, habit, world) for _ in range(BATCH)]
-        imitation_loss(model, episodes).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for item in (*optimizers, *schedulers):
-            item.step()
-        model.zero_grad()
-    return model.eval()
-
-
-def imitate(model, chat, config, world=TOY):
-    """Teach a language model the same, in place: AdamW, the mean log-prob of what the player says.
-    A step's demonstrations are as many as the config's tasks times its group size."""
-    rng, order = random.Random(config.seed), np.random.default_rng(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    progress = tqdm(range(config.steps), desc=f"imitation by {config.model}", unit="step")
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / 10)
-        rows = range(config.tasks_per_step * config.group_size)
-        episodes = [demonstration(chat, rng, world=world) for _ in rows]
-        for episode in episodes:
-            episode.logprobs = [0.0] * sum(episode.mask)  # update counts them
-        old = {"old": torch.zeros(sum(len(episode.logprobs) for episode in episodes))}
-        metrics = sdar.update(model, optimizer, episodes, old, config, order, likelihood)
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}")
-
-
-def likelihood(model, episodes, tokens, config):
-    """Imitation's objective."""
-    logprobs, _ = sdar.response_logprobs(model, episodes, config)
-    return {"loss": -logprobs}
+        last, result = step == config.steps, {}
+        if last or (config.eval_every and step % config.eval_every == 0):
+            result = sdar.evaluate(model, chat, envs, config)
+            tqdm.write(f"{result['valid']:.1%} of the answers are valid")
+            last = last or (result["valid"] == 1 and result["success_skill"] >= enough)
+        sdar.log_step(config, step, episodes, metrics, result, clock)
+        if last or step % config.save_every == 0:
+            sdar.save_checkpoint(config, model, chat, optimizer, envs[0].bank, step)
+        if last:
+            break
 
 
 # --- 5. The command ----------------------------------------------------------------------
 
-IMITATION = {"preset": "small", "steps": 200, "lr": 2e-5, "group_size": 2, "minibatches": 1}
-
-
-def settings(argv):
-    """Config of a command line, and its habit. Only the carried policy is replaced unasked."""
-    parser = sdar.make_parser("python .lab/warmstart.py [flags]", description=__doc__)
-    text = "share of the cases in which the tiny policy's player takes its first choice [0]"
-    parser.add_argument("--habit", type=float, default=0.0, help=text)
-    given = vars(parser.parse_args(argv))
-    habit, tiny = given.pop("habit"), given.get("model", "tiny") == "tiny"
-    sdar.require(0 <= habit <= tiny, f"--habit {habit}: from 0 to 1, and without --model")
-    if tiny:
-        carried = {"out": str(sdar.TINY_FOLDER), "overwrite": True} if "out" not in given else {}
-        return sdar.configure(**carried | {"steps": 900} | given), habit
-    sdar.require("out" in given, "--out: the folder for the checkpoint")
-    return sdar.configure(**IMITATION | given), habit
+TINY = {"out": str(sdar.TINY_FOLDER), "steps": 900, "group_size": 4, "minibatches": 1}
+IMITATION = {
+    "out": "runs/warm",
+    "preset": "small",
+    "steps": 200,
+    "lr": 2e-5,
+    "group_size": 2,
+    "minibatches": 1,
+}
 
 
 def main(argv):
-    """Make the tiny policy, or teach a language model, and play the held-out panel with it."""
-    config, habit = settings(argv)
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)  # cannot be written? say so now
-    free = not any(folder.iterdir()) or config.overwrite and (folder / "config.json").exists()
-    sdar.require(free, f"--out {folder} is not empty: --overwrite the policy in it")
+    """Make the tiny policy, or teach a language model."""
+    parser = sdar.make_parser("python .lab/warmstart.py [flags]", description=__doc__)
+    text = "share of free choices in which the player takes the first one [0]"
+    parser.add_argument("--habit", type=float, default=0.0, help=text)
+    text = "success with the skill at which a language model's imitation ends [0.9]"
+    parser.add_argument("--enough", type=float, default=0.9, help=text)
+    text = "a language model imitates, and from then on reads, the tiny policy's view"
+    parser.add_argument("--plain", action="store_true", default=False, help=text)
+    given = vars(parser.parse_args(argv))
+    habit, enough, plain = [given.pop(name) for name in ("habit", "enough", "plain")]
+    tiny = given.get("model", "tiny") == "tiny"
+    config = sdar.configure(**(TINY if tiny else IMITATION) | given)
     envs = sdar.make_envs(config)
     fine = isinstance(envs[0], ToyEnv)
     sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
-
-    if config.model == "tiny":
-        chat = sdar.Chat(toy_tokenizer(envs[0]))
-        model = warmstart(chat, config.steps, habit, envs[0])
-    else:
-        model, chat = sdar.load_policy(config)
-        sdar.say_success("before", sdar.evaluate(model, chat, envs, config))
-        imitate(model, chat, config, envs[0])
-    save_policy(folder, model, chat, envs[0])
-    sdar.say_success(config.out, sdar.evaluate(model, chat, envs, config))
-
-
-def save_policy(folder, model, chat, world):
-    """Write a model folder; into the tiny policy's also its recipe, and what it was written as."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
-    if chat.plain:
-        weights = (folder / "model.safetensors").read_bytes()
-        sums = {"model.safetensors": hashlib.sha256(weights).hexdigest()}
-        sums["recipe"] = recipe(chat, world)
-        (folder / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
+    if not tiny:
+        imitate(config, envs, habit, plain, enough)
+        return
+    if "out" in given:  # only the carried policy is replaced unasked
+        sdar.load_checkpoint(config, None, None, None)  # may it be written?
+    model, chat = warmstart(config, envs[0], habit)
+    model.save_pretrained(config.out)
+    chat.tokenizer.save_pretrained(config.out)
+    sdar.say_success(config.out, sdar.evaluate(model.eval(), chat, envs, config))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,7 @@
-"""A search server that misbehaves, to see what an environment does with it.
-
-    python .lab/tests/faulty_server.py half     # prints its address; or another kind, see FAULTS
-    python .lab/player.py search --data questions.jsonl --url http://127.0.0.1:...
-
-Whatever it does must end in one line that names the server, never in an observation for the model.
-"""
+"""A search server that misbehaves. Whatever it does must end in one line that names the server,
+never in an observation for the model."""
 
 import json
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,27 +24,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args):
-        """Nothing."""
-
-
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
-        """The client has gone, as it should."""
-
 
 @contextmanager
 def faulty_server(kind):
     """Around a running server: (its url, the list of requests that come)."""
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.fault, server.requests = FAULTS[kind], []
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         port = server.fault.get("port", server.server_port)
         yield f"http://127.0.0.1:{port}/retrieve", server.requests
         server.shutdown()
-
-
-if __name__ == "__main__":
-    with faulty_server(*sys.argv[1:]) as (url, requests):
-        print(url, flush=True)
-        threading.Event().wait()
