@@ -12,13 +12,10 @@ import torch
 from tqdm import tqdm
 
 SOURCE = Path(__file__).resolve().parent / "logprobs.cu"
-
-
-def defines(dtype):
-    """A compiler's options for logits of a dtype."""
-    if dtype == torch.float32:
-        return ["-DTYPE=0", "-DBits=unsigned int"]
-    return ["-DTYPE=1", "-DBits=unsigned short"]
+DEFINES = {  # a compiler's options for logits of a dtype
+    torch.float32: ["-DTYPE=0", "-DBits=unsigned int"],
+    torch.bfloat16: ["-DTYPE=1", "-DBits=unsigned short"],
+}
 
 
 @lru_cache
@@ -29,7 +26,7 @@ def compiled(name, dtype):
     and used here alone; row_logprobs falls back where it is gone or changed."""
     from torch.utils import cpp_extension
 
-    options = ["--ftz=true", *defines(dtype)]
+    options = ["--ftz=true", *DEFINES[dtype]]
     if not cpp_extension.CUDA_HOME:  # it asks for a toolkit's folder, and needs nothing of it
         cpp_extension.CUDA_HOME = "/nowhere"
     source = SOURCE.read_text("utf-8")
@@ -63,10 +60,10 @@ class RowLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, of_logprobs, of_entropy):
+    def backward(ctx, *gradients):
         logits, ids, out = ctx.saved_tensors
         torch.autograd.graph.increment_version(logits)  # a second backward pass is an error
-        gradients = [of_logprobs.float().contiguous(), of_entropy.float().contiguous()]
+        gradients = [gradient.contiguous() for gradient in gradients]  # of log-probs, entropy
         launch("backward", logits, ids, out, *gradients, logits.shape[1], ctx.scale)
         return logits, None, None
 

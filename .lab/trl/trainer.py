@@ -17,7 +17,6 @@ own), so that neither processes nor accumulation change the gradient.
 import copy
 import json
 import os
-import re
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -41,8 +40,8 @@ NOT_HERE = {"resume", "save_every", "eval_every", "use_vllm", "off_policy_mask_t
 
 # TRL's names of our settings.
 NAMES = """output_dir=out seed=seed num_generations=group_size temperature=temperature
-    epsilon=clip_eps beta=kl_coef learning_rate=lr max_grad_norm=grad_clip
-    steps_per_generation=minibatches logging_steps=minibatches"""
+    epsilon=clip_eps beta=kl_coef learning_rate=lr max_grad_norm=grad_clip logging_steps=minibatches
+    gradient_checkpointing=gradient_checkpointing steps_per_generation=minibatches"""
 
 # What TRL gets are advantages already, not rewards to scale. dapo is one mean over the tokens of
 # all processes. The bias correction would multiply the KL by the ratio.
@@ -58,16 +57,15 @@ def make_arguments(config, changes):
     share, rest = divmod(tasks * config.group_size, processes * parts)
     fits = rest == 0 and tasks % processes == 0
     sdar.require(fits, f"{tasks} tasks do not fit {processes} processes, {parts} --minibatches")
-    renamed = hasattr(GRPOConfig, "activation_checkpointing")  # in transformers 5.24
     given = {
-        f"{'activation' if renamed else 'gradient'}_checkpointing": config.gradient_checkpointing,
         "max_steps": config.steps * parts,
         "per_device_train_batch_size": share,
         "reward_weights": [config.policy_coef],
         "bf16": config.dtype == "bfloat16",
         "use_cpu": config.device == "cpu",
     }
-    given |= {theirs: getattr(config, ours) for theirs, ours in re.findall(r"(\w+)=(\w+)", NAMES)}
+    pairs = [pair.split("=") for pair in NAMES.split()]
+    given |= {theirs: getattr(config, ours) for theirs, ours in pairs}
     for change in [*FIXED.split(), *changes]:
         name, equals, value = change.partition("=")
         sdar.require(equals, f"--set {change}: must be NAME=VALUE")
@@ -93,13 +91,13 @@ class SDARTrainer(GRPOTrainer):
         self.policy.to(arguments.device)
         copied = config.teacher == "frozen" and not lora
         self.teacher = copy.deepcopy(self.policy) if copied else self.policy
+        self.played = 0  # batches of episodes
         self.sums = {}  # of the gated term's values since the last line of the log
 
         rows = Dataset.from_dict({"prompt": ["a task, which play draws"] * config.tasks_per_step})
+        shape = {"r": lora, "lora_alpha": 2 * lora, "target_modules": "all-linear"}
         more = {"processing_class": self.chat.tokenizer, "rollout_func": play}
-        if lora:
-            adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
-            more["peft_config"] = adapters
+        more["peft_config"] = LoraConfig(**shape) if lora else None
         super().__init__(self.policy, advantage, arguments, train_dataset=rows, **more)
 
     def score(self, model, episodes, config, with_skill=False):
@@ -130,8 +128,19 @@ class SDARTrainer(GRPOTrainer):
         """With the gated term's means over the tokens of all processes."""
         sums, self.sums = self.accelerator.reduce(self.sums, "sum"), {}
         tokens = sums.pop("tokens", None)
-        logs |= {name: (total / tokens).item() for name, total in sums.items()}
-        super().log(logs, start_time)
+        means = {name: (total / tokens).item() for name, total in sums.items()}
+        super().log(logs | means, start_time)
+
+    def finish(self):
+        """Evaluate, and write checkpoint/, with LoRA's adapters merged, and metrics.jsonl."""
+        policy, folder = self.policy.eval(), Path(self.run.out)
+        if (adapted := self.accelerator.unwrap_model(self.model)) is not policy:
+            adapted.merge_and_unload()
+        sdar.say_success("after", sdar.evaluate(policy, self.chat, self.envs, self.run))
+        policy.save_pretrained(folder / "checkpoint")
+        self.chat.tokenizer.save_pretrained(folder / "checkpoint")
+        log = [json.dumps(row) + "\n" for row in self.state.log_history]
+        (folder / "metrics.jsonl").write_text("".join(log), "utf-8")
 
 
 def gated_terms(output, inputs, config):
@@ -158,7 +167,8 @@ def advantage(advantages, won, log_metric, **rest):
 def play(prompts, trainer):
     """TRL's rollout function: an episode for each prompt. Tasks are drawn as in sdar.py, and this
     process plays its part of them. Returns lists: {name: a value for each}."""
-    config, policy, step = trainer.run, trainer.policy, trainer.state.global_step + 1
+    trainer.played += 1
+    config, policy, step = trainer.run, trainer.policy, trainer.played
     rng = np.random.default_rng([2, config.seed, step])
     starts = sdar.draw_starts(trainer.envs[0], config, step, rng)
     starts = sdar.in_parts(starts, len(prompts))[trainer.accelerator.process_index]
@@ -171,8 +181,8 @@ def play(prompts, trainer):
 
     # TRL pads, shuffles and splits, and a number a token goes along: the sampler's log-prob, which
     # it needs for vLLM alone. The teacher's takes its place. A prompt ends at the first sampled id.
-    lengths = [len(episode.logprobs) for episode in episodes]
     teacher = iter(batch.get("teacher", batch["old"]).tolist())
+    lengths = [len(episode.logprobs) for episode in episodes]
     rows = []
     for episode, advantages in zip(episodes, batch["advantages"].split(lengths)):
         at = episode.mask.index(1)
@@ -184,8 +194,15 @@ def play(prompts, trainer):
     return dict(zip(names, map(list, zip(*rows))))
 
 
-def train(config, changes, lora):
-    """Train, evaluate, and write what sdar.py loads."""
+def main(argv):
+    """Train as a command line says, evaluate, and write what sdar.py loads."""
+    parser = sdar.make_parser("python .lab/trl/trainer.py [flags]", description=__doc__)
+    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
+    given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
+    lora, changes = given.pop("lora"), given.pop("set")
+    sdar.require(not NOT_HERE & {*given}, "--resume, --save-every, --eval-every: not on TRL")
+    config = sdar.configure(**given)
     sdar.require(config.distil in ("gate", "none"), f"--method {config.method}: not on TRL")
     sdar.require(config.steps, "--steps 0: sdar.py evaluates, this trains")
     sdar.require(lora >= 0, f"--lora {lora}: must be a rank, or 0")
@@ -195,28 +212,9 @@ def train(config, changes, lora):
     trainer = SDARTrainer(config, arguments, lora)
     trainer.train()
     if trainer.accelerator.is_main_process:
-        policy, chat = trainer.policy.eval(), trainer.chat
-        if lora:
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        sdar.say_success("after", sdar.evaluate(policy, chat, trainer.envs, config))
-        policy.save_pretrained(Path(config.out, "checkpoint"))
-        chat.tokenizer.save_pretrained(Path(config.out, "checkpoint"))
-        log = [json.dumps(row) + "\n" for row in trainer.state.log_history]
-        Path(config.out, "metrics.jsonl").write_text("".join(log), "utf-8")
+        trainer.finish()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-
-
-def main(argv):
-    """Train as a command line says."""
-    parser = sdar.make_parser("python .lab/trl/trainer.py [flags]", description=__doc__)
-    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
-    given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
-    lora, changes = given.pop("lora"), given.pop("set")
-    for name in NOT_HERE & {*given}:
-        raise sdar.UserError(f"{sdar.flag(name)}: not on TRL")
-    train(sdar.configure(**given), changes, lora)
 
 
 if __name__ == "__main__":
