@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from pytest import fail, fixture
+from pytest import fixture
 
 HERE = Path(__file__).resolve().parent
 LAB, ROOT = HERE.parent, HERE.parent.parent
@@ -34,21 +34,14 @@ def refused(capsys, script, *words):
     """The one line with which a script refuses a command line."""
     capsys.readouterr()
     code, said = call(script, *words), capsys.readouterr().err.splitlines()
-    if (code, len(said)) != (2, 1):
-        fail(f"exit code {code}, {said}")
+    assert (code, len(said)) == (2, 1), said
     return said[0]
-
-
-def start_server():
-    """The bundled search server, over real HTTP: (process, its address)."""
-    command = [sys.executable, LAB / "search_server.py", DATA / "corpus.jsonl", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().split()[-1]
 
 
 @fixture(scope="session")
 def server():
-    """Address of a search server for all tests."""
-    process, url = start_server()
-    yield url
-    process.kill()
+    """Address of the bundled search server, over real HTTP."""
+    command = [sys.executable, LAB / "search_server.py", DATA / "corpus.jsonl", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().split()[-1]
+        process.kill()
