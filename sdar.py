@@ -1211,7 +1211,7 @@ INSTRUMENTS = """instruments, each with its own --help:
   python .lab/compare.py             train several methods or settings over seeds: a table, curves
   python .lab/plots.py               draw the curves of runs
   python .lab/bench.py               where the time of a step goes
-  python .lab/memory.py              does a model fit the card? bytes, counted without data
+  python .lab/memory.py              does a model fit the card? bytes, by arithmetic
   python .lab/probe.py               what a policy would answer first, place by place
   python .lab/warmstart.py           build the tiny policy again, or teach a model the toy's format
   python .lab/player.py              play an environment yourself

@@ -1,221 +1,158 @@
-"""Are the pages true? python .ci/pages.py runs their commands, in short, and their examples."""
+"""Are the pages true? python .ci/pages.py [PAGE ...]
 
+Their commands run, those that train with a small size. Links lead somewhere, the index has every
+file, tables are those of the data. The first page stays short, and agrees with the code."""
+
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / ".lab"), str(ROOT / ".lab" / "experiments")]
+LAB = ROOT / ".lab"
+sys.path += [str(ROOT), str(LAB)]
 import compare
-import results
 
 import sdar
 
-INDEX = ROOT / ".lab" / "README.md"
-PATHS = [ROOT / "README.md", *(ROOT / ".lab").rglob("*.md")]
-FRONT = PATHS[0].read_text("utf-8")
-MODELS = INDEX.with_name("MODELS.md").read_text("utf-8")
-COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun .*?) (\.lab/\S+\.py|sdar\.py|-m pytest)\b")
-SIZE = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --overwrite --steps"
-TRAINS = ("sdar.py", "variants.py", "exercise.py bug")
-RUN = (*TRAINS, "microscope.py", "plots.py", "exercise.py hint", "exercise.py compare", "gradient")
-NOT_RUN = re.compile(  # of these, and of other scripts, which have their own tests, the flags
-    r"[A-Z]{3}|\.\.\."  # a form
+PAGES = [ROOT / "README.md", *LAB.rglob("*.md")]
+FRONT, INDEX, MODELS = (
+    path.read_text("utf-8") for path in (PAGES[0], LAB / "README.md", LAB / "MODELS.md")
+)
+COMMAND = re.compile(r"(?:\w+=\S+ )?(?:python|torchrun .*?) (\.lab/\S+\.py|sdar\.py|-m pytest)(.*)")
+TRAINS = re.compile(r" sdar\.py|variants\.py|bug \d --")
+SIZE = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --overwrite --steps 1"
+RUN = re.compile(
+    TRAINS.pattern + r"|microscope|plots\.py"
+    r"|exercise\.py (start|hint|solution|log|compare|gradient \S)|oracles|on_cpu"
+)
+NOT_RUN = re.compile(
+    r"\b[A-Z]+\b|\.\.\."  # a form
     r"|Qwen/|runs/(warm|forty)"  # no weights at hand, or what warmstart.py makes in minutes
     r"|--env (?!house|moving)|--kernel"  # needs games, servers, a GPU
     r"|--resume"  # it has its own tests
-    r"|exercise\.py run"  # needs a student's answers, as runs/gates does
-    r"|runs/gates/"
-    r"|bug 6 microscope"  # its episode is one of a group of eight
+    r"|exercise\.py run|runs/gates/"  # needs a student's answers
 )
 
 
-def commands():
+def commands(pages):
     """The commands of the pages that call Python; those of sdar.py first: others read its runs."""
-    text = "\n".join(path.read_text("utf-8") for path in PATHS)
-    blocks = "\n".join(re.findall("```bash\n(.*?)```", text, re.DOTALL))
-    found = set(re.findall(r"^(\w.*?)(?:  +#.*)?$", blocks, re.MULTILINE))
-    for span in re.findall("`([^`]*)`", text):
-        found.add(" ".join(span.split()))  # it may go over the end of a line
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    found = re.findall("`([^`]*)`", text)
+    found += re.findall("^([a-zA-Z][^`\n]*?)(?:  +#.*)?$", text, re.MULTILINE)
+    found = {" ".join(command.split()) for command in found}  # it may go over the end of a line
     return sorted(filter(COMMAND.match, found), key=lambda command: (".lab" in command, command))
 
 
-@lru_cache(maxsize=None)
-def call(*words):
-    """What Python prints with these words, in the current folder; an error if it fails."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, (words, done.stdout[-999:], done.stderr[-999:])
-    return done.stdout
+@cache
+def call(*words, folder="."):
+    """What Python prints with these words; an error if it fails."""
+    return subprocess.check_output([sys.executable, *words], text=True, cwd=folder)
 
 
 def check_command(command):
-    """Its script and flags are there. It runs with a small size, if it is one of RUN."""
-    script = COMMAND.match(command)[3]
-    words = shlex.split(command.split(script)[1].rstrip("& "))
+    """It runs, if it needs nothing that is not here. Else its flags are those of its script."""
+    script, rest = COMMAND.match(command).groups()
+    words = shlex.split(rest.rstrip("& "))
     if script == "-m pytest":
-        call("-m", "pytest", "--collect-only", f"--rootdir={ROOT}", *map(here, words))
-        return
-    assert ROOT.joinpath(script).exists(), command
-    for flag in re.findall(r" (--[\w-]+)", command):
-        owner = "sdar.py" if {"bug", "run"} & {*words} else script
-        owner = ".lab/microscope.py" if "microscope" in words else owner
-        known = call(ROOT / owner, "--help")
-        assert re.search(rf"{flag}\b", known), (command, flag)
-
-    if script == ".lab/compare.py" and "M" not in words:
-        given = vars(compare.make_parser().parse_args(words))
-        given = {name: given[name] for name in given if name not in ("jobs", "out")}
-        for run in compare.plan(given, Path()):
-            compare.variants.check(run.variant, run.config)
-    if not any(map(command.count, RUN)) or NOT_RUN.search(command):
-        return
-    print(f"--- {command}", flush=True)
-    if "gradient" in words:
-        words.append("gate.svg")
-    if any(map(command.count, TRAINS)):
-        words += [*SIZE.split(), "0" if "--steps 0" in command else "1"]
-    call(ROOT / script, *words)
+        call("-m", "pytest", "--collect-only", *words, folder=ROOT)
+    elif RUN.search(command) and not NOT_RUN.search(command):
+        if TRAINS.search(command):
+            words += SIZE.split()
+        call(ROOT / script, *words)
+    elif script == ".lab/compare.py" and not NOT_RUN.search(command):
+        with suppress(NotADirectoryError):  # it plans all runs, and stops where it would begin
+            compare.main([*words, "--out", "/dev/null/runs"])
+    else:
+        assert (ROOT / script).exists(), command
+        owner = "sdar.py" if "--" in words else script
+        for flag in re.findall(r" (--[\w-]+)", rest):
+            known = call(ROOT / owner, "--help")
+            assert re.search(rf"{flag}\b", known), (command, flag)
 
 
-def here(word):
-    """A word of a command; a path as one of this repository."""
-    return str(ROOT / word) if ROOT.joinpath(word).exists() else word
+def check_links(page):
+    """They lead to a file that is there, and to a title in it."""
+    for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\"]+)", page.read_text("utf-8")):
+        name, _, anchor = link.partition("#")
+        there = page.parent / name if name else page
+        assert link.startswith("https:") or there.exists(), (page, link)
+        if anchor:
+            titles = re.sub(r"[^\w\n -]", "", there.read_text("utf-8")).lower().replace(" ", "-")
+            assert f"\n-{anchor}\n" in titles, (page, link)
 
 
-def check_example():
-    """The library example computes the loss of the sampled tokens."""
-    (code,) = re.findall("```python\n(.*?)```", MODELS, re.DOTALL)
-    table = torch.randn(9, 9, requires_grad=True)
-    ids, response = torch.randint(9, (2, 8)), torch.randint(9, (2, 5))
-    names = {
-        "model": lambda ids: SimpleNamespace(logits=table[ids]),
-        "response": response,
-        "mask": torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0]]),
-        "student_ids": torch.cat([ids[:, :3], response], 1),
-        "teacher_ids": torch.cat([ids, response], 1),
-        "grpo_loss": lambda logprobs, ids, mask: 0.0,
-    }
-    exec(code, names)
-    logprobs = torch.log_softmax(table[names["student_ids"][:, 2:-1]], -1)
-    expected = logprobs.gather(-1, response[..., None])[..., 0]
-    assert torch.allclose(names["student"], expected)
-    gap = (names["teacher"] - expected)[names["mask"] > 0]
-    assert torch.allclose(names["loss"], 0.01 * (torch.sigmoid(5 * gap) * gap).mean())
-
-
-def check_settings():
-    """Whoever has outgrown this file finds every setting's name in other trainers."""
-    text = MODELS.split("## The official code's settings")[1].split("\n## ")[0]
-    missing = [f.name for f in sdar.fields(sdar.Config) if f"`{f.name}`" not in text]
-    assert not missing, missing
-
-
-def check_versions():
-    """Every promised range has two ends, and the README promises the same."""
-    promised = (ROOT / "requirements.txt").read_text()
-    for line in promised.splitlines():
-        assert re.fullmatch(r"[a-z]+>=\d+\.\d+\.\d+,<=\d+\.\d+\.\d+", line), line
-    for name, title in (("torch", "PyTorch"), ("transformers", "transformers")):
-        low, high = re.search(rf"^{name}>=(.*),<=(.*)$", promised, re.MULTILINE).groups()
-        assert f" {title} {low} to {high}" in FRONT
-
-
-def check_form():
-    """The first page stays short; links lead somewhere; the index has every file."""
-    lines = FRONT.splitlines()
-    assert len(lines) <= 175, len(lines)
-    long = [line for line in lines if len(line) > 100 and not line.startswith("|")]
-    assert not long, long
-    for path in PATHS:
-        for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", path.read_text("utf-8")):
-            there = link.startswith("https:") or path.parent.joinpath(link).exists()
-            assert there, (path, link)
-    for path in {*INDEX.parent.rglob("*.*")} - {INDEX, *INDEX.parent.rglob("*.pyc")}:
-        assert path.name in INDEX.read_text("utf-8"), f"{path} has no line in {INDEX}"
+def check_index():
+    """Every file has its line."""
+    for path in LAB.rglob("*.*[!c]"):  # not .pyc
+        assert path.name in INDEX or path.name == "README.md", f"{path} has no line in the index"
 
 
 def check_front():
-    """The first page is not packed: short paragraphs, few numbers in a line. Its map has the files'
-    lengths."""
+    """The first page is not packed. Its map has the files' lengths."""
+    assert FRONT.count("\n") <= 150
     prose = re.sub("```.*?```", "", FRONT, flags=re.DOTALL)
     for paragraph in re.split(r"\n\s*\n", prose):
-        lines = paragraph.strip().splitlines()
-        listed = paragraph.lstrip("\n").startswith(("|", "#", "<", " ", "-", "1."))
-        assert listed or len(lines) <= 4, paragraph
-        for line in lines:
-            few = len(re.findall(r"(?<![\w.])\d+", line)) <= 4
-            assert few or line.startswith("|") or re.search("PyTorch|^commit ", line), line
+        is_list = re.match(r"\s*([|#<-]| {4}|1\.)", paragraph)
+        assert is_list or paragraph.strip().count("\n") < 4, paragraph
+    for line in prose.splitlines():
+        is_packed = re.search(r".{101}|((?<![\w.])\d.*){5}", line)  # too long, or five numbers
+        assert not is_packed or re.search(r"^\||^commit |PyTorch", line), line
     for name, said in re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) ", FRONT, re.MULTILINE):
-        lines = len(ROOT.joinpath(name).read_text("utf-8").splitlines())
+        lines = (ROOT / name).read_text("utf-8").count("\n")
         assert abs(int(said.replace(",", "")) - lines) <= lines / 20, (name, lines)
 
 
-def check_comments():
-    """The comments of Config, which are its help, name all choices and the paper's values."""
-    source = Path(sdar.__file__).read_text("utf-8")
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
-    said = {}
-    for name, comment in comments.items():
-        if "paper: " in comment:
-            said[name] = comment.split("paper: ")[1]
+def check_settings():
+    """Versions, the help of the flags and the names of settings are those of the code."""
+    versions = (ROOT / "requirements.txt").read_text()
+    for name, low, high in re.findall("(torch|transformers)>=(.*),<=(.*)", versions):
+        assert f"{name} {low} to {high}" in FRONT.replace("PyTorch", "torch")
+    for field in sdar.fields(sdar.Config):
+        assert f"`{field.name}`" in MODELS, field.name
+    said = dict(re.findall(r"(\w+): .* paper: (.*)", inspect.getsource(sdar.Config)))
     assert said == {name: str(value) for name, value in sdar.PRESETS["paper"].items()}
-    for name, choices in sdar.CHOICES.items():
-        missing = [choice for choice in choices if choice not in comments[name]]
-        assert name == "gate" or not missing, (name, missing)  # experiments have more gates
 
 
-def check_norms():
-    """Why the toy's lambda is 1: at the start the gated term's gradient is about as long as GRPO's,
-    most of it is the noise of the mean gate, and the signed one's is another thing."""
-    config = sdar.configure()
-    envs = sdar.make_envs(config)
-    model, chat = sdar.load_policy(config)
-    starts = sdar.draw_starts(envs[0], config, 1, np.random.default_rng([2, config.seed, 1]))
-    episodes = sdar.rollout(model, chat, envs, starts, config, config.temperature)
-    batch = sdar.step_batch(model, model, model, episodes, config, 1)
-    student, _ = sdar.response_logprobs(model, episodes, config)
-    gap = batch["teacher"] - student
-    gate = sdar.sdar_loss(student, batch["teacher"])["gate"]
-
-    def norm(loss):
-        slopes = torch.autograd.grad(loss.mean(), list(model.parameters()), retain_graph=True)
-        return torch.cat([slope.flatten() for slope in slopes]).norm().item()
-
-    terms = sdar.policy_loss(student, batch["old"], batch["advantages"])
-    grpo = norm(terms["policy_loss"])
-    gated = norm(gate * gap)
-    constant = norm(gate.mean() * gap)
-    signed = norm(gap.detach() * gap)
-    print(f"--- norms: {grpo:.3f}, gap {gated:.3f}, constant {constant:.3f}, signed {signed:.3f}")
-    assert 0.5 < gated / grpo < 2
-    assert constant / gated > 0.5
-    assert signed / gated > 5
+def check_example():
+    """The library example runs, and scores the tokens of the response."""
+    (code,) = re.findall("```python\n(.*?)```", MODELS, re.DOTALL)
+    table, ids = torch.randn(9, 9), torch.randint(9, (2, 8))
+    names = {
+        "model": lambda ids: SimpleNamespace(logits=table[ids]),
+        "student_ids": ids,
+        "teacher_ids": ids,
+        "response": ids[:, 3:],
+        "mask": ids[:, 3:],
+        "grpo_loss": lambda *of_tokens: 0,
+    }
+    exec(code, names)
+    expected = table.log_softmax(-1)[ids[:, 2:-1], ids[:, 3:]]
+    assert torch.allclose(names["student"], expected)
 
 
 if __name__ == "__main__":
-    check_versions()
-    check_form()
+    pages = [Path(name).resolve() for name in sys.argv[1:]] or PAGES
+    check_index()
     check_front()
-    check_comments()
-    check_example()
     check_settings()
-    check_norms()
-    assert results.main(["--check"]) == 0  # the numbers of the pages are those of the data
-    assert len(commands()) > 40
+    check_example()
+    for page in pages:
+        check_links(page)
+    call(LAB / "experiments/results.py", "--check")
+    course = (LAB / "course/COURSE.md").read_text("utf-8")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        course = INDEX.with_name("course").joinpath("COURSE.md").read_text("utf-8")
-        house, moving = re.findall("```python\n(.*?)```", course, re.DOTALL)
-        Path("house.py").write_text(house)
-        Path("moving.py").write_text(moving)
-        for command in commands():
+        for name, code in re.findall("Save this as `(.*?)`.*?```python(.*?)```", course, re.DOTALL):
+            Path(name).write_text(code)
+        for command in commands(pages):
             check_command(command)
