@@ -124,7 +124,8 @@ class SkillBank:
     STRATEGIES = ("keyword", "full", "random", "ucb")
 
     def __init__(self, rows, strategy="keyword"):
-        self.skills = [Skill(**row) for row in rows]
+        with naming("a skill has a name and a text", UserError):
+            self.skills = [Skill(**row) for row in rows]
         self.strategy = strategy
         self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
 

@@ -993,6 +993,8 @@ def test_a_skill_is_for_whole_words_and_its_task_types():
     assert not skill.matches("heat a mug", "put")
     assert not skill.matches("heat mugs and a smug", "heat")
     assert envs.Skill("a", "text").matches("anything", "heat")
+    with raises(UserError, match="a skill has a name and a text: .*'name'"):
+        envs.SkillBank([{"text": "Look around first."}])
 
 
 def test_retrieval_by_each_strategy():

@@ -161,10 +161,12 @@ def how_it_ended(path, done):
 
 def solution(name):
     """The original of a function; or what the course says of an experiment, by its name."""
-    for page in HERE.glob("solutions/*.md"):
-        for section in page.read_text("utf-8").split("\n## "):
-            if section.startswith(f"{name}\n"):
-                return section
+    pages = [page.read_text("utf-8") for page in HERE.glob("solutions/*.md")]
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", "\n".join(pages), re.M | re.S))
+    if name in sections:
+        return sections[name].strip()
+    known = ", ".join([*TEXTS, *sections])
+    require(name in TEXTS, f"unknown exercise {name!r}; known: {known}")
     return original(name)[0]
 
 
@@ -222,13 +224,15 @@ def judge(puzzle, said):
 
 def answer(puzzle, said):
     """Whether an answer is right, in words; and of a bug, what somebody wrote."""
-    require(puzzle in puzzles(), f"{puzzle!r} is none of {', '.join(puzzles())}")
+    lettered = ", ".join(puzzles())
+    require(puzzle in puzzles(), f"{puzzle!r} is none of {lettered}; others have a solution alone")
     names = [*"abc"]
     if not puzzle.isalpha():  # a bug, or a log
         names = sorted(bug.__name__ for bug in bugs.BUGS)
     if puzzle.startswith("log"):
         names += ["kl", "lr", "teacher", "healthy"]
     # A typo is no answer, and is no way to the hint.
+    said = said.lower()
     require(said in names, f"answer {puzzle}: {said!r} is none of {', '.join(names)}")
     right, hint = judge(puzzle, said)
     if not right:

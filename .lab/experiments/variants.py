@@ -278,7 +278,7 @@ def practice(kind, batch, episodes, config, step):
 def parse(words):
     """{variant: its kind}. UserError for words that are none."""
     for word in words:
-        sdar.require(WORD.fullmatch(word), f"{word!r} is no variant, --help names them")
+        sdar.require(WORD.fullmatch(word), f"{word!r} is no variant: variants.py --help names them")
     kinds = dict(word.split(":") for word in words)
     sdar.require(len(kinds) == len(words), f"{' '.join(words)}: each variant once")
     return kinds
