@@ -25,7 +25,7 @@ Qwen2.5-3B     3.086  36  2048   256
 def sizes(config, tokens, weights, layers, width, keys):
     """GB of the state, a training pass, learning, the KV cache, playing. weights: billions."""
     state = 16 * weights  # float32: the weights, AdamW's two numbers for each, the start policy
-    cast = 2 * weights  # a pass computes with bfloat16 copies
+    cast = 2 * weights  # a pass, and a rollout, compute with bfloat16 copies
 
     # What goes into each layer is kept, in float32; of a chunk of logits there are six copies.
     inputs = 4 * config.micro_batch * tokens * layers * width / 1e9
@@ -35,7 +35,8 @@ def sizes(config, tokens, weights, layers, width, keys):
     learning = state + gradient + max(a_pass, step)
 
     cache = 2 * 2 * config.rollout_batch * tokens * layers * keys / 1e9  # keys, values: two bytes
-    return state, a_pass, learning, cache, state + cast + cache
+    copied = 4 * weights  # before a rollout's copy is cast
+    return state, a_pass, learning, cache, state + max(cast + cache, copied)
 
 
 def main(argv):
