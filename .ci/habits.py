@@ -44,7 +44,7 @@ def budget():
     tests = size(".lab/tests/*.py")
     rest = size(".lab/**/*.py") - tests + size(".ci/*.py")
     # 15,000, and imitation that resumes, the probe, practice, answers in files of their own.
-    yield "nodes of .lab and .ci, without tests", rest, 17100
+    yield "nodes of .lab and .ci, without tests", rest, 17200
     # 6,500, and wrong answers, machines, templates, engines, each resumed.
     yield "nodes of .lab/tests", tests, 8600
 

@@ -43,7 +43,7 @@ def main(argv):
     for part, spent in seconds.items():
         print(f"{part:<9}{spent:8.2f} s {spent / total:5.0%}")
     print(f"the teacher adds {seconds['teacher'] / (total - seconds['teacher']):.0%} to the rest")
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else the run was not on it
         print(f"peak memory of the card {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 

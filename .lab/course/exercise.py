@@ -26,6 +26,7 @@ plain words: do not read it unless you want to be told.
 import argparse
 import ast
 import codecs
+import difflib
 import inspect
 import json
 import re
@@ -159,15 +160,20 @@ def how_it_ended(path, done):
     return f"{path}{where}: {said}"
 
 
-def solution(name):
-    """The original of a function; or what the course says of an experiment, by its name."""
+def solution(name, answers="answers"):
+    """The original of a function, and how it differs from the answer; or what the course says of an
+    experiment, by its name."""
     pages = [page.read_text("utf-8") for page in HERE.glob("solutions/*.md")]
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", "\n".join(pages), re.M | re.S))
     if name in sections:
         return sections[name].strip()
     known = ", ".join([*TEXTS, *sections])
     require(name in TEXTS, f"unknown exercise {name!r}; known: {known}")
-    return original(name)[0]
+    ours, path = original(name)[0], Path(answers, f"{name}.py")
+    if not path.exists():
+        return ours
+    pair = [text.splitlines() for text in (path.read_text("utf-8", "replace"), ours)]
+    return "\n".join([ours, "", *difflib.unified_diff(*pair, "yours", "ours", lineterm="")])
 
 
 def run(*flags, answers="answers"):

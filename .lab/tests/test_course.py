@@ -58,12 +58,13 @@ def test_answers_of_a_class_are_begun_checked_and_graded(tmp_path, monkeypatch, 
         assert exercise.hint(name, "2") not in exercise.hint(name)  # which is a question
     assert "stays as it is" in refused(capsys, "exercise", "start", "view", "--answers", mine)
     assert call("exercise", "check", "view", "--answers", mine) == 1
-    write(mine, "gated_terms", f"print(7)\n{exercise.solution('gated_terms')}")
+    write(mine, "gated_terms", f"print(7)\n{exercise.original('gated_terms')[0]}")
     assert call("exercise", "check", "gated_terms", "--answers", mine) == 0
     assert "gated_terms.py printed:\n    7\n\nRight. You now" in capsys.readouterr().out
 
     write(tmp_path / "Bo Li_7", "gated_terms", "def gated_terms(")
     write(tmp_path / "Bo Li_7", "kl_k3", "while True:\n    print(9)")
+    assert "\n-while True:\n" in exercise.solution("kl_k3", tmp_path / "Bo Li_7")
     assert re.search(TABLE, exercise.grade(tmp_path))
 
 
