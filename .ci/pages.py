@@ -75,6 +75,7 @@ def check_command(command):
     else:
         assert (ROOT / script).exists(), command
         owner = "sdar.py" if "--" in words else script
+        owner = ".lab/microscope.py" if "microscope" in words else owner
         for flag in re.findall(r" (--[\w-]+)", rest):
             known = call(ROOT / owner, "--help")
             assert re.search(rf"{flag}\b", known), (command, flag)
