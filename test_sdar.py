@@ -387,6 +387,15 @@ def test_slow_calls_go_in_threads_and_come_in_order():
     assert [i for _, i in envs.call_all(calls, in_threads=True)] == [*range(9)]
 
 
+def test_a_rollout_plays_from_a_bfloat16_copy(tiny, monkeypatch):
+    """The frequencies of the positions stay float32, and so do the weights that learn."""
+    models = noted(monkeypatch, sdar.Sampler, "__init__", lambda sampler, model, *_: model)
+    play(tiny, configure(dtype="bfloat16"), max_turns=2)
+    assert {weight.dtype for weight in models[0].parameters()} == {torch.bfloat16}
+    for values in (tiny[0].parameters(), models[0].buffers()):
+        assert {value.dtype for value in values} == {torch.float32}
+
+
 # --- 4. Log-probs of the sampled ids -----------------------------------------------------
 
 

@@ -79,7 +79,8 @@ def main(argv):
     texts["again"] = f"--seed {seed} --episode {number}"
     texts["beta"] = f"{config.gate_beta:g}"
     show(texts, parts)
-    write_page(page, texts, parts, " " if chat.plain else "")
+    twice = chat.tokenizer.decode(2 * chat.encode("open")[-1:])  # whole words stand apart
+    write_page(page, texts, parts, " " if " " in twice.strip() else "")
 
 
 def play_group(model, chat, envs, seeds, config):

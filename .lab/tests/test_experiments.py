@@ -185,28 +185,3 @@ def test_a_step_is_played_again(word, check, policy):
     parts = batch["advantages"].split(lengths)
     names["A"] = [values[0].item() for values in parts]
     assert eval(check, names)
-
-
-REFUSED = """
-gate:most => 'gate:most' is no variant
-teacher:ema/0 => 'teacher:ema/0' is no variant
-sampling:0/1 => 'sampling:0/1' is no variant
-gate:own gate:centred => each variant once
-gate:own -- --method grpo => gate needs --distil gate, --method grpo has none
-divergence:jsd -- --method rlsd => divergence needs --distil gate
-gate:own -- --gate entropy => gate needs --gate gap
-gate:own advantage:gap => advantage: not with gate or divergence
-practice:out => practice needs --distil none
-teacher:ema -- --teacher frozen => teacher needs --teacher live
-teacher:ema -- --resume => teacher needs --resume False
-bandit:type => bandit needs --retrieval ucb
--- --gates none => unrecognized arguments: --gates
-"""
-
-
-@mark.parametrize("line", REFUSED.strip().splitlines())
-def test_what_makes_no_sense_is_refused_in_one_line(line, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    argv, message = line.split(" => ")
-    assert message in refused(capsys, "variants", *argv.split())
-    assert not [*tmp_path.iterdir()]

@@ -17,31 +17,6 @@ from pytest import fixture, mark
 import sdar
 from test_sdar import lines, table, trained
 
-REFUSED = """
-"compare|--sweep|beta=1"                         "--beta cannot be swept"
-"compare|--sweep|lr=1e-4|--lr|1e-3"              "--lr cannot be swept"
-"compare|--sweep|lr=1e-4|--methods|sdar"         "not allowed with argument"
-"compare|--methods|sdar,nobody"                  "--method 'nobody': known are"
-"compare|--seeds|0,x"                            "--seed 'x'"
-"compare|--steps|0"                              "--steps 0: there is nothing to compare"
-"compare|--methods|grpo|--variant|gate:centred"  "grpo"
-"microscope|--method|grpo"                       "--method grpo has none"
-"microscope|--episode|8"                         "--episode 8: a group has 8, the first is 0"
-"microscope|--page|page.txt"                     "its name must end in .html"
-"microscope|--run|nowhere"                       "nowhere holds no run"
-"microscope|--run|nowhere|--lr|1"                "no lr"
-"plots"                                          "required: runs"
-"plots|nowhere"                                  "nowhere holds no run"
-"plots|nowhere|--picture|no/p.png"               "and its folder be there"
-"""
-
-
-@mark.parametrize("words, message", table(REFUSED))
-def test_bad_input_is_refused_in_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, *words.split("|"))
-    assert not list(tmp_path.iterdir())
-
 
 def test_bench_names_the_parts_of_a_step(capsys):
     assert call("bench", "--tasks-per-step=2", "--group-size=2") == 0
