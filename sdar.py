@@ -1257,7 +1257,9 @@ def run(command):
         return command() or 0
     except (UserError, OSError) as error:
         message, code = error, 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # so a card, MPS and a CPU say that memory ran out
+            raise
         calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
         learning = "learning: --gradient-checkpointing if it is off, then a lower --micro-batch"
         playing = "playing: a lower --rollout-batch, then a lower --max-new-tokens"

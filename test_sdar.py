@@ -986,6 +986,12 @@ def test_memory_that_runs_out_is_one_line_with_the_flags_that_help(
     assert re.search(f"(?m): out of memory while {message}.*$", capsys.readouterr().err)
 
 
+def test_memory_is_said_by_a_cpu_in_its_own_words_and_other_faults_keep_their_traceback():
+    assert sdar.run(lambda: torch.empty(2**60)) == 2
+    with raises(RuntimeError, match="a fault of ours"):
+        sdar.run(Mock(side_effect=RuntimeError("a fault of ours")))
+
+
 @mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError, 2), (UserError, 2)])
 def test_what_stops_a_run_is_one_line(error, code, capsys):
     assert sdar.run(Mock(side_effect=error("disk full"))) == code
