@@ -1208,7 +1208,7 @@ SYMBOLS = {  # of the paper, which are flags, too
 }
 INSTRUMENTS = """instruments, each with its own --help:
   python .lab/microscope.py          look at a group of episodes, token by token
-  python .lab/compare.py             train several methods or settings over seeds: a table, curves
+  python .lab/compare.py             train several methods or settings over seeds: a table
   python .lab/plots.py               draw the curves of runs
   python .lab/bench.py               where the time of a step goes
   python .lab/memory.py              does a model fit the card? bytes, by arithmetic

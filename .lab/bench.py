@@ -38,11 +38,9 @@ def main(argv):
         seconds[part] = line[f"seconds_{part}"]
     seconds["score"] -= seconds["teacher"]
     total = sum(seconds.values())
-    tokens = line["tokens_per_second"] * total
-    print(f"a step: {tokens:,.0f} sampled tokens, {total:.2f} s")
+    print(f"a step: {total:.2f} s, {line['tokens_per_second']:,.0f} sampled tokens a second")
     for part, spent in seconds.items():
         print(f"{part:<9}{spent:8.2f} s {spent / total:5.0%}")
-    print(f"the teacher adds {seconds['teacher'] / (total - seconds['teacher']):.0%} to the rest")
     if torch.cuda.is_initialized():  # else the run was not on it
         print(f"peak memory of the card {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 

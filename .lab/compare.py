@@ -1,4 +1,4 @@
-"""Train methods, or values of settings, over seeds, and compare them: a table and curves.
+"""Train methods, or values of settings, over seeds, and compare them in a table.
 
     python .lab/compare.py --methods grpo,sdar --seeds 0,1,2,3,4
     python .lab/compare.py --sweep gate_beta=1,5,20 --seeds 0,1
@@ -7,8 +7,8 @@
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
 so a comparison that was stopped goes on with the same command. All other flags go to every run.
-What the table was made from is kept in compare*.json below --out: experiments/results.py joins such
-files, prints them as tables of a page, and draws them.
+What the table was made from is kept in rows.json in the folder of each run: experiments/results.py
+joins such files, makes the tables of pages from them, and draws them.
 """
 
 import itertools
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,8 +37,7 @@ import variants
 
 import sdar
 
-FREE = {"seed", *sdar.MAY_DIFFER} - {"steps", "eval_every"}  # between runs of a row
-FIXED = [name for name in vars(sdar.Config()) if name not in FREE]
+FIXED = [name for name in vars(sdar.Config()) if name not in plots.FREE]  # of a row
 
 GAIN = "{:+.2f} [{:+.2f}, {:+.2f}]"  # with its 95 % interval
 
@@ -62,10 +62,10 @@ def main(argv):
     """Run all that is not there yet, and print the comparison; after Ctrl-C of what is there.
     Returns True if a run is missing."""
     given = vars(make_parser().parse_args(argv))
-    jobs, sweep = given.pop("jobs"), given["sweep"]
+    jobs = given.pop("jobs")
     out = Path(given.pop("out", "runs/compare")).expanduser()
     runs = plan(given, out)
-    todo = [run for run in runs if not finished(run.config)]
+    todo = [run for run in runs if not finished(run)]
     out.mkdir(parents=True, exist_ok=True)
     config = runs[0].config
     before = sdar.evaluate(*sdar.load_policy(config), sdar.make_envs(config), config)
@@ -74,21 +74,16 @@ def main(argv):
 
     print(f"{len(runs)} runs in {out}, {len(todo)} of them to do")
     at_once = max(0, jobs) or (os.cpu_count() if config.device == "cpu" else 1)
+    command = re.sub(r" --(out|jobs)[= ]\S+", "", shlex.join(["compare.py", *argv]))
+    train = partial(launch, before=before["by_type"], command=command)
     with suppress(KeyboardInterrupt):  # the processes get it, too
-        thread_map(launch, todo, max_workers=at_once, unit="run")
+        thread_map(train, todo, max_workers=at_once, unit="run")
 
-    command = shlex.join(["compare.py", *argv])
-    command = re.sub(r" --(out|jobs)[= ]\S+", "", command)
-    rows = make_rows(runs, before["by_type"], command)
-    swept = re.findall(r"(\S+)=", sweep)
-    path = out / "-".join(["compare", *swept])
-    Path(f"{path}.json").write_text(as_json(rows), "utf-8")
+    rows = join(sum(map(finished, runs), []))
     last = f"{config.steps} steps"
     print("\n" + tables(rows, [last, f"{last} with the skill"]))
-    if rows:
-        title = "held-out success without the skill at training steps"
-        plots.draw({title: learning_curves(rows)}, f"{path}.svg")
-    return not all(finished(run.config) for run in todo)
+    print(f"Curves: python .lab/plots.py {out}/*-s*")
+    return not all(map(finished, todo))
 
 
 # --- The runs ----------------------------------------------------------------------------
@@ -134,22 +129,26 @@ def make_run(given, row, seed, out):
     return Run(label, config, variant)
 
 
-def launch(run):
-    """Train from the first step, in a process of its own. A file `made` beside those of the run
-    says what made it."""
-    command = [sys.executable, variants.__file__, *run.variant, "--"]
+def launch(run, before, command):
+    """Train from the first step, in a process of its own. If that goes well, the run's folder gets
+    a file rows.json, with the row of this one run.
+
+    before: the start policy's counts, {type: counts}."""
+    file = Path(run.config.out, "rows.json")
+    file.unlink(missing_ok=True)
+    words = [sys.executable, variants.__file__, *run.variant, "--"]
     for name, value in vars(run.config).items():
         typed = f"{sdar.flag(name)}={value}"
         if isinstance(value, bool):  # what a preset has turned on may be off here
             typed = sdar.flag(name) if value else sdar.flag(f"no_{name}")
-        command.append(typed)
-    command.append("--overwrite")
+        words.append(typed)
+    words.append("--overwrite")
     place, made = os.environ | {"OMP_NUM_THREADS": "1"}, origin(run.config.device)
-    done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
-    if done.returncode == 0:
-        Path(run.config.out, "made").write_text(made, "utf-8")
-    else:
+    done = subprocess.run(words, env=place, capture_output=True, text=True, errors="replace")
+    if done.returncode:
         tqdm.write(f"{run.config.out} failed: {' '.join(done.stderr.split()[-20:])}")
+    else:
+        file.write_text(as_json([make_row(run, before, command, made)]), "utf-8")
 
 
 def origin(device):
@@ -171,46 +170,41 @@ def processor(device):
     return found[1] if found else platform.processor()
 
 
-def finished(config):
-    """The evaluations of a run that is complete; else an empty list. UserError if it was made with
-    other settings."""
-    try:
-        old, lines = plots.read_run(config.out)
-    except sdar.UserError:  # it has not begun, or was killed while it wrote: it is done again
-        return []
-    same = all(old.get(name) == getattr(config, name) for name in FIXED)
-    message = f"{config.out} holds a run of other settings: another --out, or --overwrite"
-    sdar.require(same or config.overwrite, message)
-    whole = same and len(lines) >= config.steps
-    return [line for line in lines if whole and "eval_success" in line]
-
-
 # --- Results as data: a list of rows, each with all that it was made with ----------------
 
 
-def make_rows(runs, before, command):
-    """The rows of the runs that are finished, as compare.json keeps them. An evaluation is a list
-    of counts, for each task type [games, won alone, won with the skill].
+def settings_of(run):
+    """What the runs of a row have in common."""
+    settings = {name: getattr(run.config, name) for name in FIXED}
+    return settings | {"variant": run.variant}
 
-    before: the start policy's, {type: counts}. It stands in every run as step 0."""
-    rows = []
-    for run in runs:
-        lines, made = finished(run.config), Path(run.config.out, "made")
-        looks = {"0": [*before.values()]}  # JSON's keys are strings
-        for line in lines:
-            looks[str(line["step"])] = [line["eval_by_type"][kind] for kind in before]
-        row = {
-            "label": run.label,
-            "made": made.read_text("utf-8") if made.exists() else "unknown",
-            "command": command,
-            "settings": {name: getattr(run.config, name) for name in FIXED},
-            "types": [*before],
-            "runs": {str(run.config.seed): looks},
-        }
-        row["settings"]["variant"] = run.variant
-        if lines:
-            rows.append(row)
-    return join(rows)
+
+def make_row(run, before, command, made):
+    """The row of a run. An evaluation is a list of counts, for each task type [games, won alone,
+    won with the skill]; that before training is step 0."""
+    looks = {0: [*before.values()]}
+    for line in plots.read_run(run.config.out)[1]:
+        if "eval_by_type" in line:
+            looks[line["step"]] = [line["eval_by_type"][kind] for kind in before]
+    return {
+        "label": run.label,
+        "made": made,
+        "command": command,
+        "settings": settings_of(run),
+        "types": [*before],
+        "runs": {run.config.seed: looks},
+    }
+
+
+def finished(run):
+    """The rows of a run: one if it is complete, else none. UserError if it was made with other
+    settings."""
+    file = Path(run.config.out, "rows.json")
+    rows = json.loads(file.read_text("utf-8")) if file.exists() else []
+    same = all(row["settings"] == settings_of(run) for row in rows)
+    message = f"{run.config.out} holds a run of other settings: another --out, or --overwrite"
+    sdar.require(same or run.config.overwrite, message)
+    return rows if same else []
 
 
 def join(rows):
@@ -228,25 +222,16 @@ def as_json(rows):
     return json.dumps(rows, separators=(",", ":")).replace('{"label"', '\n{"label"') + "\n"
 
 
+def won(looks, column):
+    """The share of games that a run has won. A column has the number of a step: "60 steps", "60
+    with the skill"."""
+    games, *wins = np.sum(looks[re.search(r"\d+", column)[0]], 0)
+    return wins["skill" in column] / games
+
+
 def success(row, column):
-    """{seed: the share of games that its run has won}, and their number. A column has the number of
-    a step: "60 steps", "60 with the skill"."""
-    step, shares = re.search(r"\d+", column)[0], {}
-    for seed, looks in row["runs"].items():
-        games, *won = np.sum(looks[step], 0)
-        shares[seed] = won["skill" in column] / games
-    return shares, games
-
-
-def learning_curves(rows):
-    """{label: (runs, points, 2)}: steps and held-out success of a row's runs, from before training
-    on."""
-    curves = {}
-    for row in rows:
-        for seed, looks in row["runs"].items():
-            curve = [(int(step), success(row, step)[0][seed]) for step in looks]
-            curves.setdefault(row["label"], []).append(curve)
-    return {label: np.array(runs) for label, runs in curves.items()}
+    """{seed: the share of games that its run has won}."""
+    return {seed: won(looks, column) for seed, looks in row["runs"].items()}
 
 
 # --- The table ---------------------------------------------------------------------------
@@ -258,22 +243,22 @@ def tables(rows, columns):
     three: of two the interval would be wider than what is possible."""
     text = ""
     for made in dict.fromkeys(row["made"] for row in rows):
-        alike = [row for row in rows if row["made"] == made]
         cells = [["", "runs", *columns, "minus grpo, 95 %"]]
-        for row in alike:
-            gains = gains_over("grpo", row, alike, str(row["settings"]["steps"]))
+        for row in (row for row in rows if row["made"] == made):
+            gains = gains_over("grpo", row, rows, str(row["settings"]["steps"]))
             gain = GAIN.format(*t_interval(gains)) if len(gains) > 2 else ""
-            shares = [cell(*success(row, column)) for column in columns]
+            shares = [cell(row, column) for column in columns]
             cells.append([row["label"], str(len(row["runs"])), *shares, gain])
         text += f"{markdown(cells)}\n{made}\n"
     return text
 
 
-def cell(shares, games):
-    """Successes of runs as a text."""
-    shares = [*shares.values()]
+def cell(row, column):
+    """Success of a row's runs as a text."""
+    shares = [*success(row, column).values()]
     if len(shares) > 1:
         return f"{np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f}"
+    games = row["settings"]["eval_episodes"]
     bracket = sdar.wilson(shares[0] * games, games)
     return "{:.2f} [{:.2f}, {:.2f}]".format(*shares, *bracket)
 
@@ -287,10 +272,10 @@ def markdown(cells):
 
 def gains_over(label, row, rows, column):
     """What a row's runs win more than those of another row of the same origin, seed by seed."""
-    ours, _ = success(row, column)
+    ours = success(row, column)
     for other in rows:
         if other["label"] == label != row["label"] and other["made"] == row["made"]:
-            theirs, _ = success(other, column)
+            theirs = success(other, column)
             return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return []
 

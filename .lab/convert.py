@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import sdar
-from envs import ENVS, UserError, naming, require
+from envs import ENVS, UserError, naming
 
 OURS = {  # {task type of the official skills: our name of it}, where it is another
     "pick_and_place": "pick_and_place_simple",
@@ -34,9 +34,8 @@ def main(argv):
     parser.add_argument("out", type=Path)
     parser.add_argument("--env", choices=ENVS)
     given = parser.parse_args(argv)
-    is_bank = given.kind == "skills"
-    text = skills(given.file, given.env) if is_bank else questions(given.file)
-    given.out.write_text(text, "utf-8")
+    rows = questions(given.file) if given.kind == "questions" else skills(given.file, given.env)
+    given.out.write_text(rows, "utf-8")
 
 
 def questions(file):
@@ -71,13 +70,11 @@ def flat(row):
 
 def question_of(fields, number):
     """A row in our form. number: its line, which is its id where it brings none."""
-    truth = fields.get("target", fields.get("ground_truth", []))
-    golden = fields.get("golden_answers", truth)
+    golden = fields.get("golden_answers", fields.get("target", []))
     if isinstance(golden, str):  # one answer, or a list that became a text
         golden = json.loads(golden) if golden.startswith("[") else [golden]
-    require(isinstance(golden, list), f"golden_answers is {golden!r:.50}")
-    row = {"id": number, "question": "", "data_source": "", "split": ""} | fields
-    row = {name: row[name] for name in ("id", "question", "data_source", "split")}
+    row = {"id": number, "question": "", "data_source": "", "split": ""}
+    row |= {name: fields[name] for name in row if name in fields}
     return row | {"golden_answers": [text for text in golden if text.strip()]}
 
 

@@ -14,6 +14,7 @@ import html
 import itertools
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -71,16 +72,14 @@ def main(argv):
         number = won.index(max(won))
 
     episode = group[number]
-    before = sum(len(other.logprobs) for other in group[:number])
-    rows = dissect(model, group, config)[before:].tolist()
+    rows = dissect(model, group, config)[number]
     episode.env.reset(task, seed)
-    parts = parts_of(chat, episode, iter(rows))
+    parts = parts_of(chat, episode, rows)
     texts = describe(chat, group, number)
     texts["again"] = f"--seed {seed} --episode {number}"
     texts["beta"] = f"{config.gate_beta:g}"
     show(texts, parts)
-    twice = chat.tokenizer.decode(2 * chat.encode("open")[-1:])  # whole words stand apart
-    write_page(page, texts, parts, " " if " " in twice.strip() else "")
+    write_page(page, texts, parts)
 
 
 def play_group(model, chat, envs, seeds, config):
@@ -98,28 +97,32 @@ def play_group(model, chat, envs, seeds, config):
 
 @torch.no_grad()
 def dissect(model, group, config):
-    """What COLUMNS names, of the sampled tokens of a group: (N, 6). The sum of the two pushes is
-    minus the loss's gradient: a test compares them."""
+    """What COLUMNS names, of the sampled tokens of each episode of a group: (tokens, 6). The sum of
+    the two pushes is minus the loss's gradient: a test compares them."""
     batch = sdar.step_batch(model, model, model, group, config, step=1)
     terms = sdar.objective(model, group, batch, config)
     by_reward = config.policy_coef * batch["advantages"]
     by_teacher = config.sdar_coef * terms["gate"]
     columns = [batch["old"], batch["teacher"], terms["gap"], terms["gate"], by_reward, by_teacher]
-    return torch.stack(columns, 1)
+    lengths = [len(episode.logprobs) for episode in group]
+    return torch.stack(columns, 1).split(lengths)
 
 
-def parts_of(chat, episode, rows):
-    """The episode from its first response on, a list of (text, values): of a sampled token with the
-    next of rows, of what the environment said with None. What it said at the end no episode has:
+def parts_of(chat, episode, values):
+    """The episode from its first response on, a list of (text, values): of a sampled token with its
+    row of values, of what the environment said with None. What it said at the end no episode has:
     its environment, which stands at the start, is played once more."""
     decode = chat.tokenizer.decode
     parts = []
     begin = episode.mask.index(1)
     rest = iter(episode.ids[begin:])
+    rows = iter(values.tolist())
     for sampled, turn in itertools.groupby(episode.mask[begin:]):
         ids = [next(rest) for _ in turn]
         if sampled:
-            parts += [(decode([i]), next(rows)) for i in ids]
+            # As before itself: with a blank behind it, if the tokenizer joins whole words so.
+            texts = [decode([i, i]).removesuffix(decode([i])) for i in ids]
+            parts += zip(texts, rows)
             action, _ = episode.env.parse(decode(ids, skip_special_tokens=True))
             observation, *_ = episode.env.step(action)
         else:
@@ -161,9 +164,9 @@ def show(texts, parts):
             player.say(text)
 
 
-def write_page(path, texts, parts, between):
+def write_page(path, texts, parts):
     """The same as a web page without scripts: each token coloured by its gap, its numbers where the
-    mouse is, and the histogram of the episode's gaps. between: two tokens."""
+    mouse is, and the histogram of the episode's gaps."""
     tokens = ""
     gaps = []
     for text, values in parts:
@@ -172,7 +175,7 @@ def write_page(path, texts, parts, between):
             gap, gate = values[2:4]
             gaps.append(gap)
             numbers = "; ".join(map(" ".join, zip(COLUMNS, cells_of(values))))
-            tokens += TOKEN.format(gap, gate, numbers, text) + between
+            tokens += TOKEN.format(gap, gate, numbers, text)
         else:
             tokens += f"<p>{text}</p>"
     texts = {name: html.escape(text) for name, text in texts.items()}
@@ -201,20 +204,19 @@ def show_run(folder, page):
     histogram, and means by turn and by place in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
     settings |= {"device": "", "kernel": False}  # the run may be another machine's
+    with naming(f"--run {folder}", UserError):
+        config = sdar.configure(**settings)
+    envs = sdar.make_envs(config)
+    starts = sdar.draw_starts(envs[0], config, 0, np.random.default_rng([4, config.seed]))
     texts = {"run": html.escape(folder)}
-    for when, model in (("start", settings["model"]), ("end", f"{folder}/checkpoint")):
-        with naming(f"--run {folder}", UserError):
-            config = sdar.configure(**settings | {"model": model})
-        envs = sdar.make_envs(config)
-        policy, chat = sdar.load_policy(config)
-        starts = sdar.draw_starts(envs[0], config, 0, np.random.default_rng([4, config.seed]))
-        episodes = sdar.rollout(policy, chat, envs, starts, config, config.temperature)
-        turns, places, gaps = gaps_of(policy, episodes, config)
+    for when, path in (("start", config.model), ("end", f"{folder}/checkpoint")):
+        model, chat = sdar.load_policy(replace(config, model=path))
+        episodes = sdar.rollout(model, chat, envs, starts, config, config.temperature)
+        turns, places, gaps = gaps_of(model, episodes, config)
 
         n = len(episodes)
         won = sum(episode.won for episode in episodes)
-        said = "won {} of {} ({:.1f} %), mean gap {:z.3f} nats\n"
-        said = said.format(won, n, 100 * won / n, gaps.mean())
+        said = f"won {won} of {n} ({won / n:.1%}), mean gap {gaps.mean():z.3f} nats\n"
         said += means_of("turn", turns, gaps, config.gate_beta)
         said += means_of("place", places, gaps, config.gate_beta)
         print(f"\n{when}: {said}")

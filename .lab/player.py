@@ -14,9 +14,9 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import sdar
+from envs import ENVS, SkillBank, make_env, require
 
 KEYS = """
 Type an action; you need no tags.
@@ -30,19 +30,19 @@ def main(argv):
     raw = argparse.RawTextHelpFormatter
     parser = sdar.Parser("python .lab/player.py", epilog=__doc__, formatter_class=raw)
     more = parser.add_argument
-    more("env", help=f"{', '.join(envs.ENVS)}, or your own, module:Class")
+    more("env", help=f"{', '.join(ENVS)}, or your own, module:Class")
     more("--data", type=os.path.expanduser, help="its games, checkout or questions")
     more("--url", help="of a search server")
     more("--split", default="eval", help="train, dev or eval")
     more("--task", help="its id")
     more("--skill", action="store_true", help="read what the teacher reads")
-    given = vars(parser.parse_args(argv))
-    name, split, task, skill = (given.pop(key) for key in ("env", "split", "task", "skill"))
-    env = envs.make_env(name, **{key: value for key, value in given.items() if value})
-    task = task or env.tasks(split)[0]
-    envs.require(task in env.goals, f"--task {task}: {name} has no such task")
+    given = parser.parse_args(argv)
+    options = {"data": given.data, "url": given.url}
+    env = make_env(given.env, **{name: text for name, text in options.items() if text})
+    task = given.task or env.tasks(given.split)[0]
+    require(task in env.goals, f"--task {task}: {given.env} has no such task")
     try:
-        play(env, task, skill)
+        play(env, task, given.skill)
     except EOFError:
         print("\nstopped")
 
@@ -53,7 +53,7 @@ def play(env, task, with_skill):
     observation, info = env.reset(task)
     say(env.instructions + KEYS)
     if with_skill:
-        for skill in envs.SkillBank(env.skills).retrieve(info["task"], info["task_type"], 0):
+        for skill in SkillBank(env.skills).retrieve(info["task"], info["task_type"], 0):
             say("Skill: " + skill.text)
     while True:
         say(observation + info["hint"])
@@ -74,15 +74,11 @@ def play(env, task, with_skill):
 
 
 def say(text):
-    """Print a text in the terminal's width, no word broken."""
+    """Print a text in the terminal's width, no word broken, without what a terminal would obey."""
     width = shutil.get_terminal_size().columns
-    for line in harmless(text).split("\n"):
+    for line in text.split("\n"):
+        line = "".join(c if c.isprintable() else "\ufffd" for c in line)
         print(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
-
-
-def harmless(text):
-    """A text without what a terminal would obey, its line breaks kept."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ picture.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
 import re
 import sys
 import textwrap
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,19 +26,10 @@ import sdar
 
 PICTURES = (".svg", ".png", ".pdf")
 FREE = {"seed", *sdar.MAY_DIFFER} - {"steps", "eval_every"}  # between runs of one curve
-TITLES = {  # {key of a line of metrics.jsonl: title of its panel}
-    "success": "success in training",
-    "eval_success": "held-out success without the skill",
-    "kl": "KL",
-    "eval_success_skill": "held-out success with the skill (the teacher)",
-    "gap": "mean gap, nats",
-    "gate_active": "share of active gates",
-    "entropy": "entropy, nats",
-    "gate": "mean gate",
-    "loss": "loss",
-    "grad_norm": "norm of the gradient",
-    "response_tokens": "sampled tokens an episode",
-}
+PANELS = (  # keys of metrics.jsonl
+    "success eval_success kl eval_success_skill gap gate_active entropy gate loss grad_norm "
+    "response_tokens"
+).split()
 
 
 def main(argv):
@@ -49,15 +40,20 @@ def main(argv):
     given = parser.parse_args(argv)
     check_file("--picture", given.picture, PICTURES)
 
-    runs = alike(given.runs)
     panels = {}
-    for name, title in TITLES.items():
-        for label, logs in runs.items():
+    for label, logs in alike(given.runs).items():
+        for name in PANELS:
             curve = points_of(name, logs)
             if curve.size:
-                panels.setdefault(title, {})[label] = curve
-    sdar.require(panels, f"{' '.join(given.runs)}: no run there has finished a step")
-    draw(panels, given.picture)
+                panels.setdefault(name, {})[label] = curve
+    for title, curves in panels.items():
+        print("\n" + title)
+        print_curves(curves)
+    try:
+        picture(panels, given.picture)
+        print(f"\n{given.picture}")
+    except ImportError:
+        print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
 
 
 def check_file(flag, path, kinds):
@@ -87,8 +83,7 @@ def alike(folders):
         label = re.sub(r"-s\d+/*$", "", folder)
         if known.setdefault(label, settings) != settings:
             label = folder
-        if lines:
-            runs.setdefault(label, []).append(lines)
+        runs.setdefault(label, []).append(lines)
     return runs
 
 
@@ -101,118 +96,90 @@ def points_of(name, logs):
     return np.array([curve[:shortest] for curve in curves])
 
 
-def draw(panels, path):
-    """Means over runs of {title: {label: (runs, points, x and y)}}, as text and, with bands of one
-    standard deviation, as a picture."""
-    for title, curves in panels.items():
-        print("\n" + title)
-        print_curves(title, curves)
-    try:
-        picture(panels, path)
-        print(f"\n{path}")
-    except ImportError:
-        print("no picture was drawn: it takes matplotlib (pip install matplotlib)")
-
-
-def with_seeds(curves):
-    """The labels of curves, with the number of runs that each is the mean of."""
-    labels = []
-    for label, curve in curves.items():
-        labels.append(f"{label} ({len(curve)} seeds)" if len(curve) > 1 else label)
-    return labels
-
-
-def is_share(title):
-    """True if the values of a panel go from 0 to 1."""
-    return "success" in title or "share" in title
-
-
-def print_curves(title, curves):
-    """A line of text a curve: bars, the first and the last mean, the label. The bars stand at the
-    same steps in all lines; where a curve has none, there is a blank."""
+def print_curves(curves):
+    """A line of text a curve: bars, the first and the last mean, the label. The bars stand on 0, or
+    on the lowest value below it, and at the same steps in all lines."""
     means = [curve.mean(0) for curve in curves.values()]
     steps, values = np.concatenate(means).T
-    low, high = (0, 1) if is_share(title) else (values.min(), values.max() + 1e-9)
+    low, high = min(0, *values), max(1e-9, *values)
     steps = np.unique(steps)
     steps = steps[:: math.ceil(len(steps) / 14)]
-    for label, mean in zip(with_seeds(curves), means):
-        levels = {step: int(8 * (value - low) / (high - low)) for step, value in mean}
-        bars = "".join("▁▂▃▄▅▆▇██ "[levels.get(step, -1)] for step in steps)
-        print("{}  {:.4g}: {:z.3f}  {:.4g}: {:z.3f}  {}".format(bars, *mean[0], *mean[-1], label))
+    for (label, curve), mean in zip(curves.items(), means):
+        heights = (np.interp(steps, *mean.T, low, low) - low) / (high - low)
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * height)] for height in heights)
+        ends = "{:.4g}: {:z.3f}  {:.4g}: {:z.3f}".format(*mean[0], *mean[-1])
+        print(f"{bars}  {ends}  {with_seeds(label, curve)}")
+
+
+def with_seeds(label, curve):
+    """A label, with the number of runs that its curve is the mean of."""
+    return f"{label} ({len(curve)} seeds, ± sd)" if len(curve) > 1 else label
 
 
 # --- The picture -------------------------------------------------------------------------
 
 # The same curves give the same bytes: no random names, no date. A label is never a formula.
-LIGHT = {"font.size": 12, "svg.hashsalt": "sdar", "text.parse_math": False}
-PAPER = dict.fromkeys(("figure.facecolor", "axes.facecolor"), "#0d1117")
-INKS = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color legend.labelcolor"
-DARK = LIGHT | PAPER | dict.fromkeys(INKS.split(), "#e6edf3")
+STYLE = {"font.size": 12, "svg.hashsalt": "sdar", "text.parse_math": False}
 COLOURS = {  # of a method, in every picture; each is seen on white and on dark
-    "sdar": ["#2f81f7"],
-    "grpo": ["#d9730d"],
-    "opsd": ["#2a9d5c"],
-    "grpo_opsd": ["#9a6dd7"],
-    "skill_grpo": ["#a5714a"],
-    "skill_sd": ["#d6498f"],
-    "rlsd": ["#1a9aa8"],
-    "": ["#808a94", "#c9503d", "#6d8a1d", "#6a72dd", "#b08800"],  # of what names no method
+    "sdar": "#2f81f7",
+    "grpo": "#d9730d",
+    "opsd": "#2a9d5c",
+    "grpo_opsd": "#9a6dd7",
+    "skill_grpo": "#a5714a",
+    "skill_sd": "#d6498f",
+    "rlsd": "#1a9aa8",
 }
 
 
 def looks_of(labels):
     """{label: how its line is drawn}: a method in its colour, a row of it ("sdar teacher=frozen")
-    with dashes of its own, then paler."""
-    free = {}
+    with wider dashes; what names no method in matplotlib's colours."""
     looks = {}
-    for name, colours in COLOURS.items():
-        rows = itertools.product((1, 0.6, 0.4), ("-", "--", ":", "-."), colours)
-        free[name] = itertools.cycle(rows)
+    drawn = Counter()
     for label in sorted(labels, key=len):  # the method itself is the shortest of its labels
-        named = re.findall(rf"\b({'|'.join(COLOURS)})\b", label)  # also finds nothing, ""
-        alpha, dashes, colour = next(free[max(named, key=len, default="")])
-        looks[label] = {"alpha": alpha, "linestyle": dashes, "color": colour}
+        colour = f"C{len(looks)}"
+        for word in re.findall(r"\w+", label):
+            colour = COLOURS.get(word, colour)
+        looks[label] = {"color": colour, "linestyle": (0, (6, 2 * drawn[colour]))}
+        drawn[colour] += 1
     return looks
 
 
 def picture(panels, path, dark=False):
-    """Write the picture of draw. The legend is below the panels, where it hides nothing.
-    ImportError without matplotlib."""
-    from matplotlib import rc_context
+    """Draw {title: {label: (runs, points, x and y)}}: means over runs, with bands of one standard
+    deviation, and below them the legend, where it hides nothing. ImportError without
+    matplotlib."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    looks = looks_of(dict.fromkeys(itertools.chain(*panels.values())))
+    labels = {}
+    for curves in panels.values():
+        labels |= curves
+    looks = looks_of(labels)
     wide = min(3, len(panels))
     high = math.ceil(len(panels) / 3)
-    size = (max(5.2, 4 * wide), 3.2 * high + 0.25 * len(looks) + 0.4)
     lines = {}
-    with rc_context(DARK if dark else LIGHT):
-        figure = Figure(figsize=size, layout="constrained")
+    with style.context(["dark_background", STYLE] if dark else STYLE):
+        size = (max(5.2, 4 * wide), 3.2 * high + 0.25 * len(looks) + 0.4)
+        figure = Figure(size, layout="constrained")
         for place, (title, curves) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(high, wide, place)
-            draw_panel(axes, title, curves, looks)
-            lines |= zip(with_seeds(curves), axes.lines)
-        place = {"loc": "outside lower center", "fontsize": "small", "frameon": False}
-        legend = figure.legend(lines.values(), lines, **place)
-        if "seeds)" in str(lines):
-            legend.set_title("mean over seeds, band: ± 1 sd")
+            axes.set_title(textwrap.fill(title, 46), fontsize="medium")
+            for label, curve in curves.items():
+                lines[with_seeds(label, curve)] = draw_curve(axes, curve, looks[label])
+        figure.legend(lines.values(), lines, loc="outside lower center", fontsize="small")
         figure.savefig(path, metadata={"Date": None})
 
 
-def draw_panel(axes, title, curves, looks):
-    """One panel: a curve a label, with its axes named. Of many curves only sdar and grpo have a
-    band, in their colour."""
-    for label, curve in curves.items():
-        x, mean = curve.mean(0).T
-        axes.plot(x, mean, linewidth=2, **looks[label])
-        if len(curve) > 1 and (len(looks) < 4 or label in ("sdar", "grpo")):
-            sd = curve[..., 1].std(0, ddof=1)
-            colour = looks[label]["color"]
-            axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-    axes.set_title(textwrap.fill(title, 46), fontsize="medium")
-    axes.set_xlabel("training step" if x.min() >= 0 else "gap, nats")
-    if is_share(title):
-        axes.set_ylim(-0.02, 1.02)
+def draw_curve(axes, curve, look):
+    """Draw the mean of runs, and with several the band around it. Returns the line."""
+    x, mean = curve.mean(0).T
+    (line,) = axes.plot(x, mean, **look)
+    if len(curve) > 1:
+        sd = curve[..., 1].std(0, ddof=1)
+        band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(x, mean - sd, mean + sd, **band)
+    return line
 
 
 if __name__ == "__main__":

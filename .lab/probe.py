@@ -17,17 +17,13 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 
-LAB = Path(__file__).resolve().parent
-sys.path[:0] = [str(LAB.parent), str(LAB / "experiments")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare
 import plots
-import variants
 
 import sdar
 from envs import ToyEnv, UserError, naming, require
@@ -92,14 +88,14 @@ def show(env, percent):
         print(f"{name:<8}", *[f"{cells[column]:^4}" for column in order(env)], sep="")
 
 
-def looks_at(steps, config, words, env):
-    """Train up to each of the steps, with variants, and look. A run that is resumed is the run that
-    was never stopped."""
+def looks_at(steps, config, env):
+    """Train up to each of the steps, and look. A run that is resumed is the run that was never
+    stopped."""
     looks = []
     policy = config.model
     for step in steps:
         if step:
-            sdar.train(replace(config, steps=step), **variants.hooks(words))
+            sdar.train(replace(config, steps=step))
             config = replace(config, resume=True, overwrite=False)
             policy = f"{config.out}/checkpoint"
         model, chat = sdar.load_policy(replace(config, model=policy))
@@ -107,61 +103,31 @@ def looks_at(steps, config, words, env):
     return looks
 
 
-def draw(env, looks, path):
-    """The matrices of several steps beside each other, as a picture."""
-    from matplotlib.figure import Figure
-
-    grey = "#8b949e"  # is read on white and on black, as is an orange that lets the page through
-    figure = Figure(figsize=(2.4 * len(looks), 2))
-    for place, look in enumerate(looks, 1):
-        axes = figure.add_subplot(1, len(looks), place)
-        shares = np.array(look["alone"]["percent"])[:, order(env)] / 100
-        axes.imshow(0 * shares, cmap="autumn", vmin=-1, vmax=1, alpha=shares)
-        title = "step {}: {:.2f}".format(look["step"], look["alone"]["diagonal"])
-        axes.set_title(title, color=grey)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_color(grey)
-    names = [*env.household.home]
-    figure.axes[0].set_yticks(range(len(names)), names, color=grey, fontsize=7)
-    figure.savefig(path, transparent=True, bbox_inches="tight")
-
-
 def main(argv):
     """Look at a policy as it is, or at some steps of its training."""
     parser = sdar.make_parser("python .lab/probe.py [flags]", description=__doc__)
-    more = parser.add_argument
-    more("--variant", default="", help="words of experiments/variants.py, with +")
-    more("--json", default="", help="add what was seen to this file")
-    more("--picture", default="", help="draw it (matplotlib): .svg, .png, .pdf")
+    parser.add_argument("--json", default="", help="add what was seen to this file")
     given = vars(parser.parse_args(argv))
-    words, file, picture = (given.pop(name) for name in ("variant", "json", "picture"))
-    words = re.findall("[^+]+", words)
+    file = given.pop("json")
     steps = given.pop("steps", "0")
     fine = re.fullmatch(r"\d+(,\d+)*", steps)
     require(fine, f"--steps {steps}: must be numbers like 0,2,5")
-    if picture:
-        plots.check_file("--picture", picture, plots.PICTURES)
-        require(find_spec("matplotlib"), "--picture: pip install matplotlib")
+    steps = sorted({*map(int, steps.split(","))})
     runs = {}
     if file:
         plots.check_file("--json", file, [".json"])
     if Path(file).is_file():
         with naming(f"--json {file} holds something else", UserError):
             runs.update(json.loads(Path(file).read_text("utf-8")))
-    steps = sorted({*map(int, steps.split(","))})
     config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
-    variants.check(words, replace(config, resume=len(steps) > 1))
     env = sdar.make_envs(config)[0]
     known = isinstance(env, ToyEnv)
     require(known, f"--env {config.env}: the probe knows the places of the toy alone")
 
-    looks = looks_at(steps, config, words, env)
-    if picture:
-        draw(env, looks, picture)
+    looks = looks_at(steps, config, env)
     if file:
-        seen = {"settings": vars(config) | {"variant": words}, "looks": looks}
-        seen["made"] = compare.origin(config.device)
-        runs[Path(config.out).name] = seen
+        settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
+        runs[Path(config.out).name] = {"settings": settings, "made": made, "looks": looks}
         Path(file).write_text(json.dumps(runs) + "\n", "utf-8")
 
 

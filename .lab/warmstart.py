@@ -38,20 +38,13 @@ from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, SkillBank, ToyEnv, i
 
 class Player:
     """A sensible player of one ToyEnv episode. It uses the skills that it has read, what it has
-    seen in this episode, and nothing else. rng: a random.Random for free choices, of which it takes
-    the first one in a share `habit` of the cases: who imitates a habit is surer of itself."""
+    seen in this episode, and nothing else. rng: a random.Random for free choices."""
 
-    def __init__(self, env, rng, habit=0.0):
+    def __init__(self, env, rng):
         self.env = env
         self.rng = rng
-        self.habit = habit
         self.seen = set()  # places whose contents it has looked at
         self.broken = set()  # appliances that it has tried
-
-    def choice(self, places):
-        """A place that nothing speaks against."""
-        first = self.habit and self.rng.random() < self.habit
-        return places[0] if first else self.rng.choice(places)
 
     def act(self, observation, known):
         """The next action after an observation. known: names of skills, a set; empty: a newcomer
@@ -64,7 +57,7 @@ class Player:
 
         # It carries something else, picked up by a random action: put it away.
         if env.hand and not is_a(env.hand, wanted):
-            place = env.where if env.where in env.storages else self.choice(env.storages)
+            place = env.where if env.where in env.storages else self.rng.choice(env.storages)
             return self.way_to(place) or f"put {env.hand}"
 
         # It carries nothing: take the thing that is wanted, but not one that was already brought.
@@ -78,14 +71,12 @@ class Player:
 
         # It carries what is wanted: to the lamp, to an appliance, or to its target.
         if env.kind == "look":
-            light = "use desklamp 1"
-            if env.where == house.lamp:
-                return light
-            return self.look_for("desklamp", house.lamp, "lamp" in known) or light
+            found = self.look_for("desklamp", house.lamp, "lamp" in known)
+            return found or "use desklamp 1"
         if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
             untried = [place for place in APPLIANCES[env.kind] if place not in self.broken]
             likely = [house.appliance[env.kind]] if env.kind in known else untried
-            place = env.where if env.where in untried else self.choice(likely)
+            place = env.where if env.where in untried else self.rng.choice(likely)
             return self.way_to(place) or f"{env.kind} {env.hand}"
         return self.way_to(env.target) or f"put {env.hand}"
 
@@ -101,7 +92,7 @@ class Player:
         # Who stands in front of something closed looks into it first, also who knows that the thing
         # is elsewhere: see "imitation gap" in FINDINGS.md.
         env = self.env
-        if env.where in env.storages and env.where not in env.opened:
+        if env.where and env.where not in env.opened:
             return f"open {env.where}"
 
         for place in env.storages:
@@ -111,7 +102,7 @@ class Player:
         if known and home not in self.seen:
             return self.way_to(home)
         unseen = [place for place in env.storages if place not in self.seen]
-        return self.way_to(self.choice(unseen or env.storages))
+        return self.way_to(self.rng.choice(unseen or env.storages))
 
 
 # --- 2. Demonstrations -------------------------------------------------------------------
@@ -144,10 +135,10 @@ class Library(SkillBank):
 TOY = ToyEnv()
 
 
-def demonstration(chat, rng, world=TOY, habit=0.0, observations=0.0):
+def demonstration(chat, rng, world=TOY, observations=0.0):
     """One scripted episode in a fresh random household, as this chat's model reads it: an Episode
     whose mask is the weight of each id in the loss. rng: random.Random; world: a ToyEnv, which says
-    how many places and turns there are; habit: see Player; observations: the weight of their ids.
+    how many places and turns there are; observations: the weight of their ids.
 
     Some begin with turns of an explorer, which are not imitated: the teacher will have to judge
     states that the student got itself into."""
@@ -165,7 +156,7 @@ def demonstration(chat, rng, world=TOY, habit=0.0, observations=0.0):
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, max(1, world.max_turns - 2))
 
-    player = Player(env, rng, habit)
+    player = Player(env, rng)
     while True:
         explores, noisy = env.turns < explored_turns, rng.random() < NOISE
         action = player.act(observation, set() if explores else known)
@@ -176,7 +167,7 @@ def demonstration(chat, rng, world=TOY, habit=0.0, observations=0.0):
         if not chat.plain:  # as the list has it
             listed = [text for text in info["admissible"] if is_a(text, action)]
             said = f"<action>{listed[0]}</action>"
-        episode.add(chat.encode(said) + [chat.end_id], sampled=int(not (explores or noisy)))
+        episode.add(chat.encode(said) + [chat.end_id], sampled=float(not (explores or noisy)))
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
             episode.turns, episode.won = env.turns, info["won"]
@@ -262,10 +253,10 @@ def learn(model, optimizer, config, chat, *what):
         episode.logprobs = [weight for weight in episode.mask if weight]
         episode.mask = [int(weight > 0) for weight in episode.mask]
         weights += episode.logprobs
-    weights = torch.tensor(weights).float()
+    weights = torch.tensor(weights)
     batch = {"old": weights / weights.mean()}  # update gives each episode its own
-    order = np.random.default_rng(0)  # they are as good in any order
-    return episodes, sdar.update(model, optimizer, episodes, batch, config, order, likelihood)
+    rng = np.random.default_rng(0)  # they are as good in any order
+    return episodes, sdar.update(model, optimizer, episodes, batch, config, rng, likelihood)
 
 
 def likelihood(model, episodes, tokens, config):
@@ -274,7 +265,7 @@ def likelihood(model, episodes, tokens, config):
     return {"loss": -tokens["old"].to(logprobs) * logprobs}
 
 
-def warmstart(config, world=TOY, habit=0.0):
+def warmstart(config, world):
     """(model, chat) of a tiny policy, trained by imitation. Deterministic on one machine.
 
     Muon for the layers' matrices, AdamW for the rest. It matters: with AdamW alone the policy needs
@@ -282,10 +273,8 @@ def warmstart(config, world=TOY, habit=0.0):
     torch.manual_seed(0)
     chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(0)
     model = new_policy(chat.tokenizer)
-    matrices, rest = [], []
-    for name, weights in model.named_parameters():
-        in_layer = "layers." in name and weights.ndim == 2
-        (matrices if in_layer else rest).append(weights)
+    matrices = [weights for weights in model.model.layers.parameters() if weights.ndim == 2]
+    rest = [*{*model.parameters()} - {*matrices}]
     muon = torch.optim.Muon(matrices, weight_decay=0.01)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -299,30 +288,27 @@ def warmstart(config, world=TOY, habit=0.0):
         rate = min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / config.steps))
         muon.param_groups[0]["lr"] = 0.05 * rate
         adamw.param_groups[0]["lr"] = 0.004 * rate
-        learn(model, muon, config, chat, rng, world, habit, OBSERVATIONS)
+        learn(model, muon, config, chat, rng, world, OBSERVATIONS)
     return model, chat
 
 
 # --- 4. A language model -----------------------------------------------------------------
 
 
-def imitate(config, envs, habit=0.0, plain=False, enough=0.9):
+def imitate(config, envs, plain, enough):
     """Teach a language model, in a run as sdar.train's: evaluated, logged, saved, and resumed
     exactly. It ends when the format is there, see above."""
-    from transformers import AutoTokenizer
-
     model, chat = sdar.load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
-    if plain or done:  # who resumes reads as before
-        source = f"{config.out}/checkpoint" if done else config.model
-        tokenizer = AutoTokenizer.from_pretrained(source, **{"plain": True} if plain else {})
-        chat = sdar.Chat(tokenizer, model.generation_config.eos_token_id)
+    before = Path(config.out, "checkpoint/tokenizer_config.json")
+    if plain or (done and '"plain"' in before.read_text("utf-8")):  # a run keeps its view
+        chat.plain = chat.tokenizer.init_kwargs["plain"] = True
     for step in tqdm(range(done + 1, config.steps + 1), "imitation"):
         clock = [time.perf_counter()] * 3  # nobody plays, and nothing is scored
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 10)
         rng = random.Random(f"{config.seed} {step}")
-        episodes, metrics = learn(model, optimizer, config, chat, rng, envs[0], habit)
+        episodes, metrics = learn(model, optimizer, config, chat, rng, envs[0])
         clock.append(time.perf_counter())
 
         last, result = step == config.steps, {}
@@ -353,25 +339,31 @@ IMITATION = {
 def main(argv):
     """Make the tiny policy, or teach a language model."""
     parser = sdar.make_parser("python .lab/warmstart.py [flags]", description=__doc__)
-    text = "share of free choices in which the player takes the first one [0]"
-    parser.add_argument("--habit", type=float, default=0.0, help=text)
-    text = "success with the skill at which a language model's imitation ends [0.9]"
-    parser.add_argument("--enough", type=float, default=0.9, help=text)
-    text = "a language model imitates, and from then on reads, the tiny policy's view"
-    parser.add_argument("--plain", action="store_true", default=False, help=text)
+    parser.add_argument(
+        "--enough",
+        type=float,
+        default=0.9,
+        help="success with the skill at which a language model's imitation ends [0.9]",
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        default=False,
+        help="a language model imitates, and from then on reads, the tiny policy's view",
+    )
     given = vars(parser.parse_args(argv))
-    habit, enough, plain = [given.pop(name) for name in ("habit", "enough", "plain")]
+    enough, plain = given.pop("enough"), given.pop("plain")
     tiny = given.get("model", "tiny") == "tiny"
     config = sdar.configure(**(TINY if tiny else IMITATION) | given)
     envs = sdar.make_envs(config)
     fine = isinstance(envs[0], ToyEnv)
     sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
     if not tiny:
-        imitate(config, envs, habit, plain, enough)
+        imitate(config, envs, plain, enough)
         return
     if "out" in given:  # only the carried policy is replaced unasked
         sdar.load_checkpoint(config, None, None, None)  # may it be written?
-    model, chat = warmstart(config, envs[0], habit)
+    model, chat = warmstart(config, envs[0])
     model.save_pretrained(config.out)
     chat.tokenizer.save_pretrained(config.out)
     sdar.say_success(config.out, sdar.evaluate(model.eval(), chat, envs, config))

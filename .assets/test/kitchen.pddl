@@ -1,4 +1,3 @@
-; A hand-written kitchen, in the names that ALFWorld's demangler expects. GOAL stands for one of goals.json
 (define (problem kitchen) (:domain alfred)
   (:objects agent1 - agent start - location CounterTopType - rtype CounterTop_bar_1 - receptacle atCounterTop - location FridgeType - rtype Fridge_bar_1 - receptacle atFridge - location MicrowaveType - rtype Microwave_bar_1 - receptacle atMicrowave - location SinkBasinType - rtype Sink_bar_1_bar_SinkBasin - receptacle atSinkBasin - location CabinetType - rtype Cabinet_bar_1 - receptacle atCabinet - location ShelfType - rtype Shelf_bar_1 - receptacle atShelf - location Apple_bar_1 Mug_bar_1 Mug_bar_2 DeskLamp_bar_1 - object AppleType MugType DeskLampType - otype)
   (:init

@@ -1,10 +1,9 @@
 """The tables and pictures of the pages, from results/*.json: rows that compare.py has written.
 
-    python .lab/experiments/results.py                 # print every table
-    python .lab/experiments/results.py --write         # put them into the pages
-    python .lab/experiments/results.py --check         # exit code 1 if a page says something else
+    python .lab/experiments/results.py --check         # is each table of a page that of the data?
+    python .lab/experiments/results.py --write         # put the tables into the pages
     python .lab/experiments/results.py --draw          # the pictures, light and dark (matplotlib)
-    python .lab/experiments/results.py --join long runs/long/compare*.json    # make long.json
+    python .lab/experiments/results.py --join long runs/long/*/rows.json      # make long.json
 
 A table stands in its page between two marks. The first one names a file of results/ and columns, as
 in compare.success:
@@ -27,8 +26,10 @@ LAB = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(LAB), str(LAB.parent)]
 import compare
 import plots
+import probe
 
 import sdar
+from envs import make_env
 
 ASSETS = LAB.parent / ".assets"
 DATA = LAB / "experiments/results"
@@ -37,7 +38,7 @@ MARK = re.compile(r"(?<=<!-- table: )(.*)( -->\n)((?:.*\n)*?)(?=<!-- end -->)")
 
 
 def main(argv):
-    """Print, write, check, draw or join. Returns 1 if a page that is checked is out of date."""
+    """Check, unless something else is asked for."""
     parser = sdar.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--write", "--check", "--draw"):
         parser.add_argument(name, action="store_true")
@@ -46,27 +47,25 @@ def main(argv):
     if given.draw:
         return draw()
     if given.join:
-        name, *files = given.join
-        rows = compare.join(sum(map(read, files), []))
-        DATA.joinpath(f"{name}.json").write_text(compare.as_json(rows), "utf-8")
+        return join(*given.join)
 
-    code = 0
     for path in PAGES:
         text = path.read_text("utf-8")
         filled = MARK.sub(lambda mark: f"{mark[1]}{mark[2]}\n{make_table(mark[1])}\n", text)
         if given.write:
             path.write_text(filled, "utf-8")
-        elif not given.check:
-            print(*[f"{path.name}: {mark[0]}" for mark in MARK.finditer(filled)], sep="")
-        elif filled != text:
-            print(f"{path}: its data say something else, --write it anew", file=sys.stderr)
-            code = 1
-    return code
+        same = given.write or filled == text
+        sdar.require(same, f"{path}: its data say something else, --write it anew")
 
 
-def read(name):
-    """What a file of results/ holds, or one at another place. UserError if it is no JSON."""
-    path = DATA / name
+def join(name, *files):
+    """Make a file of results/ from others."""
+    rows = compare.join(sum(map(read, map(Path, files)), []))
+    Path(DATA, f"{name}.json").write_text(compare.as_json(rows), "utf-8")
+
+
+def read(path):
+    """What a file of results holds. UserError if it is no JSON."""
     with sdar.naming(f"{path} holds no results", sdar.UserError):
         return json.loads(path.read_text("utf-8"))
 
@@ -78,15 +77,15 @@ def make_table(mark):
         if file == "gains":
             return gains(words)
         if file == "probe":
-            return probe(words.split(", "))
-        return compare.tables(read(f"{file}.json"), words.split(", "))
+            return probed(words.split(", "))
+        return compare.tables(read(DATA / f"{file}.json"), words.split(", "))
 
 
 def gains(name):
     """A table: what one row wins more than another, a line for each entry of a file. That has rows'
     file, two labels and a column; or, of an older commit, the gain, number of runs and commit."""
     cells = [["", "gain, 95 %", "so it is", "runs", "made by"]]
-    for title, *entry in read(f"{name}.json"):
+    for title, *entry in read(DATA / f"{name}.json"):
         for gain, runs, made in measured(*entry) if len(entry) > 3 else [entry]:
             verdict = "ahead" if gain[1] > 0 else "behind" if gain[2] < 0 else "not resolved"
             cells.append([title, compare.GAIN.format(*gain), verdict, str(runs), made])
@@ -95,16 +94,16 @@ def gains(name):
 
 def measured(file, label, base, column):
     """(gain with its interval, number of runs, commit) of a label over another, for each origin."""
-    rows = read(f"{file}.json")
+    rows = read(DATA / f"{file}.json")
     for row in rows:
         gains = compare.gains_over(base, row, rows, column)
         if row["label"] == label and len(gains) > 2:
             yield compare.t_interval(gains), len(gains), row["made"].split(",")[0]
 
 
-def probe(names):
+def probed(names):
     """A table: what .lab/probe.py saw of some runs, step by step. Means over seeds."""
-    runs, cells = read("probe.json"), []
+    runs, cells = read(DATA / "probe.json"), []
     for name in names:
         seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
         steps = [str(look["step"]) for look in seeds[0]]
@@ -116,13 +115,47 @@ def probe(names):
     return compare.markdown([head, *cells]) + "\n".join(["", *made, ""])
 
 
+# --- The pictures ------------------------------------------------------------------------
+
+
 def draw():
-    """The pictures, each light and dark."""
+    """The pictures: curves, light and dark, and what was probed, which is read on both."""
     for name, file in (("compare", "short"), ("long", "long")):
-        curves = compare.learning_curves(read(f"{file}.json"))
-        for dark in (False, True) if curves else ():
-            path = ASSETS / f"{name}{'-dark' * dark}.svg"
-            plots.picture({"held-out success without the skill": curves}, path, dark)
+        curves = learning_curves(read(DATA / f"{file}.json"))
+        panels = {"held-out success without the skill": curves}
+        plots.picture(panels, ASSETS / f"{name}.svg")
+        plots.picture(panels, ASSETS / f"{name}-dark.svg", dark=True)
+    draw_matrices("sdar-live-s0", ASSETS / "probe.svg")
+
+
+def learning_curves(rows):
+    """{label: (runs, points, 2)}: steps and held-out success of a row's runs, from before training
+    on."""
+    curves = {}
+    for row in rows:
+        for looks in row["runs"].values():
+            curve = [(int(step), compare.won(looks, step)) for step in looks]
+            curves.setdefault(row["label"], []).append(curve)
+    return {label: np.array(runs) for label, runs in curves.items()}
+
+
+def draw_matrices(run, path):
+    """What a probed run's student would answer first, at the steps whose whole matrix is kept: a
+    row is a class, a column a place, the homes on the left."""
+    from matplotlib.figure import Figure
+
+    env = make_env("toy")
+    looks = read(DATA / "probe.json")[run]["looks"]
+    looks = [look["alone"] | look for look in looks if "percent" in look["alone"]]
+    figure = Figure((2.4 * len(looks), 2), layout="constrained")
+    for place, look in enumerate(looks, 1):
+        axes = figure.add_subplot(1, len(looks), place, xticks=[], yticks=[])
+        axes.set_title("step {step}: {diagonal:.2f}".format(**look))
+        percent = np.array(look["percent"])[:, probe.order(env)]
+        axes.imshow(percent, cmap="Oranges", vmin=0, vmax=100)
+    names = [*env.household.home]
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=7)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -62,32 +62,27 @@ NEEDS = {  # {variant: the settings without which it would do nothing, or lose i
 # --- What the teacher reads, and who it is -----------------------------------------------
 
 
-class ByType(sdar.SkillBank):
-    """Another bandit: a skill's worth is another one for each task type, whatever its words."""
+def bank_of(kinds):
+    """The class of skill banks of these variants."""
+    share = 0 if "retrieval" in kinds else float(kinds.get("skills", 1))
 
-    def arm(self, skill, task, task_type):
-        return f"{skill.name} for {task_type}"
+    class Bank(sdar.SkillBank):
+        def arm(self, skill, task, task_type):
+            if "bandit" in kinds:  # a skill is worth something else for each type, whatever it says
+                return f"{skill.name} for {task_type}"
+            return super().arm(skill, task, task_type)
 
-
-def partly_wrong(share, bank):
-    """A class of skill banks that find right skills in this share of the groups, in the others as
-    many wrong ones."""
-
-    class PartlyWrong(bank):
         def retrieve(self, task, task_type, seed):
             found = super().retrieve(task, task_type, seed)
-            text = task.encode(errors="replace")
-            if np.random.default_rng([seed, *text]).random() < share:
+            rng = random.Random(f"{seed} {task}".encode(errors="replace"))
+            if rng.random() < share:
                 return found
-            wrong = []
-            for skill in self.skills:
-                if task_type not in (skill.task_types or [task_type]):
-                    wrong.append(skill)
-            rng = random.Random(f"{task}/{seed}".encode(errors="replace"))
-            count = max(1, len(found))
-            return rng.sample(wrong, min(len(wrong), count))
+            others = [skill for skill in self.skills if skill.task_types]
+            wrong = [skill for skill in others if task_type not in skill.task_types]
+            rng.shuffle(wrong)
+            return wrong[: max(1, len(found))]  # as many, if there are so many
 
-    return PartlyWrong
+    return Bank
 
 
 @torch.no_grad()
@@ -107,10 +102,10 @@ def follow(teacher, model, kind, step):
 # --- Other values for the tokens of a step: {name: (N,)}, which take those of step_batch --
 
 
-def by_token(values, episodes):
-    """A number for each episode as one for each of its tokens, (N,)."""
+def by_token(values, episodes, like):
+    """A number for each episode as one for each of its tokens, (N,), as this tensor is."""
     lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
-    return torch.as_tensor(values).repeat_interleave(lengths)
+    return values.flatten().repeat_interleave(lengths).to(like)
 
 
 def rewards_of(episodes, config):
@@ -121,9 +116,9 @@ def rewards_of(episodes, config):
 
 def std(kind, batch, episodes, config, step):
     """Advantages multiplied by the deviations again."""
-    deviations = rewards_of(episodes, config).std(1) + 1e-6
-    factors = by_token(deviations.repeat_interleave(config.group_size), episodes)
-    return {"advantages": batch["advantages"] * factors.to(batch["old"])}
+    deviations = rewards_of(episodes, config).std(1, keepdim=True) + 1e-6
+    factors = by_token(deviations.expand(-1, config.group_size), episodes, batch["old"])
+    return {"advantages": batch["advantages"] * factors}
 
 
 def advantage(kind, batch, episodes, config, step):
@@ -148,7 +143,7 @@ def gate(kind, batch, episodes, config, step):
         gate = gate - gate.mean()
     if kind == "shuffled":
         generator = torch.Generator().manual_seed(config.seed + 1000 * step)
-        gate = gate[torch.randperm(len(gate), generator=generator).to(gate.device)]
+        gate = gate[torch.randperm(len(gate), generator=generator)]
     return {"gate": gate}
 
 
@@ -180,8 +175,9 @@ def full_divergence(model, teacher, episodes, config, kind):
             logits = reader(input_ids=ids, use_cache=False).logits
         logits = logits[:, :-1][mask[:, 1:].bool()]
         readers.append(torch.log_softmax(logits.float() / config.temperature, -1))
-    taught = by_token([bool(episode.skill_ids) for episode in episodes], episodes)
-    return taught.to(model.device) * between(*readers, kind)
+    values = between(*readers, kind)
+    taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
+    return by_token(taught, episodes, values) * values
 
 
 # --- A step's tasks, played again --------------------------------------------------------
@@ -252,10 +248,9 @@ def practise(kind, model, episodes, config, step):
     again = play_again(model, episodes, rows, config, step, config.temperature, with_skill=True)
     if kind == "out" and again:
         for row, guided in zip(rows, again):
-            plain = episodes[row]
-            begin, prompt = guided.mask.index(1), plain.mask.index(1)
-            guided.ids[:begin] = plain.ids[:prompt]
-            guided.mask[:begin] = plain.mask[:prompt]
+            length = guided.mask.index(1) - episodes[row].mask.index(1)
+            skill = slice(guided.skill_at, guided.skill_at + length)
+            del guided.ids[skill], guided.mask[skill]
         take_as_scored(model, again, config)
     episodes += again
 
@@ -269,7 +264,7 @@ def practice(kind, batch, episodes, config, step):
     if kind == "out":
         tries = torch.cat([rewards[groups], rewards[plain:]], 1)  # (groups that failed, 2 G)
         advantages[groups], advantages[plain:] = sdar.group_advantages(tries).chunk(2, 1)
-    return {"advantages": by_token(advantages.flatten(), episodes).to(batch["old"])}
+    return {"advantages": by_token(advantages, episodes, batch["old"])}
 
 
 # --- All of them -------------------------------------------------------------------------
@@ -330,10 +325,7 @@ def hooks(words):
             terms["sdar_loss"] = loss
         return terms
 
-    bank = ByType if "bandit" in kinds else sdar.SkillBank
-    share = 0 if "retrieval" in kinds else float(kinds.get("skills", 1))
-    bank = partly_wrong(share, bank)
-    return {"step_batch": step_batch, "objective": objective, "skill_bank": bank}
+    return {"step_batch": step_batch, "objective": objective, "skill_bank": bank_of(kinds)}
 
 
 def main(argv):

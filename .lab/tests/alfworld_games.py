@@ -4,7 +4,8 @@
     python .lab/player.py alfworld --data games
 
 They need the package (pip install alfworld), not its download: the engine, its rules and its words
-are ALFWorld's, the kitchen is hand-written (.assets/test/kitchen.pddl, goals.json).
+are ALFWorld's, the kitchen is hand-written: .assets/test/kitchen.pddl, in which GOAL stands for a
+goal of goals.json, in the names that ALFWorld's demangler expects.
 """
 
 import json
@@ -20,7 +21,7 @@ def write_games(folder):
     data = Path(find_spec("alfworld").origin).parent / "data"
     game = {"pddl_domain": (data / "alfred.pddl").read_text()}
     grammar = (data / "alfred.twl2").read_text()
-    problem = (KITCHEN / "kitchen.pddl").read_text().split("\n", 1)[1]
+    problem = (KITCHEN / "kitchen.pddl").read_text()
     Path(folder).mkdir(exist_ok=True)
     plans = {}
     for kind, (text, goal, plan) in json.loads((KITCHEN / "goals.json").read_text()).items():
@@ -33,5 +34,4 @@ def write_games(folder):
 
 
 if __name__ == "__main__":
-    for name, plan in write_games(sys.argv[1]).items():
-        print(name, ", ".join(plan), sep="\n  ")
+    print(*write_games(sys.argv[1]), sep="\n")

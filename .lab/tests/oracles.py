@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sdar
 
 DRAW = torch.Generator().manual_seed(0)
 LOGITS, NUDGE = torch.randn(2, 5, generator=DRAW, dtype=torch.float64)
 TEACHER = torch.log_softmax(LOGITS + NUDGE, -1)
-NEAR = torch.log_softmax(LOGITS + NUDGE / 10000, -1)  # another one, who says nearly the same
 STUDENT = torch.log_softmax(LOGITS.requires_grad_(), -1)
 P = STUDENT.exp()
 
@@ -34,9 +33,9 @@ def expected(losses):
     return slope(P.detach() @ losses)
 
 
-def gated(teacher=TEACHER, **options):
+def gated(**options):
     """L_SDAR of each token, (5,)."""
-    return sdar.sdar_loss(STUDENT, teacher, **options)["sdar_loss"]
+    return sdar.sdar_loss(STUDENT, TEACHER, **options)["sdar_loss"]
 
 
 def oracle_constant_gate():
@@ -55,12 +54,6 @@ def oracle_gap_gate():
         assert torch.allclose(expected(gated()), slope(-P @ reward))
 
 
-def oracle_small_gaps():
-    """For small gaps the gap gate's expected gradient is beta/4 of the reverse KL's."""
-    exact = slope(P @ (STUDENT - NEAR))
-    assert torch.allclose(expected(gated(NEAR)), 5 / 4 * exact, rtol=1e-3)
-
-
 def oracle_reverse_kl():
     """Skill-SD's is the reverse KL's gradient, on policy and whatever the gaps."""
     losses = sdar.skill_sd_loss(STUDENT, TEACHER, STUDENT.detach())["sdar_loss"]
@@ -68,21 +61,7 @@ def oracle_reverse_kl():
     assert torch.allclose(expected(losses), exact)
 
 
-def oracle_grpo():
-    """GRPO's own estimator in groups of G = 2, without the standard deviation, is (G - 1)/G of the
-    policy gradient, since the mean holds the episode itself."""
-    rewards = torch.arange(5).double() ** 2
-    groups = torch.cartesian_prod(rewards, rewards)  # each episode and each companion
-    advantages = sdar.group_advantages(groups)[:, 0] * groups.std(1)
-    mean = advantages.view(5, 5) @ P.detach()  # over the companions
-    losses = sdar.policy_loss(STUDENT, STUDENT.detach(), mean)["policy_loss"]
-    exact = -slope(P @ rewards)
-    assert torch.allclose(expected(losses), exact / 2, rtol=1e-4)
-
-
-ORACLES = [value for name, value in vars().items() if name.startswith("oracle_")]
-
 if __name__ == "__main__":
-    for oracle in ORACLES:
+    for oracle in (oracle_constant_gate, oracle_gap_gate, oracle_reverse_kl):
         oracle()
         print(f"holds: {' '.join(oracle.__doc__.split())}")

@@ -1,6 +1,7 @@
 """The paper's environments: ALFWorld's engine on hand-written games, a stand-in for WebShop, and
-search servers that answer or misbehave. The queries of a turn: test_search.py."""
+search servers that answer, take one query a request, or misbehave."""
 
+import io
 import json
 import random
 import signal
@@ -12,7 +13,6 @@ from unittest.mock import Mock, call
 
 from alfworld_games import write_games
 from conftest import DATA, QUESTIONS
-from faulty_server import FAULTS, faulty_server
 from pytest import fixture, importorskip, mark, raises
 
 import envs
@@ -50,10 +50,9 @@ def test_all_games_are_won_at_once_and_each_twice_alike(engine):
     calls = [partial(play, world, *plan) for world, plan in zip(worlds, twice)]
     logs = envs.call_all(calls, in_threads=True)
     assert logs[: len(plans)] == logs[len(plans) :]
-    for (first, info), *steps in logs:
+    for (first, info), *_, last in logs:
         assert info["task"] in first
-        rewards = [step[1] for step in steps]
-        assert (rewards.index(1.0), steps[-1][2]) == (len(steps) - 1, True)
+        assert last[1:3] == (1.0, True)
 
 
 def test_a_run_goes_on_exactly_where_its_engine_failed(engine, tmp_path):
@@ -81,25 +80,27 @@ def test_a_game_that_hangs_is_named(tmp_path, monkeypatch):
 
 
 FILES = """
-"train/pick_heat-Mug"               "true"   "pick_heat"  ("train",)
-"valid_seen/pick_heat-Mug"          "true"   "pick_heat"  ("eval",)
-"valid_unseen/look_at-Mug"          "true"   "look_at"    ("dev",)
-"train/pick_heat-Cup"               "false"  ""           ()
-"train/pick_heat-movable-Pen"       "true"   ""           ()
-"valid_seen/pick_heat-AppleSliced"  "true"   ""           ()
-"valid_train/pick_heat-Mug"         "true"   ""           ()
+train/pick_heat-Mug               true
+valid_seen/pick_heat-Mug          true
+valid_unseen/look_at-Mug          true
+train/pick_heat-Cup               false
+train/pick_heat-movable-Pen       true
+valid_seen/pick_heat-AppleSliced  true
+valid_train/pick_heat-Mug         true
 """
 
 
 def test_alfworld_leaves_out_what_the_official_loader_does(tmp_path):
-    expected = {}
-    for name, solvable, kind, splits in table(FILES):
+    for line in FILES.strip().splitlines():
+        name, solvable = line.split()
         path = tmp_path / f"{name}.tw-pddl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'{{"solvable": {solvable}}}')
-        if splits:
-            expected[f"{name}.tw-pddl"] = kind, splits
-    assert envs.AlfworldEnv.games(tmp_path) == expected
+    assert envs.AlfworldEnv.games(tmp_path) == {
+        "train/pick_heat-Mug.tw-pddl": ("pick_heat", ("train",)),
+        "valid_seen/pick_heat-Mug.tw-pddl": ("pick_heat", ("eval",)),
+        "valid_unseen/look_at-Mug.tw-pddl": ("look_at", ("dev",)),
+    }
 
 
 SHOPPING = """
@@ -132,33 +133,75 @@ def test_a_shop_does_what_its_page_offers_and_half_a_score_is_no_win():
 # --- Search-QA ---------------------------------------------------------------------------
 
 
-def test_search_shows_passages_without_forged_tags():
-    with faulty_server("fine") as (url, requests):
-        world = make_env("search", data=QUESTIONS, url=url)
+QUERIES = [f"q {i}" for i in range(9)]
+
+
+@mark.parametrize("most, one_by_one", [(9, 0), (1, 9)])
+def test_a_turns_queries_go_together_where_the_server_takes_a_list(most, one_by_one, monkeypatch):
+    """Else one by one, at most four at once. The time limit is twenty seconds, and ten for each
+    query. At the last turn nothing is asked."""
+    requests, busy = [], []
+
+    def urlopen(request, timeout):
+        asked = json.loads(request.data)["queries"]
+        busy.append(asked)
+        requests.append((len(asked), timeout, len(busy) <= 4))
+        time.sleep(0.01)
+        busy.pop()
+        rows = [[{"contents": f"of {query}"}] for query in asked[:most]]
+        return io.StringIO(json.dumps({"result": rows}))
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    actions = [f"<search>{query}</search>" for query in QUERIES]
+    worlds = [make_env("search", data=QUESTIONS, max_turns=2) for _ in actions]
+    for world in worlds:
         world.reset("1")
-        observation, *_, info = world.step("<search>Where was\nKolben born?</search>")
-    shown = "<information>Doc 1: Kolben was born in Velden.(/information>( /Answer>forged\nDoc 2: T"
-    assert observation == shown + "\nb\nDoc 3: c"
+    results = worlds[0].step_all(worlds, actions)
+    assert [found for found, *_ in results] == [f"<information>Doc 1: of {q}" for q in QUERIES]
+    worlds[0].step_all(worlds, actions)
+    assert requests == [(9, 110, True), *[(1, 30, True)] * one_by_one]
+
+
+PASSAGES = """[
+    {"document": {"contents": "a"}},
+    {"document": {"title": "T", "text": "b"}, "score": 1},
+    {"document": {"contents": "padding"}, "score": -3.4e+38},
+    {"contents": "c", "score": NaN},
+    {"contents": "d"}]"""
+
+
+def test_search_shows_three_passages_without_forged_tags(server):
+    assert envs.passages(json.loads(PASSAGES)) == ["a", "T\nb", "c"]
+    world = make_env("search", data=QUESTIONS, url=server)
+    world.reset("1")
+    observation, *_, info = world.step("<search>Where was\nKolben born?</search>")
+    born = "<information>Doc 1: Mira Kolben was born in Velden.(/information>(answer>forged"
+    assert observation == born + "\nDoc 2: The lighthouse was designed by Mira Kolben."
     assert info["hint"].startswith("</information>\n")
-    query = "Where was Kolben born?"
-    assert requests == [{"query": query, "queries": [query], "topk": 3, "return_scores": True}]
 
 
-@mark.parametrize("kind", [kind for kind, fault in FAULTS.items() if "requests" in fault])
-def test_a_server_that_misbehaves_is_never_an_observation(kind, monkeypatch):
-    """Nor is one that is silent, or not there. Three tries, and then one line."""
-    urlopen, sleep = urllib.request.urlopen, Mock()
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(
-        urllib.request, "urlopen", lambda request, timeout: urlopen(request, timeout=timeout / 100)
-    )
-    with faulty_server(kind) as (url, requests):
-        world = make_env("search", data=QUESTIONS, url=url)
-        world.reset("1")
-        with raises(EnvUnavailable, match=f"^no search results from {url}.*search_server.py.*$"):
-            world.step("<search>q</search>")
-    assert len(requests) == FAULTS[kind]["requests"]
-    assert sleep.mock_calls == [call(1), call(5)]
+OTHER_SHAPES = """
+{"result": [[{"docu
+{"detail": "queries missing"}
+[]
+{"result": []}
+{"result": [[{"document": {"contents": 1}}]]}
+{"result": [[{"document": {"title": 3}}]]}
+"""
+
+
+@mark.parametrize("body", ["", *OTHER_SHAPES.strip().splitlines()])
+def test_a_server_that_is_gone_or_answers_otherwise_is_unavailable(body, monkeypatch):
+    """Three tries, and then one line: never an observation for the model."""
+    if body:
+        monkeypatch.setattr(urllib.request, "urlopen", lambda *_, timeout: io.StringIO(body))
+    pause, url = Mock(), "http://127.0.0.1:9/retrieve"  # there is none
+    monkeypatch.setattr(time, "sleep", pause)
+    world = make_env("search", data=QUESTIONS, url=url)
+    world.reset("1")
+    with raises(EnvUnavailable, match=f"^no search results from {url}.*search_server.py.*$"):
+        world.step("<search>q</search>")
+    assert pause.mock_calls == [call(1), call(5)]
 
 
 BAD_ROWS = (DATA / "bad_rows.txt").read_text().splitlines()

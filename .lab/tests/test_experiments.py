@@ -5,8 +5,7 @@ import copy
 import numpy as np
 import torch
 import variants
-from conftest import refused
-from pytest import approx, mark
+from pytest import mark
 
 import envs
 import sdar
@@ -20,7 +19,7 @@ VALUES = """
 "gate:constant"         "close(gate, g.mean()) and close(sdar_loss, gate * (teacher - logprobs))"
 "gate:centred"          "close(gate, g - g.mean())"
 "gate:shuffled"         "not close(gate, g) and close(gate.sort()[0], g.sort()[0])"
-"std:off"               "close(advantages, A / 2)"
+"std:off"               "advantages.unique().tolist() == [-0.5, -0.25, 0.5, 0.75]"
 "advantage:gap"         "close(advantages, 3 * A + 2 * (g - g.mean()))"
 "advantage:reverse_kl"  "close(advantages, 3 * A + 2 * (teacher - old))"
 "advantage:gap"         "close(loss, policy_loss + 0.01 * kl)"
@@ -35,14 +34,13 @@ def test_what_a_variant_changes_in_a_step_by_hand(word, check, policy):
     episodes = play(policy, config)
     episodes[0].reward = 1.0
     episodes[5].reward = 1.0
+    episodes[6].reward = 1.0
     model = policy[0]
     start = copy.deepcopy(model)
     plain = sdar.step_batch(model, model, model, episodes, config, 1)
     hooks = variants.hooks([word])
     batch = hooks["step_batch"](model, model, model, episodes, config, 1)
-
-    with torch.no_grad():
-        model.lm_head.weight *= 0.5
+    model.lm_head.weight.data *= 0.5
     names = batch | hooks["objective"](model, episodes, batch, config)
     names["A"] = plain["advantages"]
     names["g"] = torch.sigmoid(5 * (plain["teacher"] - plain["old"]))
@@ -65,19 +63,21 @@ def test_a_divergence_is_that_of_the_two_readers(kind, formula, policy):
     config = configure(group_size=2, temperature=0.7)
     episodes = play(policy, config, episodes=4)
     model = policy[0]
-    teacher = copy.deepcopy(model)
-    teacher.model.norm.weight.data *= 1.1
-    found = variants.full_divergence(model, teacher, episodes, config, kind)
-    shares = []
-    for reader, with_skill in ((model, False), (teacher, True)):
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data *= 1.1
+    found = variants.full_divergence(model, other, episodes, config, kind)
+
+    def shares(reader, with_skill):
         ids, mask = episodes[-1].view(with_skill)
         logits = reader(torch.tensor([ids])).logits[0, :-1].double()
         sampled = torch.tensor(mask[1:]) > 0
-        shares.append((logits[sampled] / 0.7).softmax(-1))
-    names = {"kl": lambda p, q: (p * (p / q).log()).sum(-1), "middle": sum(shares) / 2}
-    names["student"], names["teacher"] = shares
-    expected = eval(formula, names).tolist()
-    assert found[-len(expected) :].tolist() == approx(expected, abs=1e-4)
+        return (logits[sampled] / 0.7).softmax(-1)
+
+    student, teacher = shares(model, False), shares(other, True)
+    names = {"student": student, "teacher": teacher, "middle": (student + teacher) / 2}
+    names["kl"] = lambda p, q: (p * (p / q).log()).sum(-1)
+    expected = eval(formula, names).float()
+    assert torch.allclose(found[-len(expected) :], expected, atol=1e-4)
 
 
 FOLLOWS = """
@@ -95,8 +95,7 @@ def test_a_copied_teacher_follows_when_it_should(kind, step, moved, policy):
     model = policy[0]
     teacher = copy.deepcopy(model)
     before = teacher.lm_head.weight.clone()
-    with torch.no_grad():
-        model.lm_head.weight += 1
+    model.lm_head.weight.data += 1
     found = variants.follow(teacher, model, kind, step)
     assert torch.allclose(found.lm_head.weight, before + moved, atol=1e-6)
 
@@ -126,16 +125,14 @@ SHARES = """
 def test_skills_are_right_in_a_share_of_the_groups(word, low, high):
     """The same at each call, as for the episodes of a group; the others fit no part of the task."""
     world = envs.make_env("toy")
-    plain = envs.SkillBank(world.skills)
     bank = variants.hooks([word])["skill_bank"](world.skills)
     right = []
     for seed, task in enumerate(world.tasks("train")[:200]):
         kind = world.goals[task][0]
         found = bank.retrieve(task, kind, seed)
-        assert found == bank.retrieve(task, kind, seed)
-        right.append(found == plain.retrieve(task, kind, seed))
-        fits = [skill.matches(task, kind) for skill in found]
-        assert all(fits) if right[-1] else not any(fits)
+        assert found and found == bank.retrieve(task, kind, seed)
+        (fits,) = {skill.matches(task, kind) for skill in found}
+        right.append(fits)
     assert low <= np.mean(right) <= high
 
 
@@ -172,16 +169,13 @@ def test_a_step_is_played_again(word, check, policy):
         episodes[row].won = True
         episodes[row].reward = 1.0
     names = {"before": [episode.ids for episode in episodes]}
+    prompts = [episode.ids[: episode.mask.index(1)] for episode in episodes]
     step_batch = variants.hooks([word])["step_batch"]
     batch = step_batch(model, model, model, episodes, config, 1)
 
     assert torch.allclose(batch["old"], sdar.score(model, episodes, config), atol=1e-5)
-    drawn = [episode.random.bit_generator.seed_seq.entropy[0] for episode in episodes]
-    assert drawn == [3] * 12 + [5] * (len(episodes) - 12)
     names["ids"] = [episode.ids for episode in episodes]
-    texts = chat.tokenizer.batch_decode(names["ids"])
-    names["told"] = ["is kept in" in text for text in texts]
-    lengths = [len(episode.logprobs) for episode in episodes]
-    parts = batch["advantages"].split(lengths)
-    names["A"] = [values[0].item() for values in parts]
+    names["told"] = [episode.ids[: episode.mask.index(1)] not in prompts for episode in episodes]
+    ends = np.cumsum([len(episode.logprobs) for episode in episodes]) - 1
+    names["A"] = batch["advantages"][ends].tolist()
     assert eval(check, names)

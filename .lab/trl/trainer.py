@@ -18,6 +18,7 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sdar
 
 try:
@@ -53,7 +54,8 @@ def make_arguments(config, changes):
     """TRL's GRPOConfig. changes: texts NAME=VALUE, which win. UserError for what it refuses."""
     sdar.require(GRPOTrainer is not object, "pip install trl==1.16.0 peft==0.21.2")  # as tested
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-    tasks, parts = config.tasks_per_step, config.minibatches
+    tasks = config.tasks_per_step
+    parts = config.minibatches
     share, rest = divmod(tasks * config.group_size, processes * parts)
     fits = rest == 0 and tasks % processes == 0
     sdar.require(fits, f"{tasks} tasks do not fit {processes} processes, {parts} --minibatches")
@@ -83,26 +85,33 @@ class SDARTrainer(GRPOTrainer):
 
     rollout = staticmethod(sdar.rollout)  # a place for another engine
 
-    def __init__(self, config, arguments, lora=0):
-        """arguments: TRL's. lora: the rank of adapters; 0: none."""
+    def __init__(self, config, arguments, lora=0, step_batch=sdar.step_batch):
+        """arguments: TRL's. lora: the rank of adapters; 0: none. step_batch: as train's."""
         self.run = replace(config, kl_coef=0.0)  # TRL itself scores the start policy
+        self.lora = lora
+        self.step_batch = step_batch
         self.envs = sdar.make_envs(config)
         self.policy, self.chat = sdar.load_policy(config)  # inside of what TRL makes of it
-        self.policy.to(arguments.device)
+        self.played = 0  # batches of episodes
+        self.sums = Counter()  # of the gated term's values since the last line of the log
+
+        prompts = ["a task, which play draws"] * config.tasks_per_step
+        adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+        super().__init__(
+            self.policy,
+            advantage,
+            arguments,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=self.chat.tokenizer,
+            rollout_func=play,
+            peft_config=adapters if lora else None,
+        )
         copied = config.teacher == "frozen" and not lora
         self.teacher = copy.deepcopy(self.policy) if copied else self.policy
-        self.played = 0  # batches of episodes
-        self.sums = {}  # of the gated term's values since the last line of the log
-
-        rows = Dataset.from_dict({"prompt": ["a task, which play draws"] * config.tasks_per_step})
-        shape = {"r": lora, "lora_alpha": 2 * lora, "target_modules": "all-linear"}
-        more = {"processing_class": self.chat.tokenizer, "rollout_func": play}
-        more["peft_config"] = LoraConfig(**shape) if lora else None
-        super().__init__(self.policy, advantage, arguments, train_dataset=rows, **more)
 
     def score(self, model, episodes, config, with_skill=False):
         """As sdar.score. With LoRA the frozen teacher is the policy with its adapters off."""
-        off = with_skill and config.teacher == "frozen" and model is self.policy
+        off = self.lora and with_skill and config.teacher == "frozen"
         with self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext():
             return sdar.score(model, episodes, config, with_skill)
 
@@ -117,7 +126,7 @@ class SDARTrainer(GRPOTrainer):
 
         terms = gated_terms(outputs[0], inputs, self.run)
         for name, values in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + values.detach().float().sum()
+            self.sums[name] += values.detach().sum()
 
         # Tokens of an optimiser step in one process, on average: what dapo divides by.
         part = self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -126,16 +135,18 @@ class SDARTrainer(GRPOTrainer):
 
     def log(self, logs, start_time=None):
         """With the gated term's means over the tokens of all processes."""
-        sums, self.sums = self.accelerator.reduce(self.sums, "sum"), {}
+        sums = self.accelerator.reduce(self.sums, "sum")
+        self.sums = Counter()
         tokens = sums.pop("tokens", None)
         means = {name: (total / tokens).item() for name, total in sums.items()}
         super().log(logs | means, start_time)
 
     def finish(self):
         """Evaluate, and write checkpoint/, with LoRA's adapters merged, and metrics.jsonl."""
-        policy, folder = self.policy.eval(), Path(self.run.out)
-        if (adapted := self.accelerator.unwrap_model(self.model)) is not policy:
-            adapted.merge_and_unload()
+        policy = self.policy.eval()
+        folder = Path(self.run.out)
+        if self.lora:
+            self.accelerator.unwrap_model(self.model).merge_and_unload()
         sdar.say_success("after", sdar.evaluate(policy, self.chat, self.envs, self.run))
         policy.save_pretrained(folder / "checkpoint")
         self.chat.tokenizer.save_pretrained(folder / "checkpoint")
@@ -168,7 +179,9 @@ def play(prompts, trainer):
     """TRL's rollout function: an episode for each prompt. Tasks are drawn as in sdar.py, and this
     process plays its part of them. Returns lists: {name: a value for each}."""
     trainer.played += 1
-    config, policy, step = trainer.run, trainer.policy, trainer.played
+    step = trainer.played
+    config = trainer.run
+    policy = trainer.policy
     rng = np.random.default_rng([2, config.seed, step])
     starts = sdar.draw_starts(trainer.envs[0], config, step, rng)
     starts = sdar.in_parts(starts, len(prompts))[trainer.accelerator.process_index]
@@ -176,7 +189,8 @@ def play(prompts, trainer):
     policy.eval()
     more = starts, config, config.temperature, config.skilled
     episodes = trainer.rollout(policy, trainer.chat, trainer.envs, *more)
-    batch = sdar.step_batch(policy, None, trainer.teacher, episodes, config, step, trainer.score)
+    models = policy, None, trainer.teacher
+    batch = trainer.step_batch(*models, episodes, config, step, trainer.score)
     policy.train()
 
     # TRL pads, shuffles and splits, and a number a token goes along: the sampler's log-prob, which
@@ -186,12 +200,16 @@ def play(prompts, trainer):
     rows = []
     for episode, advantages in zip(episodes, batch["advantages"].split(lengths)):
         at = episode.mask.index(1)
-        mask = episode.mask[at:]
-        logprobs = [next(teacher) if sampled else 0.0 for sampled in mask]
-        outcome = advantages[0].item(), episode.won
-        rows.append((episode.ids[:at], episode.ids[at:], mask, logprobs, *outcome))
-    names = "prompt_ids completion_ids env_mask logprobs advantages won".split()
-    return dict(zip(names, map(list, zip(*rows))))
+        row = {
+            "prompt_ids": episode.ids[:at],
+            "completion_ids": episode.ids[at:],
+            "env_mask": episode.mask[at:],
+            "logprobs": [next(teacher) if sampled else 0.0 for sampled in episode.mask[at:]],
+            "advantages": advantages[0].item(),
+            "won": episode.won,
+        }
+        rows.append(row)
+    return {name: [row[name] for row in rows] for name in row}
 
 
 def main(argv):
@@ -200,7 +218,8 @@ def main(argv):
     parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
     given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
-    lora, changes = given.pop("lora"), given.pop("set")
+    lora = given.pop("lora")
+    changes = given.pop("set")
     sdar.require(not NOT_HERE & {*given}, "--resume, --save-every, --eval-every: not on TRL")
     config = sdar.configure(**given)
     sdar.require(config.distil in ("gate", "none"), f"--method {config.method}: not on TRL")
@@ -213,7 +232,6 @@ def main(argv):
     trainer.train()
     if trainer.accelerator.is_main_process:
         trainer.finish()
-    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
