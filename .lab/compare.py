@@ -230,8 +230,9 @@ def won(looks, column):
 
 
 def success(row, column):
-    """{seed: the share of games that its run has won}."""
-    return {seed: won(looks, column) for seed, looks in row["runs"].items()}
+    """{seed: the share of games that its run has won}, of runs that came so far."""
+    step = re.search(r"\d+", column)[0]
+    return {seed: won(looks, column) for seed, looks in row["runs"].items() if step in looks}
 
 
 # --- The table ---------------------------------------------------------------------------
@@ -256,6 +257,8 @@ def tables(rows, columns):
 def cell(row, column):
     """Success of a row's runs as a text."""
     shares = [*success(row, column).values()]
+    if not shares:
+        return ""
     if len(shares) > 1:
         return f"{np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f}"
     games = row["settings"]["eval_episodes"]

@@ -330,7 +330,7 @@ IMITATION = {
     "out": "runs/warm",
     "preset": "small",
     "steps": 200,
-    "lr": 2e-5,
+    "lr": 5e-5,
     "group_size": 2,
     "minibatches": 1,
 }

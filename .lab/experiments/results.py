@@ -11,7 +11,7 @@ in compare.success:
     <!-- table: short: 20 steps, 60 steps, 60 with the skill -->
     <!-- end -->
 
-Other forms are "gains: when", of results/when.json, and "probe"; see these functions.
+Other forms are "gains: when", of results/when.json, and "probe: ..."; see these functions.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def make_table(mark):
     with sdar.naming(f"the table {mark!r} cannot be made", sdar.UserError):
         if file == "gains":
             return gains(words)
-        if file == "probe":
-            return probed(words.split(", "))
+        if file.startswith("probe"):
+            return probed(file, words.split(", "))
         return compare.tables(read(DATA / f"{file}.json"), words.split(", "))
 
 
@@ -101,9 +101,9 @@ def measured(file, label, base, column):
             yield compare.t_interval(gains), len(gains), row["made"].split(",")[0]
 
 
-def probed(names):
+def probed(file, names):
     """A table: what .lab/probe.py saw of some runs, step by step. Means over seeds."""
-    runs, cells = read(DATA / "probe.json"), []
+    runs, cells = read(DATA / f"{file}.json"), []
     for name in names:
         seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
         steps = [str(look["step"]) for look in seeds[0]]
