@@ -177,7 +177,7 @@ def draw_curve(axes, curve, look):
     (line,) = axes.plot(x, mean, **look)
     if len(curve) > 1:
         sd = curve[..., 1].std(0, ddof=1)
-        band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+        band = {"color": look["color"], "alpha": 0.1, "linewidth": 0}
         axes.fill_between(x, mean - sd, mean + sd, **band)
     return line
 

@@ -78,7 +78,10 @@ def make_table(mark):
             return gains(words)
         if file.startswith("probe"):
             return probed(file, words.split(", "))
-        return compare.tables(read(DATA / f"{file}.json"), words.split(", "))
+        rows, columns = read(DATA / f"{file}.json"), words.split(", ")
+        for column in columns:
+            sdar.require(any(compare.success(row, column) for row in rows), f"no run has {column}")
+        return compare.tables(rows, columns)
 
 
 def gains(name):
@@ -122,7 +125,7 @@ def draw():
     """The pictures: curves, light and dark, and what was probed, which is read on both."""
     for name, file in (("compare", "short"), ("long", "long")):
         curves = learning_curves(read(DATA / f"{file}.json"))
-        panels = {"held-out success without the skill": curves}
+        panels = {"held-out success without the skill, by step": curves}
         plots.picture(panels, ASSETS / f"{name}.svg")
         plots.picture(panels, ASSETS / f"{name}-dark.svg", dark=True)
     draw_matrices("sdar-live-s0", ASSETS / "probe.svg")
