@@ -113,7 +113,7 @@ def probed(file, names):
         for what, title in (("diagonal", "home"), ("blind", "blind")):
             seen = np.mean([[look["alone"][what] for look in looks] for looks in seeds], 0)
             cells.append([f"{name}, {title}", *map("{:.2f}".format, seen)])
-    head = [f"steps; {len(seeds)} seeds", *steps]
+    head = [f"steps; seeds: {len(seeds)}", *steps]
     made = {run["made"] for run in runs.values()}
     return compare.markdown([head, *cells]) + "\n".join(["", *made, ""])
 
