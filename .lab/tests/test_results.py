@@ -58,7 +58,7 @@ FILLED = """
 | before | +0.00 [+0.00, +0.00] | not resolved | 3 | commit 1 |
 | long ago | -0.20 [-0.30, -0.10] | behind | 5 | commit 0 |
 | not sure | +0.20 [-0.10, +0.50] | not resolved | 5 | commit 0 |
-| steps; 2 seeds | 0 |
+| steps; seeds: 2 | 0 |
 | sdar, home | 0.30 |
 | sdar, blind | 0.10 |
 """
