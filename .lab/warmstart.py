@@ -18,6 +18,7 @@ reads: one line of instructions, no list of actions, no tags. That is a third of
 its checkpoint remembers it.
 """
 
+import json
 import math
 import random
 import re
@@ -274,7 +275,7 @@ def warmstart(config, world):
     chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(0)
     model = new_policy(chat.tokenizer)
     matrices = [weights for weights in model.model.layers.parameters() if weights.ndim == 2]
-    rest = [*{*model.parameters()} - {*matrices}]
+    rest = [weights for weights in model.parameters() if not any(weights is m for m in matrices)]
     muon = torch.optim.Muon(matrices, weight_decay=0.01)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -302,7 +303,7 @@ def imitate(config, envs, plain, enough):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
     before = Path(config.out, "checkpoint/tokenizer_config.json")
-    if plain or (done and '"plain"' in before.read_text("utf-8")):  # a run keeps its view
+    if plain or (done and json.loads(before.read_text("utf-8")).get("plain")):  # it keeps its view
         chat.plain = chat.tokenizer.init_kwargs["plain"] = True
     for step in tqdm(range(done + 1, config.steps + 1), "imitation"):
         clock = [time.perf_counter()] * 3  # nobody plays, and nothing is scored
