@@ -1172,7 +1172,7 @@ def say_success(title, result):
     n = result["episodes"]
     for name, reader in (("success", "alone"), ("success_skill", "with the skill")):
         low, high = wilson(result[name] * n, n)
-        tqdm.write(f"{title}, {reader}: won {result[name]:.3f} of {n} [{low:.2f}, {high:.2f}]")
+        tqdm.write(f"{title}, {reader}: won {result[name]:.1%} of {n} [{low:.0%}, {high:.0%}]")
 
 
 def say_before(config, result, seconds):
@@ -1183,7 +1183,7 @@ def say_before(config, result, seconds):
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
     tqdm.write(
         f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode, some {hours:.2g} "
-        f"hours to play {config.steps} steps, and as long again to learn"
+        f"hours to play {config.steps} steps, and up to three times that to learn"
     )
     taught = config.distil != "none"
     helps = result["success_skill"] > alone and (taught or config.skilled)

@@ -691,7 +691,7 @@ def test_zero_steps_only_evaluate(tmp_path, capsys):
     result = sdar.train(small(tmp_path, steps=0, max_turns=10))
     assert (result["episodes"], result["success_skill"]) == (6, 1)
     assert [*tmp_path.iterdir()] == []
-    assert "won 1.000 of 6 [0.61, 1.00]" in capsys.readouterr().out
+    assert "won 100.0% of 6 [61%, 100%]" in capsys.readouterr().out
 
 
 def test_a_language_models_run_speaks(checkpoint, tmp_path, capsys):

@@ -242,7 +242,7 @@ def tables(rows, columns):
     """Markdown, a table for the rows of each origin: success, mean ± standard deviation over seeds,
     or of one run with Wilson's interval, and what a row has over grpo, seed by seed, if there are
     three: of two the interval would be wider than what is possible."""
-    text = ""
+    texts = []
     for made in dict.fromkeys(row["made"] for row in rows):
         cells = [["", "runs", *columns, "minus grpo, 95 %"]]
         for row in (row for row in rows if row["made"] == made):
@@ -250,8 +250,8 @@ def tables(rows, columns):
             gain = GAIN.format(*t_interval(gains)) if len(gains) > 2 else ""
             shares = [cell(row, column) for column in columns]
             cells.append([row["label"], str(len(row["runs"])), *shares, gain])
-        text += f"{markdown(cells)}\n{made}\n"
-    return text
+        texts.append(f"{markdown(cells)}\n{made}\n")
+    return "\n".join(texts)
 
 
 def cell(row, column):

@@ -87,7 +87,7 @@ def make_table(mark):
 def gains(name):
     """A table: what one row wins more than another, a line for each entry of a file. That has rows'
     file, two labels and a column; or, of an older commit, the gain, number of runs and commit."""
-    cells = [["", "gain, 95 %", "so it is", "runs", "made by"]]
+    cells = [["", "gain, 95 %", "verdict", "runs", "made by"]]
     for title, *entry in read(DATA / f"{name}.json"):
         for gain, runs, made in measured(*entry) if len(entry) > 3 else [entry]:
             verdict = "ahead" if gain[1] > 0 else "behind" if gain[2] < 0 else "not resolved"

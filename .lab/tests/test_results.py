@@ -53,7 +53,7 @@ FILLED = """
 | opsd | 1 | 0.10 [0.02, 0.40] | 1.00 [0.72, 1.00] | 0.00 [0.00, 0.28] | |
 | | runs | 0 steps | 20 with the skill | 20 steps | minus grpo, 95 % |
 | sdar | 3 | 0.10 ± 0.00 | 1.00 ± 0.00 | 0.30 ± 0.10 | |
-| | gain, 95 % | so it is | runs | made by |
+| | gain, 95 % | verdict | runs | made by |
 | live | +0.40 [+0.15, +0.65] | ahead | 3 | commit 1 |
 | before | +0.00 [+0.00, +0.00] | not resolved | 3 | commit 1 |
 | long ago | -0.20 [-0.30, -0.10] | behind | 5 | commit 0 |
