@@ -11,7 +11,8 @@ in compare.success:
     <!-- table: short: 20 steps, 60 steps, 60 with the skill -->
     <!-- end -->
 
-Other forms are "gains: when", of results/when.json, and "probe: ..."; see these functions.
+Other forms are "gains: when", of results/when.json, "probe: ..." and "learning: ..."; see gains() and
+probed().
 """
 
 import argparse
@@ -76,9 +77,12 @@ def make_table(mark):
     with sdar.naming(f"the table {mark!r} cannot be made", sdar.UserError):
         if file == "gains":
             return gains(words)
+        columns = words.split(", ")
         if file.startswith("probe"):
-            return probed(file, words.split(", "))
-        rows, columns = read(DATA / f"{file}.json"), words.split(", ")
+            return probed(file, "alone", columns)
+        if file.startswith("learning"):
+            return probed(file.replace("learning", "probe"), "learning", columns)
+        rows = read(DATA / f"{file}.json")
         for column in columns:
             sdar.require(any(compare.success(row, column) for row in rows), f"no run has {column}")
         return compare.tables(rows, columns)
@@ -104,14 +108,17 @@ def measured(file, label, base, column):
             yield compare.t_interval(gains), len(gains), row["made"].split(",")[0]
 
 
-def probed(file, names):
-    """A table: what .lab/probe.py saw of some runs, step by step. Means over seeds."""
+def probed(file, part, names):
+    """A table: what .lab/probe.py saw of some runs, step by step, or the means of what a run has
+    logged since the look before. Means over seeds."""
     runs, cells = read(DATA / f"{file}.json"), []
     for name in names:
         seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
+        seeds = [[look for look in looks if part in look] for looks in seeds]
         steps = [str(look["step"]) for look in seeds[0]]
-        for what, title in (("diagonal", "home"), ("blind", "blind")):
-            seen = np.mean([[look["alone"][what] for look in looks] for looks in seeds], 0)
+        for what in (what for what in seeds[0][0][part] if what != "percent"):
+            seen = np.mean([[look[part][what] for look in looks] for looks in seeds], 0)
+            title = what.replace("diagonal", "home")
             cells.append([f"{name}, {title}", *map("{:.2f}".format, seen)])
     head = [f"steps; seeds: {len(seeds)}", *steps]
     made = {run["made"] for run in runs.values()}

@@ -32,6 +32,9 @@ DATA = """
 "probe": {
 "sdar-s0": {"made": "commit 1", "looks": [{"step": 0, "alone": {"diagonal": 0.2, "blind": 0.1}}]},
 "sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"diagonal": 0.4, "blind": 0.1}}]}
+},
+"probe_b": {
+"opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2}}]}
 }}
 """
 PAGE = """# A page
@@ -44,6 +47,8 @@ Text.
 <!-- table: gains: when -->
 <!-- end -->
 <!-- table: probe: sdar -->
+<!-- end -->
+<!-- table: learning_b: opsd -->
 <!-- end -->
 """
 FILLED = """
@@ -61,6 +66,8 @@ FILLED = """
 | steps; seeds: 2 | 0 |
 | sdar, home | 0.30 |
 | sdar, blind | 0.10 |
+| steps; seeds: 1 | 5 |
+| opsd, gap | -0.20 |
 """
 
 
