@@ -11,8 +11,8 @@ in compare.success:
     <!-- table: short: 20 steps, 60 steps, 60 with the skill -->
     <!-- end -->
 
-Other forms are "gains: when", of results/when.json, "probe: ..." and "learning: ..."; see gains() and
-probed().
+Other forms are "gains: when", of results/when.json, "probe: ..." and "learning: ...": see gains()
+and probed().
 """
 
 import argparse
