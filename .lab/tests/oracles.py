@@ -48,10 +48,12 @@ def oracle_constant_gate():
 
 def oracle_gap_gate():
     """The gap gate is REINFORCE with the reward sigmoid(beta gap) on each token, of which only the
-    part tanh(beta gap / 2) / 2 counts: the rest, 1/2, is a constant gate."""
+    part tanh(beta gap / 2) / 2 counts: the rest, 1/2, is a constant gate. So a token's logit rises
+    where its gate is above the mean gate, and falls elsewhere."""
     x = 5 * (TEACHER - STUDENT).detach()
     for reward in (torch.sigmoid(x), torch.tanh(x / 2) / 2):
         assert torch.allclose(expected(gated()), slope(-P @ reward))
+        assert torch.allclose(expected(gated()), -P * (reward - P @ reward))
 
 
 def oracle_reverse_kl():
