@@ -1125,13 +1125,13 @@ def log_step(config, step, episodes, metrics, result, clock):
 
     result: what evaluate returned, if it was called. clock: seconds at the start, and after
     rollout, scoring and update. Rates and means are over all episodes or tokens of the step.
-    flat_groups is the share of groups whose episodes all have the same reward: there every
-    advantage is 0, and GRPO learns nothing."""
+    flat_groups is the share of groups whose episodes all have the same reward, less penalties:
+    there every advantage is 0, and GRPO learns nothing."""
     rows = [(e.won, e.reward, e.turns, e.invalid, len(e.logprobs)) for e in episodes]
     success, reward, turns, invalid, tokens = np.mean(rows, 0).tolist()
     flat = []
     for group in in_parts(episodes, config.group_size):
-        flat.append(len({(episode.reward, episode.invalid) for episode in group}) == 1)
+        flat.append(len({e.reward - config.invalid_penalty * e.invalid for e in group}) == 1)
     seconds = np.diff(clock).tolist()
     line = {
         "step": step,

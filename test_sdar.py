@@ -659,6 +659,15 @@ def test_methods_reach_the_run(tmp_path):
     assert len(losses) == 7
 
 
+def test_a_group_is_flat_where_all_advantages_are_0(tmp_path):
+    """Two lost episodes, one with an invalid answer: the penalty tells them apart."""
+    same = {"won": 0, "reward": 0.0, "turns": 1, "logprobs": [0.0]}
+    group = [SimpleNamespace(invalid=number, **same) for number in (0, 1)]
+    for penalty, flat in ((0.0, 1), (0.01, 0)):
+        config = small(tmp_path, "", group_size=2, invalid_penalty=penalty)
+        assert sdar.log_step(config, 1, group, {}, {}, [0, 1, 2, 3])["flat_groups"] == flat
+
+
 CHOICES = """
 "gate"       ["gap", "entropy", "soft_or", "none"]    "gate"
 "retrieval"  ["keyword", "full", "random", "ucb"]     "gap"
