@@ -3,8 +3,8 @@
     python .lab/memory.py --preset small
     python .lab/memory.py --preset paper --tokens 10000    # of the longest episode
 
-Takes the flags of sdar.py, for bfloat16 with gradient checkpointing, as both presets have it. CUDA
-itself, and holes between tensors, need a GB and more on top.
+Takes the flags of sdar.py, for bfloat16 with gradient checkpointing, as `small` and `paper` have
+it. CUDA itself, and holes between tensors, need a GB and more on top.
 """
 
 import sys

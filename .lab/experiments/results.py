@@ -11,8 +11,8 @@ in compare.success:
     <!-- table: short: 20 steps, 60 steps, 60 with the skill -->
     <!-- end -->
 
-Other forms are "gains: when", of results/when.json, "probe: ..." and "learning: ...": see gains()
-and probed().
+Other forms are "gains: when", of results/when.json, and "probe: ...", "skill: ..." and "learning:
+...", of results/probe.json: see gains() and probed().
 """
 
 import argparse
@@ -35,6 +35,7 @@ from envs import make_env
 ASSETS = LAB.parent / ".assets"
 DATA = LAB / "experiments/results"
 PAGES = [LAB.parent / "README.md", *sorted(LAB.rglob("*.md"))]
+LOOKS = {"probe": "alone", "skill": "skill", "learning": "learning"}  # {word of a mark: its part}
 MARK = re.compile(r"(?<=<!-- table: )(.*)( -->\n)((?:.*\n)*?)(?=<!-- end -->)")
 
 
@@ -78,10 +79,9 @@ def make_table(mark):
         if file == "gains":
             return gains(words)
         columns = words.split(", ")
-        if file.startswith("probe"):
-            return probed(file, "alone", columns)
-        if file.startswith("learning"):
-            return probed(file.replace("learning", "probe"), "learning", columns)
+        kind = file.split("_")[0]
+        if kind in LOOKS:
+            return probed(file.replace(kind, "probe"), LOOKS[kind], columns)
         rows = read(DATA / f"{file}.json")
         for column in columns:
             sdar.require(any(compare.success(row, column) for row in rows), f"no run has {column}")
@@ -109,8 +109,8 @@ def measured(file, label, base, column):
 
 
 def probed(file, part, names):
-    """A table: what .lab/probe.py saw of some runs, step by step, or the means of what a run has
-    logged since the look before. Means over seeds."""
+    """A table: what .lab/probe.py saw of some runs, step by step, alone or with the skill, or what
+    a run has logged since the look before. Means over seeds."""
     runs, cells = read(DATA / f"{file}.json"), []
     for name in names:
         seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
