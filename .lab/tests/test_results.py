@@ -34,7 +34,8 @@ DATA = """
 "sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"diagonal": 0.4, "blind": 0.1}}]}
 },
 "probe_b": {
-"opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2}}]}
+"opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2},
+"skill": {"diagonal": 0.6, "blind": 0.2}, "alone": {"diagonal": 0.1, "blind": 0.1}}]}
 }}
 """
 PAGE = """# A page
@@ -49,6 +50,8 @@ Text.
 <!-- table: probe: sdar -->
 <!-- end -->
 <!-- table: learning_b: opsd -->
+<!-- end -->
+<!-- table: skill_b: opsd -->
 <!-- end -->
 """
 FILLED = """
@@ -68,6 +71,9 @@ FILLED = """
 | sdar, blind | 0.10 |
 | steps; seeds: 1 | 5 |
 | opsd, gap | -0.20 |
+| steps; seeds: 1 | 5 |
+| opsd, home | 0.60 |
+| opsd, blind | 0.20 |
 """
 
 
@@ -95,6 +101,7 @@ def test_tables_are_written_and_what_is_wrong_in_one_is_found(page, capsys):
     rows = [" ".join(line.split()) for line in text.splitlines() if line[:3] not in ("", "| -")]
     assert "\n".join(row for row in rows if row[:1] == "|") == FILLED.strip()
     assert {"commit 1, a", "commit 1, b"} < {*rows}
+    assert "commit 1, a\n\n|" in text
 
 
 MARKS = """
