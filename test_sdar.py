@@ -738,7 +738,7 @@ def test_the_first_evaluation_says_costs_and_what_will_not_learn(
     before = {"valid": valid, "success": alone, "success_skill": skilled, "episodes": 20}
     sdar.say_before(configure(method=method, steps=90), before, seconds=80.0)
     printed = capsys.readouterr().out
-    assert re.search(rf"{valid:.0%} of the answers.* 2 s an episode.* 3.2 hours to play 90", printed)
+    assert re.search(rf"{valid:.0%} of.* 2 s an episode.* 3.2 hours to play 90", printed)
     warnings = [line for line in printed.splitlines() if "Warning" in line]
     assert len(warnings) == len(warned)
     assert all(text in line for text, line in zip(warned, warnings))
