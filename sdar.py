@@ -721,6 +721,14 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 # An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
 # rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
 
+
+def rewards_of(episodes, config):
+    """Rewards less the penalties, (groups, G). Rows are groups, since the episodes of a group stand
+    one after the other and none is dropped."""
+    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
+    return torch.tensor(rewards).view(-1, config.group_size)
+
+
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
 
 
@@ -743,10 +751,8 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     if config.kl_coef:
         batch["ref"] = score(start, episodes, config)
 
-    # One advantage for all tokens of an episode. Rows of rewards are groups, since the episodes of
-    # a group stand one after the other and none is dropped.
-    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
-    advantages = group_advantages(torch.tensor(rewards).view(-1, config.group_size))
+    # One advantage for all tokens of an episode.
+    advantages = group_advantages(rewards_of(episodes, config))
     lengths = torch.tensor([len(episode.logprobs) for episode in episodes])
     batch["advantages"] = advantages.flatten().repeat_interleave(lengths).to(old)
     if config.distil == "none":
@@ -1129,9 +1135,7 @@ def log_step(config, step, episodes, metrics, result, clock):
     there every advantage is 0, and GRPO learns nothing."""
     rows = [(e.won, e.reward, e.turns, e.invalid, len(e.logprobs)) for e in episodes]
     success, reward, turns, invalid, tokens = np.mean(rows, 0).tolist()
-    flat = []
-    for group in in_parts(episodes, config.group_size):
-        flat.append(len({e.reward - config.invalid_penalty * e.invalid for e in group}) == 1)
+    rewards = rewards_of(episodes, config)
     seconds = np.diff(clock).tolist()
     line = {
         "step": step,
@@ -1140,7 +1144,7 @@ def log_step(config, step, episodes, metrics, result, clock):
         "turns": turns,
         "invalid_rate": invalid / turns,
         "response_tokens": tokens,
-        "flat_groups": sum(flat) / len(flat),
+        "flat_groups": (rewards == rewards[:, :1]).all(1).float().mean().item(),
         "seconds_rollout": seconds[0],
         "seconds_score": seconds[1],
         "seconds_update": seconds[2],

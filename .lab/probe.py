@@ -7,8 +7,8 @@
 Nothing is played and nothing is sampled: in front of "put an apple in ..." the policy could answer
 "go to" each of the places, and every such answer has a probability. A row is a class of objects, a
 column a place, a digit tenths of the probability; brackets stand around the class's home. The mean
-over the homes is the diagonal. Beside it is what a policy would have there that takes no notice of
-the class (blind): it knows where things are kept at all, and not which thing where.
+over the homes is "home". Beside it is "blind", what a policy would have there that takes no notice
+of the class: it knows where things are kept at all, and not which thing where.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,8 @@ import plots
 import sdar
 from envs import ToyEnv, UserError, naming, require
 
-SEEN = "\nstep {}, {}: diagonal {:.3f}, blind {:.3f}"
+LOGGED = "success gap gate entropy seconds_rollout seconds_score seconds_update".split()
+SEEN = "\nstep {}, {}: home {:.3f}, blind {:.3f}"
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def look(model, chat, env, config, step):
         found = matrix(model, chat, env, config, with_skill=reader == "skill")
         known, blind = means(found, homes(env))
         percent = (100 * found).round().int().tolist()
-        seen[reader] = {"diagonal": known, "blind": blind, "percent": percent}
+        seen[reader] = {"home": known, "blind": blind, "percent": percent}
         print(SEEN.format(step, reader, known, blind))
     show(env, percent)
     return seen
@@ -89,9 +91,10 @@ def show(env, percent):
 
 
 def looks_at(steps, config, env):
-    """Train up to each of the steps, and look. A run that is resumed is the run that was never
-    stopped."""
+    """Train up to each of the steps, and look, also at what was logged since the look before
+    (medians). A run that is resumed is the run that was never stopped."""
     looks = []
+    done = 0
     policy = config.model
     for step in steps:
         if step:
@@ -100,6 +103,12 @@ def looks_at(steps, config, env):
             policy = f"{config.out}/checkpoint"
         model, chat = sdar.load_policy(replace(config, model=policy))
         looks.append(look(model, chat, env, config, step))
+        if step:
+            log = plots.read_run(config.out)[1][done:step]
+            looks[-1]["learning"] = {
+                name: np.median([line[name] for line in log]) for name in LOGGED if name in log[0]
+            }
+            done = step
     return looks
 
 
@@ -121,8 +130,7 @@ def main(argv):
             runs.update(json.loads(Path(file).read_text("utf-8")))
     config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
     env = sdar.make_envs(config)[0]
-    known = isinstance(env, ToyEnv)
-    require(known, f"--env {config.env}: the probe knows the places of the toy alone")
+    require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
 
     looks = looks_at(steps, config, env)
     if file:

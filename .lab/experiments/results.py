@@ -118,8 +118,7 @@ def probed(file, part, names):
         steps = [str(look["step"]) for look in seeds[0]]
         for what in (what for what in seeds[0][0][part] if what != "percent"):
             seen = np.mean([[look[part][what] for look in looks] for looks in seeds], 0)
-            title = what.replace("diagonal", "home")
-            cells.append([f"{name}, {title}", *map("{:.2f}".format, seen)])
+            cells.append([f"{name}, {what}", *map("{:.2f}".format, seen)])
     head = [f"steps; seeds: {len(seeds)}", *steps]
     made = {run["made"] for run in runs.values()}
     return compare.markdown([head, *cells]) + "\n".join(["", *made, ""])
@@ -160,7 +159,7 @@ def draw_matrices(run, path):
     figure = Figure((2.4 * len(looks), 2), layout="constrained")
     for place, look in enumerate(looks, 1):
         axes = figure.add_subplot(1, len(looks), place, xticks=[], yticks=[])
-        axes.set_title("step {step}: {diagonal:.2f}".format(**look))
+        axes.set_title("step {step}: {home:.2f}".format(**look))
         percent = np.array(look["percent"])[:, probe.order(env)]
         axes.imshow(percent, cmap="Oranges", vmin=0, vmax=100)
     names = [*env.household.home]

@@ -108,15 +108,9 @@ def by_token(values, episodes, like):
     return values.flatten().repeat_interleave(lengths).to(like)
 
 
-def rewards_of(episodes, config):
-    """Rewards less the penalties, (groups, G)."""
-    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
-    return torch.tensor(rewards).view(-1, config.group_size)
-
-
 def std(kind, batch, episodes, config, step):
     """Advantages multiplied by the deviations again."""
-    deviations = rewards_of(episodes, config).std(1, keepdim=True) + 1e-6
+    deviations = sdar.rewards_of(episodes, config).std(1, keepdim=True) + 1e-6
     factors = by_token(deviations.expand(-1, config.group_size), episodes, batch["old"])
     return {"advantages": batch["advantages"] * factors}
 
@@ -258,7 +252,7 @@ def practise(kind, model, episodes, config, step):
 def practice(kind, batch, episodes, config, step):
     """Without the skill, the plain and the guided tries of a task have one baseline."""
     plain = config.tasks_per_step
-    rewards = rewards_of(episodes, config)
+    rewards = sdar.rewards_of(episodes, config)
     advantages = sdar.group_advantages(rewards)
     groups = failed(episodes, config)
     if kind == "out":

@@ -1,5 +1,7 @@
 """Tests of the exercises that are no function to write again, of their logs, and of the probe."""
 
+import json
+from pathlib import Path
 from unittest.mock import patch
 
 import bugs
@@ -75,8 +77,15 @@ def test_the_diagonal_and_what_a_blind_policy_has_of_it():
 
 
 def test_a_probed_run_is_the_run_without_a_probe(tmp_path, monkeypatch, capsys):
+    """And what was seen, and was logged since the look before, is added to a file."""
     monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text('{"old": {}}')
     size = "--out run --tasks-per-step 2 --G 4 --eval-episodes 6 --rollout-batch 8 --lr 3e-3"
-    assert call("probe", "--steps", "2,0", *size.split()) == 0
-    assert lines("run") == trained(tmp_path, "plain", lr=3e-3)[1]
+    assert call("probe", *f"--steps 2,1,0 --json a.json {size}".split()) == 0
+    line = lines("run")[1]  # at a look a run is evaluated, too: the first line has more
+    assert line == trained(tmp_path, "plain", lr=3e-3)[1][1]
+    runs = json.loads(Path("a.json").read_text())
+    first, _, last = runs["run"]["looks"]
+    assert first["alone"] != last["alone"] and "old" in runs
+    assert last["learning"]["gap"] == line["gap"]
     assert "--steps a: must be numbers" in refused(capsys, "probe", "--steps", "a")

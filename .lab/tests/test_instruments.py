@@ -1,4 +1,4 @@
-"""Tests of bench, compare, plots, player and probe."""
+"""Tests of bench, compare, plots and player."""
 
 import json
 import re
@@ -33,16 +33,6 @@ def test_player_lists_the_actions_and_says_how_to_leave(monkeypatch, capsys):
     assert printed.count("go to desk 1") == 2  # at first, and after the empty line
     assert "\n(taken as: put mug 1 in/on sofa 1)\nYou put" in printed
     assert printed.endswith("\nafter 5 of 10 turns:\nwon\n")
-
-
-def test_a_probe_looks_at_what_was_trained_and_keeps_what_it_saw(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    size = "--tasks-per-step 2 --G 4 --eval-episodes 6 --rollout-batch 8 --lr 3e-3"
-    Path("a.json").write_text('{"old": {}}')
-    assert call("probe", *f"--steps 0,2 --json a.json --out run {size}".split()) == 0
-    runs = json.loads(Path("a.json").read_text())
-    first, last = runs["run"]["looks"]
-    assert first["alone"] != last["alone"] and "old" in runs
 
 
 # --- Compare -----------------------------------------------------------------------------

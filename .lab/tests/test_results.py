@@ -30,12 +30,12 @@ DATA = """
 ["not sure", [0.2, -0.1, 0.5], 5, "commit 0"]
 ],
 "probe": {
-"sdar-s0": {"made": "commit 1", "looks": [{"step": 0, "alone": {"diagonal": 0.2, "blind": 0.1}}]},
-"sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"diagonal": 0.4, "blind": 0.1}}]}
+"sdar-s0": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.2, "blind": 0.1}}]},
+"sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.4, "blind": 0.1}}]}
 },
 "probe_b": {
 "opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2},
-"skill": {"diagonal": 0.6, "blind": 0.2}, "alone": {"diagonal": 0.1, "blind": 0.1}}]}
+"skill": {"home": 0.6, "blind": 0.2}, "alone": {"home": 0.1, "blind": 0.1}}]}
 }}
 """
 PAGE = """# A page
