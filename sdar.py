@@ -4,7 +4,7 @@ An agent plays text games over several turns and is rewarded only at the end. GR
 number into an advantage for every token of the episode. SDAR adds a dense signal: a teacher, which
 is the same network shown the same conversation plus a skill text that the student never sees,
 scores every token that the student sampled. A gate decides how far the teacher is trusted on that
-token. At test time there is no skill: what it said has been learned.
+token. At test time there is no skill: by then the policy is to know what it said.
 
     python sdar.py                            # the carried tiny policy, a toy household, a CPU
     python sdar.py --model Qwen/Qwen3-0.6B    # a checkpoint from the hub, through the same code
@@ -37,15 +37,16 @@ The algorithm on one screen. The order of the file is its order:
     A, G                     advantages, group_size  group_advantages
     epsilon                  clip_eps                policy_loss
     L_GRPO                   policy_loss, kl_k3      objective
-    Delta_t, the gap         gap                     teacher's minus student's log-prob
+    Delta_t, the gap         gap                     sdar_loss
     g_t, beta                gate, gate_beta         GATES
     L_SDAR, lambda           sdar_loss, sdar_coef    objective
 
 Where this is not the paper's published run: an episode is one growing conversation, as in the
-paper's section 2.1 (the official code makes a row of every turn); the defaults are the toy's, and
-PRESETS has the paper's beside them; UCB retrieval, which the paper only names, is ours. Three
-things of the official code are left out, since the paper's formulas do not have them: a dual clip,
-an entropy bonus, group statistics by turn. For several GPUs see .lab/trl.
+paper's section 2.1 (the official code makes a row of every turn, and fines an invalid action on its
+row alone); the defaults are the toy's, and PRESETS has the paper's beside them; UCB retrieval, of
+which the paper gives neither reward nor constant, is ours. Three things of the official code are
+left out, since the paper's formulas do not have them: a dual clip, an entropy bonus, group
+statistics by turn. For several GPUs see .lab/trl.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -118,7 +119,7 @@ METHODS = {  # the rows of the paper's Table 1, by what they change
     "sdar": {},
     "grpo": {"distil": "none"},
     "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
-    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: noise, see sdar_loss
+    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: no teaching, see sdar_loss
     "skill_grpo": {"distil": "none", "skilled": True},
     "skill_sd": {"distil": "skill_sd"},
     "rlsd": {"distil": "rlsd"},
@@ -133,7 +134,7 @@ METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen 
 
 @dataclass
 class Config:
-    """One run. Every field is a flag, its comment the flag's help."""
+    """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
@@ -229,7 +230,7 @@ class Chat:
         # A policy that has learned a game by imitation may read it plainly: see `first`.
         self.plain = tokenizer.init_kwargs.get("plain", False)
         roles = "system user assistant user assistant user".split()
-        # Marks are more than letters: a template that escapes or folds a text is no frame.
+        # Marks hold < and a line break: a template that changes a text is found out.
         marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
@@ -279,7 +280,8 @@ class Chat:
     def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
         The environment's examples stand before it, as turns of this conversation. Whoever reads
-        plainly has a line of instructions and no examples, and answers with the bare action."""
+        plainly has at most a line of instructions, no examples, and answers with the bare action.
+        """
         instructions, examples = env.instructions.strip(), env.examples
         if self.plain:
             instructions, examples = instructions.split("\n")[0], ()
@@ -291,7 +293,7 @@ class Chat:
         return ids + self.encode(prompt) + self._after, len(ids)
 
     def next(self, prompt, last_id):
-        """Ids between two responses. The first one may have sampled its own end of turn."""
+        """Ids between two responses. The one before may have sampled its end of turn itself."""
         frame = self._between[1:] if last_id == self.end_id else self._between
         return frame + self.encode(prompt) + self._after
 
@@ -339,9 +341,10 @@ class Episode:
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
 # that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. An
-# id is read one pass after it was sampled, and the last one of an answer with the next observation.
-# Here two conversations have prompts of five and three ids. They answer "a b e" and "e" (e: the end
-# of turn), and then read observations of three and two ids. These are the columns of the cache:
+# id is read one pass after it was sampled, the last one of the longest answer with the next
+# observation. Here two conversations have prompts of five and three ids. They answer "a b e" and
+# "e" (e: the end of turn), and then read observations of three and two ids. These are the columns
+# of the cache:
 #
 #              prompts     answers   turn 2
 #     row 1    p p p p p   a b       e o o o
@@ -461,7 +464,7 @@ def start_episode(chat, env, start, result, with_skill):
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
     skill_ids = chat.encode(skill) if skills else []
     ids, at = chat.first(env, as_read(chat, observation, info))
-    if with_skill:  # it becomes part of the conversation: both readers see it, nobody is taught
+    if with_skill:  # a part of the conversation: student and teacher would read the same
         ids = ids[:at] + skill_ids + ids[at:]
         skill_ids = []
     return Episode(
@@ -605,19 +608,16 @@ def in_parts(rows, size):
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
     """Log-probs (N,) of all sampled tokens of a step's episodes, without a graph."""
-    scored = []
-    for micro in in_parts(episodes, config.micro_batch):
-        logprobs, _ = response_logprobs(model, micro, config, with_skill)
-        scored.append(logprobs)
-    return torch.cat(scored)
+    parts = in_parts(episodes, config.micro_batch)
+    return torch.cat([response_logprobs(model, part, config, with_skill)[0] for part in parts])
 
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
 #
 # No model, no configuration, no mask: a value for each sampled token. Copy what you need into your
-# own trainer, and give it logprobs[mask]. A loss comes back as a dict, with what is worth a look
-# beside it. The mean over the tokens is taken in `update`, once: a long episode weighs more than a
-# short one.
+# own trainer, and give it logprobs[mask]. A loss that has something worth a look beside it comes
+# back as a dict. The mean over the tokens is taken in `update`, once: a long episode weighs more
+# than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -628,7 +628,8 @@ def group_advantages(rewards, eps=1e-6):
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
-    # The deviation makes tasks that few win, or few lose, as loud as the others.
+    # The deviation makes all groups equally loud: one with a single win, and one of lost episodes
+    # that differ in a penalty alone.
     rewards = rewards.double()  # a rounded mean would tell equal rewards apart
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)  # with G - 1
@@ -641,7 +642,7 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
     old: log-probs of the policy that sampled."""
     # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
     # the two losses counts: where a token has moved by more than eps in the direction that its
-    # advantage asks for, the loss is constant, and pushes no further. Moving back is never clipped.
+    # advantage asks for, the loss is constant, and pushes no further. The wrong way nothing clips.
     ratio = (logprobs - old).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -655,8 +656,9 @@ def kl_k3(logprobs, ref):
     code.
 
     Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
-    mean 0 under the policy. With it added the mean stays, the noise shrinks, and no token is below
-    0."""
+    mean 0. With it added the mean stays, and no token is below 0. That is the value. What the
+    policy descends is the other KL: on policy, and within the clamp, the gradient is that of
+    KL(reference || policy)."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -676,15 +678,18 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    The gradient goes through the student alone. On a token it is -g_t grad log pi: every sampled
-    token is pushed up, harder where the teacher agrees. What is the same for all tokens cancels on
-    average, since on policy E[grad log pi] = 0: a constant gate teaches nothing. Of the gap's gate
+    Its value is minus a gated estimate of KL(student || teacher), and is not what descends: the
+    gradient goes through log pi alone. On a token it is -g_t grad log pi: every sampled token is
+    pushed up, harder where the teacher agrees. What does not depend on which token was sampled
+    cancels on average, since on policy E[grad log pi] = 0: a constant gate teaches nothing, and the
+    entropy's gate nothing, either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
-    only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. An episode
-    without a skill has gap 0 when the step starts, and so a gate of 1/2 on all of its tokens, which
-    is such a constant: noise, and no teaching."""
+    only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. From the
+    second optimiser step on no ratio corrects for the student's moves, and what had cancelled pulls
+    it back to the policy that sampled. An episode without a skill has gap 0 when the step starts,
+    and so a gate of 1/2 on all of its tokens: such a constant, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
@@ -694,8 +699,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
     """Skill-SD (arXiv 2604.10674, a baseline of section 4): rho k3(l), l = student - teacher, rho =
     exp(student - old), not detached; all (N,).
 
-    On policy the gradient on a token is l grad log pi: signed, as the reverse KL's, and unbounded.
-    """
+    The gradient on a token is rho l grad log pi, the reverse KL's: signed, and unbounded."""
     excess = logprobs - teacher_logprobs.detach()
     k3 = (-excess).clamp(max=20).exp() - 1 + excess
     rho = (logprobs - old).clamp(max=10).exp()
@@ -732,12 +736,12 @@ def rewards_of(episodes, config):
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
 
 
-def step_batch(model, start, teacher, episodes, config, step, score=score):
+def step_batch(model, start_policy, teacher, episodes, config, step, score=score):
     """All that the update compares the moving student with: {name: a value for each sampled token
     (N,)}, from before the step's first optimiser step.
 
     old: log-probs of the policy that sampled; ref: of the start policy, if the KL counts; teacher:
-    of the teacher, who reads the skill, if there is one; advantages."""
+    of the teacher, who reads the skill, if the method has one; advantages."""
     # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
     # weights and not two ways of computing. And it is a check: a shift by one, a text that was
     # tokenised again, another temperature would show in no curve. Weights that an earlier step has
@@ -749,7 +753,7 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     require(drift < DRIFT[config.dtype], message)
     batch = {"old": old}
     if config.kl_coef:
-        batch["ref"] = score(start, episodes, config)
+        batch["ref"] = score(start_policy, episodes, config)
 
     # One advantage for all tokens of an episode.
     advantages = group_advantages(rewards_of(episodes, config))
@@ -759,8 +763,8 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
         return batch
 
     # Where no skill fits the task there is no teacher: its log-probs are the student's, the gap 0.
-    # The tokens stay in the loss: noise in this step's first optimiser step, and then a weak pull
-    # back to where the step began.
+    # The tokens stay in the loss: noise in this step's first optimiser step, and then a pull back
+    # to where the step began.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -768,7 +772,7 @@ def step_batch(model, start, teacher, episodes, config, step, score=score):
     if config.distil == "rlsd":
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
         batch["advantages"] = rlsd_advantages(batch["advantages"], gap, mix)
-    if config.retrieval == "ucb":  # all environments share one bank
+    if config.retrieval == "ucb":  # what the skills were worth; all environments share one bank
         gaps = torch.stack([of_episode.mean() for of_episode in gap.split(lengths.tolist())])
         gaps = gaps.view(-1, config.group_size)
         episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps.tolist())
@@ -806,9 +810,9 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     over all tokens of the step, and of grad_norm over the optimiser steps.
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
-    and PPO's clip does nothing. From the second one on it has moved. The ratio corrects for that,
-    and the clip takes away the policy loss's reason to move far: a good token that is already 20 %
-    likelier than when it was sampled is not pushed further by it."""
+    and PPO's clip does nothing. From the second one on it has moved. In the policy loss the ratio
+    corrects for that, token by token, and the clip takes away the loss's reason to move far: a good
+    token that is already 20 % likelier than when it was sampled is not pushed further by it."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
     metrics, norms = defaultdict(float), []
@@ -820,7 +824,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        for layer in model.modules():  # the library checkpoints in training mode alone; no dropout
+        for layer in model.modules():  # training mode only where it checkpoints: no dropout acts
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
@@ -849,7 +853,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
 
 def evaluate(model, chat, envs, config):
-    """Play the panel without and with the skill in the prompt, one try an episode.
+    """Play the panel, a fixed list of held-out tasks, without and with the skill in the prompt.
 
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of valid answers of those without."""
@@ -861,11 +865,11 @@ def evaluate(model, chat, envs, config):
     alone, skilled = play(with_skill=False), play(with_skill=True)
 
     by_type = {}
-    for (task, _), student, teacher in zip(panel, alone, skilled):
+    for (task, _), plain, helped in zip(panel, alone, skilled):
         counts = by_type.setdefault(envs[0].label(task), [0, 0, 0])
         counts[0] += 1
-        counts[1] += student.won
-        counts[2] += teacher.won
+        counts[1] += plain.won
+        counts[2] += helped.won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
     invalid, turns = np.sum([(episode.invalid, episode.turns) for episode in alone], 0).tolist()
     return {
@@ -890,7 +894,7 @@ def draw_starts(env, config, step, rng):
 
 
 def train(config, step_batch=step_batch, objective=objective, score=score, skill_bank=SkillBank):
-    """A whole run, written below config.out alone. Returns the last step's metrics; with steps=0
+    """A whole run. It writes below config.out alone. Returns the last step's metrics; with steps=0
     what evaluate returns.
 
     A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
@@ -899,17 +903,17 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    start = copy.deepcopy(model)  # the KL pulls to it
-    teacher = start if config.teacher == "frozen" else model
+    start_policy = copy.deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
+    teacher = start_policy if config.teacher == "frozen" else model
     room = getattr(model.config, "max_position_embeddings", 0)
     message = f"--max-turns x --max-new-tokens do not fit the model's context of {room}"
     require(envs[0].max_turns * config.max_new_tokens < room, message)
 
     done = load_checkpoint(config, model, optimizer, envs[0].bank)
     if done == 0:
-        clock = time.perf_counter()
+        began = time.perf_counter()
         metrics = evaluate(model, chat, envs, config)
-        say_before(config, metrics, time.perf_counter() - clock)
+        say_before(config, metrics, time.perf_counter() - began)
     for step in tqdm(range(done + 1, config.steps + 1), config.method):
         # Play: the tasks of this step, each by a group of episodes.
         clock = [time.perf_counter()]
@@ -920,7 +924,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
 
         # Score: the sampled tokens as the student and, with the skill, the teacher read them.
         clock.append(time.perf_counter())
-        batch = step_batch(model, start, teacher, episodes, config, step, score)
+        batch = step_batch(model, start_policy, teacher, episodes, config, step, score)
 
         # Learn: some optimiser steps on this one batch.
         clock.append(time.perf_counter())
@@ -989,9 +993,12 @@ def check_config(config):
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     if config.distil == "none":
         require(config.retrieval != "ucb", "--retrieval ucb learns from a teacher: there is none")
-        require(config.policy_coef, "--policy-coef 0 without a teacher: nothing is learned")
     else:
         require(not config.skilled, "--skilled: the teacher would read what the student reads")
+    distils = config.sdar_coef and config.distil in ("gate", "skill_sd")
+    require(
+        config.policy_coef or distils, "--policy-coef 0 and no distillation: nothing is learned"
+    )
     there = getattr(torch, config.device).is_available()
     require(there, f"--device: there is no {config.device.upper()} device here")
     may_compile = config.device == "cuda" or not config.kernel
@@ -1196,7 +1203,7 @@ def say_before(config, result, seconds):
             "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
         )
     if taught and not helps:
-        tqdm.write("Warning: the skill helps nothing; there is no teacher without other --skills")
+        tqdm.write("Warning: the skill helps nothing: nobody knows better; take other --skills")
     if alone in (0, 1) and not helps:
         tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
 

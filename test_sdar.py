@@ -450,6 +450,18 @@ def test_the_gradient_goes_through_the_student_alone(kind):
     assert torch.allclose(student.grad, -terms["gate"])
 
 
+def test_what_k3_descends_is_the_other_kl():
+    """On policy its gradient is that of KL(reference || policy). Exactly: a sum over five tokens,
+    each as often as it is sampled."""
+    torch.manual_seed(0)
+    logits, ref = torch.rand(5, requires_grad=True), torch.rand(5).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    k3 = logprobs.exp().detach() @ sdar.kl_k3(logprobs, ref)
+    other = ref.exp() @ (ref - logprobs)
+    slopes = [torch.autograd.grad(kl, logits, retain_graph=True)[0] for kl in (k3, other)]
+    assert torch.allclose(*slopes, atol=1e-6)
+
+
 def test_docstring_examples_are_true():
     failed, tried = doctest.testmod(sdar, extraglobs={"torch": torch})
     assert failed == 0 < tried
@@ -462,24 +474,24 @@ def one_update(policy, objective=sdar.objective, step=1, **changes):
     """An update by SGD, by default in one mini-batch: (change of the weights, that is -gradient;
     metrics; episodes; batch; start policy). A frozen teacher is another one."""
     config = configure(**{"group_size": 4, "minibatches": 1, "grad_clip": 1e6, **changes})
-    model, start = copy.deepcopy(policy[0]), copy.deepcopy(policy[0])
-    start.model.norm.weight.data *= 1.1
-    teacher = start if config.teacher == "frozen" else model
+    model, start_policy = copy.deepcopy(policy[0]), copy.deepcopy(policy[0])
+    start_policy.model.norm.weight.data *= 1.1
+    teacher = start_policy if config.teacher == "frozen" else model
     episodes = play(policy, config)
     episodes[0].reward = episodes[5].reward = 1.0
     episodes[2].invalid += 3
-    batch = sdar.step_batch(model, start, teacher, episodes, config, step)
+    batch = sdar.step_batch(model, start_policy, teacher, episodes, config, step)
     sgd, rng = torch.optim.SGD(model.parameters(), lr=1.0), np.random.default_rng(0)
     metrics = sdar.update(model, sgd, episodes, batch, config, rng, objective)
     assert {weight.grad for weight in model.parameters()} == {None}, "it would be added to"
     change = vector(model.parameters()) - vector(policy[0].parameters())
-    return change.detach(), metrics, episodes, batch, start
+    return change.detach(), metrics, episodes, batch, start_policy
 
 
 def test_an_update_is_the_papers_formula(tiny):
     """All of it again: rewards to advantages, readers to a gate, one mean over all tokens."""
     changes = {"temperature": 0.8, "kl_coef": 0.3, "sdar_coef": 0.5, "invalid_penalty": 0.25}
-    change, metrics, episodes, batch, start = one_update(tiny, **changes)
+    change, metrics, episodes, batch, start_policy = one_update(tiny, **changes)
     model, losses = copy.deepcopy(tiny[0]), []
     rewards = [episode.reward - 0.25 * episode.invalid for episode in episodes]
     for row, episode in enumerate(episodes):
@@ -487,7 +499,7 @@ def test_an_update_is_the_papers_formula(tiny):
         advantage = (rewards[row] - mean(group)) / (stdev(group) + 1e-6)
         student, _ = plain(model, *episode.view(False), 0.8)
         teacher = plain(model, *episode.view(True), 0.8)[0].detach()
-        reference = plain(start, *episode.view(False), 0.8)[0].detach()
+        reference = plain(start_policy, *episode.view(False), 0.8)[0].detach()
         gate = torch.sigmoid(5 * (teacher - student.detach()))
         d = reference - student
         ratio = (student - student.detach()).exp()

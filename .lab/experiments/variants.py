@@ -290,7 +290,7 @@ def hooks(words):
     kept in it."""
     kinds, copies = parse(words), {}
 
-    def step_batch(model, start, teacher, episodes, config, step, *rest):
+    def step_batch(model, start_policy, teacher, episodes, config, step, *rest):
         if "teacher" in kinds:
             teacher = follow(copies.get("teacher"), model, kinds["teacher"], step)
             copies["teacher"] = teacher
@@ -300,7 +300,7 @@ def hooks(words):
             sample_otherwise(kinds["sampling"], model, episodes, config, step)
         if "practice" in kinds:
             practise(kinds["practice"], model, episodes, config, step)
-        batch = sdar.step_batch(model, start, teacher, episodes, config, step, *rest)
+        batch = sdar.step_batch(model, start_policy, teacher, episodes, config, step, *rest)
         for change in (practice, std, advantage, gate):
             if change.__name__ in kinds:
                 batch |= change(kinds[change.__name__], batch, episodes, config, step)

@@ -23,10 +23,10 @@ def seconds_a_step(config, on_trl):
     """CPU seconds of a step, on average, and the ids of all episodes. The first step warms up."""
     clock, ids = [], []
 
-    def step_batch(model, start, teacher, episodes, *more):
+    def step_batch(model, start_policy, teacher, episodes, *more):
         clock.append(time.process_time())
         ids.append([episode.ids for episode in episodes])
-        return sdar.step_batch(model, start, teacher, episodes, *more)
+        return sdar.step_batch(model, start_policy, teacher, episodes, *more)
 
     with contextlib.redirect_stdout(io.StringIO()):
         if on_trl:
