@@ -33,9 +33,9 @@ Write your own: a class with a text for the model, tasks, skills, and two method
 Then `python .lab/player.py guess:Guess`, and `python sdar.py --env guess:Guess --model ...`. A real
 one holds tasks back: its splits have different tasks.
 
-Signatures are Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales and
-penalties belong to the trainer. What is missing or fails raises EnvUnavailable, and is never shown
-to the model as an observation.
+step() is Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales and
+penalties belong to the trainer. What fails in play raises EnvUnavailable, and is never shown to the
+model as an observation.
 """
 
 import importlib
@@ -107,16 +107,16 @@ class Skill:
         """True if the skill is for this task text of this task type."""
         if self.task_types and task_type not in self.task_types:
             return False
-        words = "|".join(map(re.escape, self.keywords))
-        return re.search(rf"\b({words})\b", task, re.IGNORECASE) is not None
+        words = "|".join(map(re.escape, self.keywords)) or ".*"
+        return re.search(rf"(?<!\w)({words})(?!\w)", task, re.IGNORECASE) is not None
 
 
 class SkillBank:
     """Skills, and one of the paper's four ways to retrieve those of a task.
 
     keyword: those whose task type and keywords fit it. full: all. random: as many as keyword finds,
-    at least one, of all. ucb: the paper names it and does not define it; ours is UCB1. An arm is a
-    skill in a context: whether keyword retrieval would find it. A task gets the three arms of
+    at least one, of all. ucb: the paper leaves reward and constant open; ours is like UCB1. An arm
+    is a skill in a context: whether keyword retrieval would find it. A task gets the three arms of
     largest mean reward + sqrt(ln(all plays) / plays), arms never played first. The reward, in
     [-1, 1], is the correlation over a group's episodes of advantage and mean gap: a good skill
     makes its reader endorse what went well."""
@@ -138,7 +138,7 @@ class SkillBank:
         if self.strategy == "full":
             return self.skills
         if self.strategy == "random":
-            return rng.sample(self.skills, max(1, len(found)))
+            return rng.sample(self.skills, len(found or self.skills[:1]))
 
         shuffled = rng.sample(self.skills, len(self.skills))  # breaks ties
         return sorted(shuffled, key=lambda skill: -self.index(skill, task, task_type))[:3]
@@ -148,7 +148,7 @@ class SkillBank:
         return f"{skill.name} {'found' if skill.matches(task, task_type) else 'not found'}"
 
     def index(self, skill, task, task_type):
-        """UCB1 of a skill's arm: its mean reward, and a bonus for what was seldom tried."""
+        """Upper bound of a skill's arm: its mean reward, and a bonus for what was seldom tried."""
         plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
         if plays == 0:
             return math.inf
@@ -157,11 +157,10 @@ class SkillBank:
 
     def learn(self, episodes, advantages, gaps):
         """Credit the skills that each group had. advantages, gaps: rows are groups."""
-        for row, (its_advantages, its_gaps) in enumerate(zip(advantages, gaps)):
+        for first, its_advantages, its_gaps in zip(episodes[:: len(gaps[0])], advantages, gaps):
             if len(set(its_advantages)) == 1 or len(set(its_gaps)) == 1:
                 continue  # nothing varies, so nothing is said
             reward = correlation(its_advantages, its_gaps)
-            first = episodes[row * len(its_gaps)]
             for skill in first.skills:
                 arm = self.arm(skill, first.task, first.task_type)
                 plays, rewards = self.arms.get(arm, (0, 0.0))
@@ -185,7 +184,7 @@ def load_skills(file):
 
 # --- What every environment shares -------------------------------------------------------
 
-# What the real environments tell their players: {environment: attributes of its class}.
+# What environments tell their players: {environment: attributes that its objects get}.
 TEXTS = HERE / ".assets/environments.json"
 TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
 
@@ -196,14 +195,14 @@ class TextEnv:
 
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
-    and sets `task`, the task's text. state may have: won; over (the episode has ended; else it has
+    and sets `task`, the task's text. state may have: won; over (the episode has ended; without it:
     where it is won); valid (the action could be read); admissible (a list of actions); tail (an end
     of the observation that is not to be cut off).
 
     info has task (its text), task_type, won, over, valid, admissible, and hint: what a language
     model reads under the observation."""
 
-    name = ""
+    name = ""  # if TEXTS has this name, its texts win over the class's
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
     reminder = "Your next action, in <action></action>:"  # a language model reads it every turn
@@ -213,12 +212,12 @@ class TextEnv:
     goals = {}
     default_turns = 10
     plain = False  # sdar.py sets it: the tiny policy writes no tags
-    slow = False  # a step waits for a server or a process: it is worth a thread
+    slow = False  # True: a step waits for a server or a process, and is worth a thread
     longest = 3000  # characters of an observation
 
     def __init__(self, max_turns=0):
         vars(self).update(TEXTS.get(self.name, {}))
-        require(self.instructions, f"no text for {self.name}: .assets/environments.json is missing")
+        require(self.instructions, "no instructions, in its class or .assets/environments.json")
         self.max_turns = max_turns or self.default_turns
 
     def tasks(self, split):
@@ -255,10 +254,10 @@ class TextEnv:
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
-        in any case; of the tiny policy, which writes no tags, a text of one line."""
+        in any case; of who reads plainly and writes no tags, a text of one line without a tag."""
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
-        if self.plain and not (found or re.search("[\n<]", response.strip())):
+        if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
             text = response
         action = " ".join(text.split())
         return action, action != ""
@@ -268,16 +267,16 @@ class TextEnv:
         return self.goals[task][0]
 
     def panel(self, split, episodes):
-        """The evaluation episodes, a list of (task, seed): always the same ones, every label
-        equally often."""
+        """The evaluation episodes, a list of (task, seed): always the same ones, the labels in
+        turn."""
         pools = {}
         for task in self.tasks(split):
             pools.setdefault(self.label(task), []).append(task)
         panel = []
         for i in range(episodes):  # a task of each label; after its last one its first again
-            turn, kind = divmod(i, len(pools))
-            pool = pools[sorted(pools)[kind]]
-            panel.append((pool[turn % len(pool)], 10**6 + turn))
+            lap, place = divmod(i, len(pools))
+            pool = pools[sorted(pools)[place]]
+            panel.append((pool[lap % len(pool)], 10**6 + lap))
         return panel
 
     def _result(self, observation, state):
@@ -536,8 +535,8 @@ def is_a(text, start):
 
 # --- The paper's three environments: thin shims, the real engines are imported when used --
 #
-# Each translates between the engine's calls and the signatures above, and nothing else. What an
-# engine raises becomes EnvUnavailable. The texts for the model and the skills are data, in
+# Each translates between the engine's calls and the signatures above. What an engine raises becomes
+# EnvUnavailable. The texts for the model and the skills are data, in
 # .assets/environments.json.
 
 
@@ -601,7 +600,7 @@ class AlfworldEnv(TextEnv):
         self.goals = self.games(self.data)
         self.number = AlfworldEnv.made
         AlfworldEnv.made += 1
-        game_process(self.number % CORES).submit(int).result()  # forked here: later in a thread
+        game_process(self.number % CORES).submit(int).result()  # forks now, and not in a thread
 
     @classmethod
     @lru_cache(maxsize=None)
@@ -752,7 +751,7 @@ class SearchEnv(TextEnv):
                 question, golden = row["question"].strip(), row["golden_answers"]
                 fine = golden and question and isinstance(golden, list)
                 require(fine and {*map(type, golden)} == {str}, "an empty one, or no list of texts")
-                source = row.get("data_source", "")
+                source = str(row.get("data_source") or "")
                 task = f"{source}/{row['id']}" if source else str(row["id"])
                 require(task not in goals, "its id is that of another line")
             text = f"{question[:2000]} {source}"
@@ -802,8 +801,8 @@ class SearchEnv(TextEnv):
             return "", {}
         if text not in self.found:
             self.found = ask(self.url, text)
-        passages = [f"Doc {i}: {text}" for i, text in enumerate(self.found[text], 1)]
-        found = self.TAG.sub("(", "\n".join(passages)) or "nothing found"  # no forged tags
+        rows = [f"Doc {i}: {row}" for i, row in enumerate(self.found[text], 1)]
+        found = self.TAG.sub("(", "\n".join(rows)) or "nothing found"  # no forged tags
         return f"<information>{found}", {"tail": "</information>"}
 
 
@@ -825,15 +824,15 @@ def ask(url, *queries):
 
     # Search-R1's server reads `queries`, SDAR's `query`. The time limit grows with what is asked.
     body = {"query": queries[0], "queries": queries, "topk": 3, "return_scores": True}
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for pause in (1, 5, None):
+    for pause in (1, 5, 0):
         try:
+            request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
             with ASKING, urlopen(request, timeout=20 + 10 * len(queries)) as response:
                 found = [passages(rows) for rows in json.load(response)["result"]]
-            require(found, "no result")
+            require(0 < len(found) <= len(queries), "not as many results as queries")
             break
         except Exception as error:  # no connection, a status, half an answer, another shape
-            if pause is None:
+            if not pause:
                 message = f"no search results from {url} ({error!r:.200}); .lab/search_server.py "
                 raise EnvUnavailable(message + "CORPUS.jsonl starts a server") from error
             time.sleep(pause)

@@ -1029,6 +1029,7 @@ def test_a_skill_is_for_whole_words_and_its_task_types():
     assert not skill.matches("heat a mug", "put")
     assert not skill.matches("heat mugs and a smug", "heat")
     assert envs.Skill("a", "text").matches("anything", "heat")
+    assert envs.Skill("a", "text", keywords=["c++"]).matches("write c++ now", "put")
     with raises(UserError, match="a skill has a name and a text: .*'name'"):
         envs.SkillBank([{"text": "Look around first."}])
 
@@ -1043,6 +1044,7 @@ def test_retrieval_by_each_strategy():
             assert names == [skill.name for skill in bank.retrieve(task, "heat", seed)]
             found |= {*names}
         assert found == ({"mug", "heat"} if strategy == "keyword" else everything)
+        assert envs.SkillBank([], strategy).retrieve(task, "heat", 0) == []
 
 
 def test_the_bandit_by_hand():
@@ -1116,7 +1118,7 @@ def test_a_language_model_is_told_what_is_new():
     assert info["hint"].endswith(f"\nTurn 4 of 9. {world.reminder}")
 
 
-def test_the_panel_is_fixed_and_has_every_type_equally_often():
+def test_the_panel_is_fixed_and_has_the_types_in_turn():
     panel = Counter().panel("eval", 7)
     assert panel == Counter().panel("eval", 7)
     assert [task for task, _ in panel] == "a0 b0 a1 b1 a2 b2 a0".split()
@@ -1130,6 +1132,7 @@ RESPONSES = r"""
 "tiny"    ""                                          ("", False)
 "tiny"    "I will look\naround"                       ("", False)
 "tiny"    "<think>I should look for the cd"           ("", False)
+"tiny"    "click[< prev]"                             ("click[< prev]", True)
 "toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
 "toy"     "<Action> look </ACTION>"                   ("look", True)
 "toy"     "a <action>go to desk 1"                    ("", False)

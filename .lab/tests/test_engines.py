@@ -185,6 +185,8 @@ OTHER_SHAPES = """
 {"detail": "queries missing"}
 []
 {"result": []}
+{"result": [[], []]}
+no scheme
 {"result": [[{"document": {"contents": 1}}]]}
 {"result": [[{"document": {"title": 3}}]]}
 """
@@ -195,7 +197,8 @@ def test_a_server_that_is_gone_or_answers_otherwise_is_unavailable(body, monkeyp
     """Three tries, and then one line: never an observation for the model."""
     if body:
         monkeypatch.setattr(urllib.request, "urlopen", lambda *_, timeout: io.StringIO(body))
-    pause, url = Mock(), "http://127.0.0.1:9/retrieve"  # there is none
+    url = "localhost/retrieve" if body == "no scheme" else "http://127.0.0.1:9"  # there is none
+    pause = Mock()
     monkeypatch.setattr(time, "sleep", pause)
     world = make_env("search", data=QUESTIONS, url=url)
     world.reset("1")

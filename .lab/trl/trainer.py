@@ -4,14 +4,16 @@
     torchrun --nproc-per-node 2 .lab/trl/trainer.py --device cpu      # two
     torchrun --nproc-per-node 8 .lab/trl/trainer.py --model Qwen/Qwen3-1.7B --env alfworld ...
 
-Flags are those of sdar.py; every field of TRL's GRPOConfig can be set, too, with --set NAME=VALUE.
+Flags are those of sdar.py; most fields of TRL's GRPOConfig can be set, too, with --set NAME=VALUE.
 TRL brings accelerate (DDP, FSDP, DeepSpeed) and PEFT. From sdar.py come the episodes, what is known
 of them before the update, and the gated loss. At the end --out has checkpoint/, which sdar.py
 loads, and TRL's log as metrics.jsonl.
 
 What is another than in sdar.py: the KL is not clamped; weight decay spares biases and norms; with
 several optimiser steps a batch each divides by the mean number of tokens of a step (there by its
-own), so that neither processes nor accumulation change the gradient.
+own), so that neither processes nor accumulation change the gradient. --micro-batch cuts scoring
+alone: an optimiser step's share of episodes is one pass, unless --set per_device_train_batch_size,
+gradient_accumulation_steps and steps_per_generation cut it.
 """
 
 import copy
@@ -55,19 +57,19 @@ def make_arguments(config, changes):
     sdar.require(GRPOTrainer is not object, "pip install trl==1.16.0 peft==0.21.2")  # as tested
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     tasks = config.tasks_per_step
-    parts = config.minibatches
-    share, rest = divmod(tasks * config.group_size, processes * parts)
-    fits = rest == 0 and tasks % processes == 0
-    sdar.require(fits, f"{tasks} tasks do not fit {processes} processes, {parts} --minibatches")
+    share, rest = divmod(tasks * config.group_size, processes * config.minibatches)
+    message = f"{tasks} tasks do not fit {processes} processes, {config.minibatches} --minibatches"
+    sdar.require(not rest and tasks % processes == 0, message)
     given = {
-        "max_steps": config.steps * parts,
+        "max_steps": config.steps * config.minibatches,
         "per_device_train_batch_size": share,
         "reward_weights": [config.policy_coef],
         "bf16": config.dtype == "bfloat16",
         "use_cpu": config.device == "cpu",
     }
-    pairs = [pair.split("=") for pair in NAMES.split()]
-    given |= {theirs: getattr(config, ours) for theirs, ours in pairs}
+    for pair in NAMES.split():
+        theirs, ours = pair.split("=")
+        given[theirs] = getattr(config, ours)
     for change in [*FIXED.split(), *changes]:
         name, equals, value = change.partition("=")
         sdar.require(equals, f"--set {change}: must be NAME=VALUE")
@@ -80,8 +82,8 @@ def make_arguments(config, changes):
 
 
 class SDARTrainer(GRPOTrainer):
-    """GRPO with sdar.py's episodes and the gated term. What it uses of TRL is documented:
-    rollout_func, compute_loss, log; and of PyTorch, a forward hook."""
+    """GRPO with sdar.py's episodes and the gated term. It uses TRL's rollout_func (which TRL calls
+    experimental), compute_loss, log and names of a batch; and of PyTorch, a forward hook."""
 
     rollout = staticmethod(sdar.rollout)  # a place for another engine
 
@@ -95,13 +97,12 @@ class SDARTrainer(GRPOTrainer):
         self.played = 0  # batches of episodes
         self.sums = Counter()  # of the gated term's values since the last line of the log
 
-        prompts = ["a task, which play draws"] * config.tasks_per_step
         adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
         super().__init__(
             self.policy,
             advantage,
             arguments,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=Dataset.from_dict({"prompt": ["drawn by play"] * config.tasks_per_step}),
             processing_class=self.chat.tokenizer,
             rollout_func=play,
             peft_config=adapters if lora else None,
@@ -148,6 +149,7 @@ class SDARTrainer(GRPOTrainer):
         if self.lora:
             self.accelerator.unwrap_model(self.model).merge_and_unload()
         sdar.say_success("after", sdar.evaluate(policy, self.chat, self.envs, self.run))
+        (folder / "state.pt").unlink(missing_ok=True)  # of an sdar.py run that is replaced
         policy.save_pretrained(folder / "checkpoint")
         self.chat.tokenizer.save_pretrained(folder / "checkpoint")
         log = [json.dumps(row) + "\n" for row in self.state.log_history]
@@ -216,7 +218,9 @@ def main(argv):
     """Train as a command line says, evaluate, and write what sdar.py loads."""
     parser = sdar.make_parser("python .lab/trl/trainer.py [flags]", description=__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of GRPOConfig")
+    parser.add_argument(
+        "--set", action="append", default=[], help="NAME=JSON of GRPOConfig; false, not False"
+    )
     given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
     lora = given.pop("lora")
     changes = given.pop("set")
