@@ -1102,8 +1102,8 @@ def load_checkpoint(config, model, optimizer, bank):
         state = torch.load(path, map_location=model.device)
         step = state["step"]
         require(step < config.steps, f"all of its {step} steps are done, raise --steps")
-        for name, value in vars(config).items():
-            was = state["config"].get(name)
+        for name in vars(config) | state["config"]:  # an experiment may have written more into it
+            value, was = vars(config).get(name), state["config"].get(name)
             same = os.path.realpath(f"{value}") == os.path.realpath(f"{was}")  # as paths
             message = f"{flag(name)} was {was!r}, now it is {value!r}"
             require(same or name in MAY_DIFFER, message)
@@ -1160,8 +1160,9 @@ def log_step(config, step, episodes, metrics, result, clock):
         **{f"eval_{name}": value for name, value in result.items()},
     }
     folder = Path(config.out)
-    if step == 1:  # of a run that is replaced nothing may be resumed
-        (folder / "state.pt").unlink(missing_ok=True)
+    if step == 1:  # of a run that is replaced nothing may be left
+        for old in ("state.pt", "config.json"):
+            (folder / old).unlink(missing_ok=True)
     with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
     if result:

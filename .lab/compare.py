@@ -181,8 +181,9 @@ def settings_of(run):
 
 def make_row(run, before, command, made):
     """The row of a run. An evaluation is a list of counts, for each task type [games, won alone,
-    won with the skill]; that before training is step 0."""
-    looks = {0: [*before.values()]}
+    won with the skill]; that before training is step 0, but for variants, which may read other
+    skills."""
+    looks = {} if run.variant else {0: [*before.values()]}
     for line in plots.read_run(run.config.out)[1]:
         if "eval_by_type" in line:
             looks[line["step"]] = [line["eval_by_type"][kind] for kind in before]
@@ -200,7 +201,7 @@ def finished(run):
     """The rows of a run: one if it is complete, else none. UserError if it was made with other
     settings."""
     file = Path(run.config.out, "rows.json")
-    rows = json.loads(file.read_text("utf-8")) if file.exists() else []
+    rows = json.loads(file.read_text("utf-8") or "[]") if file.exists() else []
     same = all(row["settings"] == settings_of(run) for row in rows)
     message = f"{run.config.out} holds a run of other settings: another --out, or --overwrite"
     sdar.require(same or run.config.overwrite, message)

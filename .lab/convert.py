@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sdar
-from envs import ENVS, UserError, naming
+from envs import ENVS, UserError, naming, require
 
 OURS = {  # {task type of the official skills: our name of it}, where it is another
     "pick_and_place": "pick_and_place_simple",
@@ -50,11 +50,14 @@ def questions(file):
 
     found = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         with naming(f"{file}, line {number}: not a row of questions", UserError):
             row = question_of(json.loads(line, object_hook=flat), number)
             if row["question"].strip() and row["golden_answers"]:
                 found.append(json.dumps(row))
-    print(f"{len(found)} of {len(lines)} rows have a question and an answer")
+    require(found, f"{file}: no row has a question and an answer")
+    print(f"{len(found)} of {len(lines)} lines are rows with a question and an answer")
     return "\n".join(found)
 
 
@@ -92,7 +95,7 @@ def skills(file, env):
                 row["keywords"] = sum([mapping["task_keywords"][kind] for kind in types], [])
             else:
                 row["task_types"] = [OURS.get(kind, kind) for kind in types]
-            if types or name == "general_skills":
+            if [*row.values()][-1] or name == "general_skills":
                 bank.append(row)
     return json.dumps(bank, indent=1)
 

@@ -204,6 +204,7 @@ def show_run(folder, page):
     histogram, and means by turn and by place in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
     settings |= {"device": "", "kernel": False}  # the run may be another machine's
+    settings.pop("variant", None)
     with naming(f"--run {folder}", UserError):
         config = sdar.configure(**settings)
     envs = sdar.make_envs(config)

@@ -88,12 +88,10 @@ def alike(folders):
 
 
 def points_of(name, logs):
-    """(runs, points, 2) of steps and values, as far as all the runs have come."""
-    curves = []
-    for lines in logs:
-        curves.append([(line["step"], line[name]) for line in lines if name in line])
-    shortest = min(map(len, curves))
-    return np.array([curve[:shortest] for curve in curves])
+    """(runs, points, 2) of steps and values, of the steps that all the runs have."""
+    curves = [{line["step"]: line[name] for line in lines if name in line} for lines in logs]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return np.array([[(step, curve[step]) for step in steps] for curve in curves])
 
 
 def print_curves(curves):

@@ -129,13 +129,15 @@ def main(argv):
         with naming(f"--json {file} holds something else", UserError):
             runs.update(json.loads(Path(file).read_text("utf-8")))
     config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
+    name = Path(config.out).name
+    require(name not in runs, f"--json {file} has a run {name}: another --out, or another file")
     env = sdar.make_envs(config)[0]
     require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
 
     looks = looks_at(steps, config, env)
     if file:
         settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
-        runs[Path(config.out).name] = {"settings": settings, "made": made, "looks": looks}
+        runs[name] = {"settings": settings, "made": made, "looks": looks}
         Path(file).write_text(json.dumps(runs) + "\n", "utf-8")
 
 

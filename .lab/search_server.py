@@ -39,13 +39,15 @@ class Index:
     def __init__(self, file):
         """UserError for a line that is no such row."""
         self.rows, self.postings, lengths = [], {}, []
-        for number, line in enumerate(Path(file).read_bytes().splitlines()):
-            with naming(f"{file}, line {number + 1}: not a row with id and contents", UserError):
+        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
+            with naming(f"{file}, line {number}: not a row with id and contents", UserError):
                 row = json.loads(line)
                 counts = Counter(words(row["contents"]))
             for word, n in counts.items():
                 found, times = self.postings.setdefault(word, (array("i"), array("i")))
-                found.append(number)
+                found.append(len(self.rows))
                 times.append(n)
             self.rows.append(row)
             lengths.append(counts.total())
@@ -70,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer. What is no such request gets none, and a traceback here; the next one does."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         queries = request.get("queries") or [request["query"]]
-        topk = request.get("topk", 3)
+        topk = request.get("topk") or 3
         result = [self.server.index.find(query, topk) for query in queries]
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

@@ -18,7 +18,6 @@ reads: one line of instructions, no list of actions, no tags. That is a third of
 its checkpoint remembers it.
 """
 
-import json
 import math
 import random
 import re
@@ -301,10 +300,10 @@ def imitate(config, envs, plain, enough):
     exactly. It ends when the format is there, see above."""
     model, chat = sdar.load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
-    before = Path(config.out, "checkpoint/tokenizer_config.json")
-    if plain or (done and json.loads(before.read_text("utf-8")).get("plain")):  # it keeps its view
+    if plain:
         chat.plain = chat.tokenizer.init_kwargs["plain"] = True
+    config.plain = plain  # is remembered, and compared
+    done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
     for step in tqdm(range(done + 1, config.steps + 1), "imitation"):
         clock = [time.perf_counter()] * 3  # nobody plays, and nothing is scored
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 10)
@@ -359,6 +358,10 @@ def main(argv):
     envs = sdar.make_envs(config)
     fine = isinstance(envs[0], ToyEnv)
     sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
+    sdar.require(config.steps, "--steps 0: nothing would be learned")
+    sdar.require(
+        "out" in given or config.env == "toy" or not tiny, "--out: not over the toy's policy"
+    )
     if not tiny:
         imitate(config, envs, plain, enough)
         return

@@ -87,7 +87,7 @@ def original(name):
     return textwrap.dedent(re.search(block, source, re.M | re.S)[0])
 
 
-def start(name, answers="answers"):
+def start(name, *, answers="answers"):
     """Write the file of an answer: aim, imports, signature. What is there stays."""
     text = original(name).split('"""')[0]
     says = {"begin": f'{text}{EMPTY} {name}")'} | TEXTS[name]
@@ -105,9 +105,11 @@ def hint(name, level="1"):
 
 def check(*names, answers="answers"):
     """Judge some answers, or all: what is wrong, and what that means. Returns the exit code."""
-    paths = [Path(answers, f"{name}.py") for name in names] or handed_in(answers)
+    if not names:  # each by itself: one that cannot be used stops no other
+        each = [partial(check, path.stem, answers=answers) for path in handed_in(answers)]
+        return max(map(sdar.run, each))
     code = 0
-    for path in paths:
+    for path in (Path(answers, f"{name}.py") for name in names):
         said = f"Right. {about(path.stem)['learned']}"
         wrong = graders.verdict(path) if is_written(path) else f"{path}: it is still empty"
         if wrong:
@@ -125,10 +127,10 @@ def handed_in(folder):
 
 def is_written(path):
     """False for an answer's file as it was begun."""
-    return EMPTY not in path.read_text("utf-8", "replace")
+    return not re.search(f"(?m)^ *{re.escape(EMPTY)}", path.read_text("utf-8", "replace"))
 
 
-def solution(name, answers="answers"):
+def solution(name, *, answers="answers"):
     """The original of a function, and how it differs from the answer; or what the course says of an
     experiment, by its name."""
     pages = "\n".join(page.read_text("utf-8") for page in HERE.glob("solutions/*.md"))
@@ -189,7 +191,7 @@ def judged(path):
         )
     except subprocess.TimeoutExpired:
         return "n", f"not back after {SECONDS} s; does a loop never end? Is the machine busy?"
-    if done.returncode == 0:
+    if done.returncode == 0 and "Right. " in done.stdout:
         return "R", ""
     said = [f"it ends Python (exit code {done.returncode})", *done.stdout.splitlines()]
     return "x" if done.returncode == 2 else "n", said[-1]
@@ -287,8 +289,9 @@ def call(words):
     answer that is not right yet."""
     parser = sdar.Parser(add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--answers")
-    options, (name, *words) = parser.parse_known_args(words)
-    with naming(f"{name}; the commands are {', '.join(COMMANDS)}", UserError):
+    options, words = parser.parse_known_args(words)
+    with naming(f"the commands are {', '.join(COMMANDS)}", UserError):
+        name, *words = words
         inspect.signature(COMMANDS[name]).bind(*words, **vars(options))
     said = COMMANDS[name](*words, **vars(options))
     if isinstance(said, str):

@@ -62,7 +62,10 @@ def main(argv):
 
 def join(name, *files):
     """Make a file of results/ from others."""
-    rows = compare.join(sum(map(read, map(Path, files)), []))
+    with sdar.naming("these files do not go together", sdar.UserError):
+        rows = compare.join(sum(map(read, map(Path, files)), []))
+        labels = {(row["label"], row["made"]) for row in rows}
+        sdar.require(len(labels) == len(rows) > 0, "no rows, or two of one label that differ")
     Path(DATA, f"{name}.json").write_text(compare.as_json(rows), "utf-8")
 
 
@@ -111,17 +114,19 @@ def measured(file, label, base, column):
 def probed(file, part, names):
     """A table: what .lab/probe.py saw of some runs, step by step, alone or with the skill, or what
     a run has logged since the look before. Means over seeds."""
-    runs, cells = read(DATA / f"{file}.json"), []
+    runs, cells, heads = read(DATA / f"{file}.json"), [], []
     for name in names:
-        seeds = [runs[run]["looks"] for run in runs if run.startswith(f"{name}-s")]
-        seeds = [[look for look in looks if part in look] for looks in seeds]
-        steps = [str(look["step"]) for look in seeds[0]]
-        for what in (what for what in seeds[0][0][part] if what != "percent"):
-            seen = np.mean([[look[part][what] for look in looks] for looks in seeds], 0)
-            cells.append([f"{name}, {what}", *map("{:.2f}".format, seen)])
-    head = [f"steps; seeds: {len(seeds)}", *steps]
-    made = {run["made"] for run in runs.values()}
-    return compare.markdown([head, *cells]) + "\n".join(["", *made, ""])
+        seeds = [runs[run] for run in runs if re.sub(r"-s\d+$", "", run) == name]
+        looks = [[look for look in run["looks"] if part in look] for run in seeds]
+        for run, seen in zip(seeds, looks):
+            steps = [str(look["step"]) for look in seen]
+            heads.append([run["made"], f"steps; seeds: {len(seeds)}", *steps])
+        for what in (what for what in looks[0][0][part] if what != "percent"):
+            values = np.mean([[look[part][what] for look in seen] for seen in looks], 0)
+            cells.append([f"{name}, {what}", *map("{:.2f}".format, values)])
+    made, *head = heads[0]
+    sdar.require(heads.count(heads[0]) == len(heads), "these differ in commit, seeds or steps")
+    return f"{compare.markdown([head, *cells])}\n{made}\n"
 
 
 # --- The pictures ------------------------------------------------------------------------

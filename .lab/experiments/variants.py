@@ -56,7 +56,7 @@ NEEDS = {  # {variant: the settings without which it would do nothing, or lose i
     "advantage": {"distil": "gate", "gate": "gap"},
     "gate": {"distil": "gate", "gate": "gap"},
     "divergence": {"distil": "gate"},
-    "practice": {"distil": "none"},
+    "practice": {"distil": "none", "skilled": False},
 }
 
 # --- What the teacher reads, and who it is -----------------------------------------------
@@ -225,7 +225,8 @@ def sample_otherwise(kind, model, episodes, config, step):
         output.logits = warp(None, output.logits[:, -1].float() / temperature)[:, None]
 
     with model.register_forward_hook(likeliest):  # scoring asks for states, and does not pass here
-        episodes[:] = play_again(model, episodes, range(len(episodes)), config, step, 1.0)
+        rows = range(len(episodes))
+        episodes[:] = play_again(model, episodes, rows, config, step, 1.0, config.skilled)
     take_as_scored(model, episodes, config)
 
 
@@ -281,8 +282,9 @@ def check(words, config):
             was = getattr(config, setting)
             needs = f"{name} needs {sdar.flag(setting)} {value}"
             sdar.require(was == value, f"{needs}, --method {config.method} has {was}")
-    alone = "advantage" not in kinds or not {"gate", "divergence"} & {*kinds}
-    sdar.require(alone, "advantage: not with gate or divergence")
+    for one, others in ("advantage", {"gate", "divergence"}), ("practice", {"std"}):
+        alone = one not in kinds or not others & {*kinds}
+        sdar.require(alone, f"{one}: not with {' or '.join(sorted(others))}")
 
 
 def hooks(words):
@@ -331,6 +333,7 @@ def main(argv):
     words = given.pop("words", [])
     config = sdar.configure(**given)
     check(words, config)
+    config.variant = sorted(words)  # is remembered, and compared when the run is resumed
     sdar.train(config, **hooks(words))
 
 

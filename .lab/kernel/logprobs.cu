@@ -26,14 +26,14 @@ __device__ Sums merged(Sums a, Sums b, float k) {  // the online step
 extern "C" __global__ void forward(const Bits *logits, const long long *ids, float4 *out, int V, double scale) {
     const Bits *x = logits + (size_t)blockIdx.x * V;  // 64 bits: N V passes 2^31
     const float t = scale, k = t * 1.44269504f;  // e^(t x) = 2^(k x)
-    Sums a = {-3e38f, 0, 0};  // not -inf: -inf - -inf is NaN
+    Sums a = {-3.4e38f, 0, 0};  // not -inf: -inf - -inf is NaN
     for (int i = threadIdx.x; i < packs(x, V); i += blockDim.x) {
         Pack p = ((const Pack *)x)[i];
-        Sums b = {-3e38f, 0, 0};
+        Sums b = {-3.4e38f, 0, 0};
         for (int j = 0; j < PACK; j++) b.max = fmaxf(b.max, decode(p.at[j]));
         for (int j = 0; j < PACK; j++) {
             float d = decode(p.at[j]) - b.max, e = exp2f(k * d);
-            b.s += e, b.u += fmaxf(d, -3e38f) * e;  // of -inf: 0, not NaN
+            b.s += e, b.u += fmaxf(d, -3.4e38f) * e;  // of -inf: 0, not NaN
         }
         a = merged(a, b, k);
     }

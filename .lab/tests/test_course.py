@@ -23,7 +23,6 @@ def write(folder, name, body):
     (folder / f"{name}.py").write_text(text, "utf-8")
 
 
-@mark.filterwarnings("ignore")  # what TRL uses of the deprecated
 def test_wrong_answers_fail_with_their_meaning_and_right_ones_pass(tmp_path, monkeypatch, capsys):
     """A row of the first file: function; what is wrong; changes of its text, old => new; how the
     sentence begins that says what that means. It may stand behind the answer's own line."""
@@ -49,7 +48,7 @@ TABLE = r"""(?s)
  +R[e ]+Ada
  +n[. ]+x[. ]+Bo Li_7
 .*
-Bo Li_7, kl_k3: it ends Python \(exit code 3\)
+Bo Li_7, kl_k3: it ends Python \(exit code 0\)
 Bo Li_7, view: [^\n]*view.py: Python cannot read it"""
 
 
@@ -64,8 +63,8 @@ def test_answers_of_a_class_are_begun_checked_and_graded(tmp_path, monkeypatch, 
     assert "\n7\nRight. You now" in capsys.readouterr().out
 
     write(other, "view", "def view(")
-    write(other, "kl_k3", "import os\n\nos._exit(3)")
-    assert "\n-os._exit(3)\n" in exercise.solution("kl_k3", other)
+    write(other, "kl_k3", "import os\n\nos._exit(0)")
+    assert "\n-os._exit(0)\n" in exercise.solution("kl_k3", answers=other)
     monkeypatch.setattr(exercise, "SECONDS", 999)  # the machine may be busy
     assert re.search(TABLE, exercise.grade(tmp_path))
     monkeypatch.setattr(exercise, "SECONDS", 1)

@@ -86,7 +86,8 @@ def test_imitation_resumes_exactly_and_its_model_reads_plainly(
     with monkeypatch.context() as patch:  # at step 3
         patch.setattr(sdar, "evaluate", Mock(side_effect=KeyboardInterrupt))
         assert call(*words, killed, "--plain") == 130
-    assert call(*words, killed) == 0  # a run keeps its view
+    assert call(*words, killed) == 2  # another view is another run
+    assert call(*words, killed, "--plain") == 0
     assert call(*words, whole, "--plain") == 0
     assert capsys.readouterr().out.count("% of the answers are valid") == 4
     rows = lines(whole)
