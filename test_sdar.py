@@ -910,6 +910,18 @@ def test_resume_refuses_other_settings(name, value, finished, tmp_path):
     assert rows[-1]["loss"] == approx(finished[2][-1]["loss"], abs=1e-6)
 
 
+def test_resume_compares_what_an_experiment_adds_to_the_settings(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    config = small(tmp_path, steps=3, resume=True)
+    config.variant = ["std:off"]
+    with raises(UserError, match="--variant was None, now it is .'std:off'."):
+        sdar.train(config)
+    config.overwrite, config.resume = True, False
+    sdar.train(config)
+    with raises(UserError, match="--variant was .'std:off'., now it is None"):
+        trained(tmp_path, steps=4, resume=True)
+
+
 def test_a_path_may_be_written_otherwise_at_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("other").mkdir()
@@ -929,6 +941,7 @@ def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):
         trained(tmp_path)
     with raises(EnvUnavailable):
         trained(tmp_path, hooks=dying_after(1), overwrite=True, seed=1)
+    assert not Path(tmp_path, "run/config.json").exists()
     expected = trained(tmp_path, "plain", seed=1)[1]
     assert trained(tmp_path, resume=True, seed=1)[1] == expected
 
