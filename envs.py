@@ -264,7 +264,7 @@ class TextEnv:
 
     def label(self, task):
         """Under which name the success of a task, an id, is reported: its type."""
-        return self.goals[task][0]
+        return str(self.goals[task][0])
 
     def panel(self, split, episodes):
         """The evaluation episodes, a list of (task, seed): always the same ones, the labels in
@@ -282,7 +282,7 @@ class TextEnv:
     def _result(self, observation, state):
         # A language model is told what it can do, the turn, and the form of an answer. Of the
         # actions only those that the turn before did not list: most are still there.
-        hint, admissible = state.get("tail", ""), state.get("admissible", [])
+        hint, admissible = state.get("tail", ""), list(state.get("admissible", []))
         news = [action for action in admissible if action not in self.listed]
         if news:
             hint += "\nNew admissible" if self.listed else "\nAdmissible"

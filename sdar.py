@@ -391,6 +391,8 @@ class Sampler:
         new = padded([[1] * len(row) for row in rows], device, "left")
         self.real = new if self.real is None else torch.cat([self.real, new], 1)
         positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1
+        room = self.model.config.max_position_embeddings
+        require(positions.max() < room, f"the first prompt does not fit a context of {room}")
         output = self.model(
             input_ids=padded(rows, device, "left"),
             attention_mask=self.real,
@@ -568,10 +570,8 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
         return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
     rows = max(1, LOGITS_AT_ONCE // len(head_weight))
-    chunks = []
-    for part in zip(hidden.split(rows), ids.split(rows)):
-        chunks.append(checkpoint(chunk, *part, use_reentrant=False))
-    logprobs, entropy = zip(*chunks)
+    parts = zip(hidden.split(rows), ids.split(rows))
+    logprobs, entropy = zip(*[checkpoint(chunk, *part, use_reentrant=False) for part in parts])
     return torch.cat(logprobs), torch.cat(entropy)
 
 
@@ -586,8 +586,7 @@ def response_logprobs(model, episodes, config, with_skill=False):
     # One pass reads a whole conversation: attention is causal, so the state at each place is what
     # the policy had there when it sampled. Padding is on the right, where no token looks.
     views = [episode.view(with_skill) for episode in episodes]
-    ids = padded([ids for ids, _ in views], model.device)  # (B, S)
-    mask = padded([mask for _, mask in views], model.device)  # (B, S) 1: sampled
+    ids, mask = (padded(rows, model.device) for rows in zip(*views))  # (B, S); mask 1: sampled
     sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
     with forward_dtype(model, config):
         output = model.base_model(input_ids=ids, use_cache=False)
@@ -700,8 +699,8 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
     exp(student - old), not detached; all (N,).
 
     The gradient on a token is rho l grad log pi, the reverse KL's: signed, and unbounded."""
-    excess = logprobs - teacher_logprobs.detach()
-    k3 = (-excess).clamp(max=20).exp() - 1 + excess
+    gap = teacher_logprobs.detach() - logprobs
+    k3 = gap.clamp(max=20).exp() - gap - 1
     rho = (logprobs - old).clamp(max=10).exp()
     return {"sdar_loss": rho * k3}
 
@@ -824,13 +823,11 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        for layer in model.modules():  # training mode only where it checkpoints: no dropout acts
+        for layer in model.modules():  # training mode only where it checkpoints: less dropout
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
-            tokens = {}
-            for name, values in by_episode.items():
-                tokens[name] = torch.cat([values[row] for row in rows])
+            tokens = {name: torch.cat([of[row] for row in rows]) for name, of in by_episode.items()}
             terms = objective(model, micro, tokens, config)
             (terms["loss"].sum() / total).backward()
             for name, values in terms.items():
@@ -1013,8 +1010,8 @@ def make_envs(config, skill_bank=SkillBank):
     for split in ("train", config.eval_split):
         envs[0].tasks(split)  # there are none? say so now
     skills = load_skills(config.skills) if config.skills else envs[0].skills
-    fine = skills or config.distil == "none"
-    require(fine, f"{config.env} has no skills, so there is no teacher: --skills FILE, or grpo")
+    fine = skills or config.distil == "none" and not config.skilled
+    require(fine, f"{config.env} has no skills, so nobody knows more: --skills FILE, or grpo")
     bank = skill_bank(skills, config.retrieval)
     for env in envs:
         env.bank = bank
@@ -1051,6 +1048,10 @@ def load_policy(config):
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         require(chat.encode("go"), "its tokenizer knows no words")
+        # A window counts the holes of the KV cache, and a state has read them.
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
+        full = {*layers} <= {"full_attention"}
+        require(full or config.rollout_batch == 1, "a window or a state: take --rollout-batch 1")
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
@@ -1092,8 +1093,9 @@ def load_checkpoint(config, model, optimizer, bank):
     folder = Path(config.out)
     log, path = folder / "metrics.jsonl", folder / "state.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    again = log.exists() and (config.resume or config.overwrite)
-    free = again or not any(folder.iterdir())
+    inside = folder.resolve() in Path(config.model).resolve().parents
+    require(not inside, "--out would overwrite --model: take another folder")
+    free = (config.resume or config.overwrite) and log.exists() or not any(folder.iterdir())
     require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
     if not (config.resume and path.exists()):
         return 0
@@ -1280,7 +1282,7 @@ def run(command):
         message, code = f"out of memory while {stage}; or a smaller --model", 2
     except KeyboardInterrupt:
         message, code = "stopped; a run that trains goes on with --resume", 130
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}:", *str(message).splitlines(), file=sys.stderr)
     return code
 
 
