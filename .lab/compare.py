@@ -93,7 +93,8 @@ def plan(given, out):
     """The Runs that the flags ask for, row after row."""
     methods, sweep, seeds = (given.pop(name) for name in ("methods", "sweep", "seeds"))
     axes = f"{sweep or f'method={methods}'} seed={seeds}"
-    choices, free = {}, {"variant", "seed", *FIXED} - {"steps", "preset", *given}
+    choices, apart = {}, {"steps", "preset", "env", "model", "eval_split", "eval_episodes"}
+    free = {"variant", "seed", *FIXED} - apart - {*given}
     for name, values in re.findall(r"([^\s=]+)=?(\S*)", axes):
         name = name.replace("-", "_")
         sdar.require(name in free, f"{sdar.flag(name)} cannot be swept, or is there twice")
