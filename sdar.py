@@ -391,8 +391,6 @@ class Sampler:
         new = padded([[1] * len(row) for row in rows], device, "left")
         self.real = new if self.real is None else torch.cat([self.real, new], 1)
         positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1
-        room = self.model.config.max_position_embeddings
-        require(positions.max() < room, f"the first prompt does not fit a context of {room}")
         output = self.model(
             input_ids=padded(rows, device, "left"),
             attention_mask=self.real,
@@ -444,6 +442,11 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         for env, start, result in zip(envs, now, call_all(resets, envs[0].slow)):
             playing.append(start_episode(chat, env, start, result, with_skill))
         episodes += playing
+        longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
+        room = model.config.max_position_embeddings - config.max_new_tokens
+        require(
+            longest <= room, f"a first prompt of {longest} ids does not fit the model's context"
+        )
 
         # Who has ended leaves the batch, and its cache.
         sampler = Sampler(model, temperature)
@@ -656,7 +659,7 @@ def kl_k3(logprobs, ref):
 
     Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
     mean 0. With it added the mean stays, and no token is below 0. That is the value. What the
-    policy descends is the other KL: on policy, and within the clamp, the gradient is that of
+    policy descends is the other KL: on policy, and within the clamp, the mean gradient is that of
     KL(reference || policy)."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -679,9 +682,9 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
 
     Its value is minus a gated estimate of KL(student || teacher), and is not what descends: the
     gradient goes through log pi alone. On a token it is -g_t grad log pi: every sampled token is
-    pushed up, harder where the teacher agrees. What does not depend on which token was sampled
-    cancels on average, since on policy E[grad log pi] = 0: a constant gate teaches nothing, and the
-    entropy's gate nothing, either. Of the gap's gate
+    pushed up, by the gap's gate harder where the teacher agrees. What does not depend on which
+    token was sampled cancels on average, since on policy E[grad log pi] = 0: a constant gate
+    teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
@@ -695,10 +698,11 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
 
 
 def skill_sd_loss(logprobs, teacher_logprobs, old):
-    """Skill-SD (arXiv 2604.10674, a baseline of section 4): rho k3(l), l = student - teacher, rho =
-    exp(student - old), not detached; all (N,).
+    """Skill-SD (arXiv 2604.10674, a baseline of section 4): rho (exp(gap) - gap - 1), gap = teacher
+    - student, rho = exp(student - old), not detached; all (N,).
 
-    The gradient on a token is rho l grad log pi, the reverse KL's: signed, and unbounded."""
+    Within the clamps the gradient on a token is -rho gap grad log pi: that of the reverse KL's
+    estimate, signed, and unbounded."""
     gap = teacher_logprobs.detach() - logprobs
     k3 = gap.clamp(max=20).exp() - gap - 1
     rho = (logprobs - old).clamp(max=10).exp()
@@ -1048,10 +1052,6 @@ def load_policy(config):
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         require(chat.encode("go"), "its tokenizer knows no words")
-        # A window counts the holes of the KV cache, and a state has read them.
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        full = {*layers} <= {"full_attention"}
-        require(full or config.rollout_batch == 1, "a window or a state: take --rollout-batch 1")
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
@@ -1093,8 +1093,8 @@ def load_checkpoint(config, model, optimizer, bank):
     folder = Path(config.out)
     log, path = folder / "metrics.jsonl", folder / "state.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    inside = folder.resolve() in Path(config.model).resolve().parents
-    require(not inside, "--out would overwrite --model: take another folder")
+    kept = Path(config.model).resolve() != (folder / "checkpoint").resolve()
+    require(kept, "--out would overwrite --model: take another folder")
     free = (config.resume or config.overwrite) and log.exists() or not any(folder.iterdir())
     require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
     if not (config.resume and path.exists()):
@@ -1162,7 +1162,7 @@ def log_step(config, step, episodes, metrics, result, clock):
         **{f"eval_{name}": value for name, value in result.items()},
     }
     folder = Path(config.out)
-    if step == 1:  # of a run that is replaced nothing may be left
+    if step == 1:  # of a run that is replaced nothing may be resumed, or read as this one's
         for old in ("state.pt", "config.json"):
             (folder / old).unlink(missing_ok=True)
     with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:

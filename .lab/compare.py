@@ -93,7 +93,8 @@ def plan(given, out):
     """The Runs that the flags ask for, row after row."""
     methods, sweep, seeds = (given.pop(name) for name in ("methods", "sweep", "seeds"))
     axes = f"{sweep or f'method={methods}'} seed={seeds}"
-    choices, apart = {}, {"steps", "preset", "env", "model", "eval_split", "eval_episodes"}
+    choices, apart = {}, {"steps", "preset", "env", "model", "eval_split", "max_turns"}
+    apart |= {"skills", "eval_episodes", "eval_temperature"}  # rows of these are not compared
     free = {"variant", "seed", *FIXED} - apart - {*given}
     for name, values in re.findall(r"([^\s=]+)=?(\S*)", axes):
         name = name.replace("-", "_")

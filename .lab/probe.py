@@ -90,11 +90,9 @@ def show(env, percent):
         print(f"{name:<8}", *[f"{cells[column]:^4}" for column in order(env)], sep="")
 
 
-def looks_at(steps, config, env):
+def looks_at(steps, config, env, looks):
     """Train up to each of the steps, and look, also at what was logged since the look before
-    (medians). A run that is resumed is the run that was never stopped."""
-    looks = []
-    done = 0
+    (medians). A run that is resumed is the run that was never stopped. looks: earlier ones."""
     policy = config.model
     for step in steps:
         if step:
@@ -104,11 +102,10 @@ def looks_at(steps, config, env):
         model, chat = sdar.load_policy(replace(config, model=policy))
         looks.append(look(model, chat, env, config, step))
         if step:
-            log = plots.read_run(config.out)[1][done:step]
+            log = plots.read_run(config.out)[1][looks[-2]["step"] if looks[1:] else 0 : step]
             looks[-1]["learning"] = {
                 name: np.median([line[name] for line in log]) for name in LOGGED if name in log[0]
             }
-            done = step
     return looks
 
 
@@ -119,8 +116,7 @@ def main(argv):
     given = vars(parser.parse_args(argv))
     file = given.pop("json")
     steps = given.pop("steps", "0")
-    fine = re.fullmatch(r"\d+(,\d+)*", steps)
-    require(fine, f"--steps {steps}: must be numbers like 0,2,5")
+    require(re.fullmatch(r"\d+(,\d+)*", steps), f"--steps {steps}: must be numbers like 0,2,5")
     steps = sorted({*map(int, steps.split(","))})
     runs = {}
     if file:
@@ -130,11 +126,13 @@ def main(argv):
             runs.update(json.loads(Path(file).read_text("utf-8")))
     config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
     name = Path(config.out).name
-    require(name not in runs, f"--json {file} has a run {name}: another --out, or another file")
+    looks = runs.get(name, {"looks": []})["looks"]
+    fine = config.resume or not looks
+    require(fine, f"--json {file} has a run {name}: another --out, or another file")
     env = sdar.make_envs(config)[0]
     require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
 
-    looks = looks_at(steps, config, env)
+    looks = looks_at(steps, config, env, looks)
     if file:
         settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
         runs[name] = {"settings": settings, "made": made, "looks": looks}

@@ -302,7 +302,7 @@ def imitate(config, envs, plain, enough):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     if plain:
         chat.plain = chat.tokenizer.init_kwargs["plain"] = True
-    config.plain = plain  # is remembered, and compared
+        config.variant = "plain"  # is remembered, and compared when it is resumed
     done = sdar.load_checkpoint(config, model, optimizer, envs[0].bank)
     for step in tqdm(range(done + 1, config.steps + 1), "imitation"):
         clock = [time.perf_counter()] * 3  # nobody plays, and nothing is scored

@@ -55,8 +55,8 @@ def alarm(file="answers/alarm.py"):
             return f"Not yet. Log {number}: {said}. {look}"
         spare += [fine - rung] * lost
     return (
-        f"Right: no false alarm, and {spare} steps to spare. Gap and gate could not have told: "
-        "they compare two readers, who can be wrong together."
+        f"Right: no false alarm, and {spare} steps to spare. Gap and gate look best where it "
+        "dies: they compare two readers, who can be wrong together."
     )
 
 

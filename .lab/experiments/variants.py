@@ -333,7 +333,8 @@ def main(argv):
     words = given.pop("words", [])
     config = sdar.configure(**given)
     check(words, config)
-    config.variant = sorted(words)  # is remembered, and compared when the run is resumed
+    if words:
+        config.variant = sorted(words)  # is remembered, and compared when the run is resumed
     sdar.train(config, **hooks(words))
 
 
