@@ -121,11 +121,11 @@ def probed(file, part, names):
         for run, seen in zip(seeds, looks):
             steps = [str(look["step"]) for look in seen]
             heads.append([run["made"], f"steps; seeds: {len(seeds)}", *steps])
+        sdar.require(heads.count(heads[0]) == len(heads), "they differ in commit, seeds or steps")
         for what in (what for what in looks[0][0][part] if what != "percent"):
             values = np.mean([[look[part][what] for look in seen] for seen in looks], 0)
             cells.append([f"{name}, {what}", *map("{:.2f}".format, values)])
     made, *head = heads[0]
-    sdar.require(heads.count(heads[0]) == len(heads), "these differ in commit, seeds or steps")
     return f"{compare.markdown([head, *cells])}\n{made}\n"
 
 
