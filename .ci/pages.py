@@ -67,7 +67,7 @@ def check_command(command):
     words = shlex.split(rest.rstrip("& "))
     if RUN.search(command) and not NOT_RUN.search(command):
         if TRAINS.search(command):
-            words += SIZE.split()
+            words += SIZE.split()[: -2 if "--steps 0" in command else None]  # that one only plays
         call(ROOT / script, *words)
     elif script == ".lab/compare.py" and not NOT_RUN.search(command):
         with suppress(NotADirectoryError):  # it plans all runs, and stops where it would begin
