@@ -443,10 +443,8 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
             playing.append(start_episode(chat, env, start, result, with_skill))
         episodes += playing
         longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
-        room = model.config.max_position_embeddings - config.max_new_tokens
-        require(
-            longest <= room, f"a first prompt of {longest} ids does not fit the model's context"
-        )
+        room = model.config.max_position_embeddings - config.max_new_tokens  # later turns: see act
+        require(longest <= room, f"a first prompt of {longest} ids fills the model's context")
 
         # Who has ended leaves the batch, and its cache.
         sampler = Sampler(model, temperature)
@@ -573,8 +571,10 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
         return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
     rows = max(1, LOGITS_AT_ONCE // len(head_weight))
-    parts = zip(hidden.split(rows), ids.split(rows))
-    logprobs, entropy = zip(*[checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    chunks = []
+    for part in zip(hidden.split(rows), ids.split(rows)):
+        chunks.append(checkpoint(chunk, *part, use_reentrant=False))
+    logprobs, entropy = zip(*chunks)
     return torch.cat(logprobs), torch.cat(entropy)
 
 
@@ -644,7 +644,8 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
     old: log-probs of the policy that sampled."""
     # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
     # the two losses counts: where a token has moved by more than eps in the direction that its
-    # advantage asks for, the loss is constant, and pushes no further. The wrong way nothing clips.
+    # advantage asks for, the loss is constant, and pushes no further. A move the other
+    # way is never clipped.
     ratio = (logprobs - old).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -831,7 +832,9 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
-            tokens = {name: torch.cat([of[row] for row in rows]) for name, of in by_episode.items()}
+            tokens = {}
+            for name, values in by_episode.items():
+                tokens[name] = torch.cat([values[row] for row in rows])
             terms = objective(model, micro, tokens, config)
             (terms["loss"].sum() / total).backward()
             for name, values in terms.items():

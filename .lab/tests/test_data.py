@@ -16,7 +16,7 @@ ROWS = DATA / "public_rows.jsonl"
 def test_rows_of_the_public_data_sets_become_questions(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert call("convert", "questions", ROWS, out) == 0
-    assert capsys.readouterr().out == "5 of 7 lines are rows with a question and an answer\n"
+    assert capsys.readouterr().out == "5 of 8 lines are rows with a question and an answer\n"
     world = envs.make_env("search", data=str(out))
     assert [*world.goals] == ["test_0", "nq/test_0", "hotpotqa/0", "popqa/4", "7"]
     assert world.tasks("test") == ["nq/test_0", "hotpotqa/0"]

@@ -34,6 +34,7 @@ DATA = """
 "sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.4, "blind": 0.1}}]}
 },
 "probe_b": {
+"rlsd-s0": {"made": "commit 2", "looks": [{"step": 7, "alone": {"home": 0.1, "blind": 0.1}}]},
 "opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2},
 "skill": {"home": 0.6, "blind": 0.2}, "alone": {"home": 0.1, "blind": 0.1}}]}
 }}
@@ -109,6 +110,7 @@ MARKS = """
 "short: nothing"    "the table 'short: nothing' cannot be made"
 "other: 20 steps"   "other.json"
 "probe: rlsd"       "the table 'probe: rlsd' cannot be made"
+"probe_b: opsd, rlsd"  "they differ in commit, seeds or steps"
 """
 
 
