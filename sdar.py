@@ -61,7 +61,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -813,10 +812,11 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     """One pass over the shuffled episodes, in `minibatches` optimiser steps. Returns metrics: means
     over all tokens of the step, and of grad_norm over the optimiser steps.
 
-    The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1,
-    and PPO's clip does nothing. From the second one on it has moved. In the policy loss the ratio
-    corrects for that, token by token, and the clip takes away the loss's reason to move far: a good
-    token that is already 20 % likelier than when it was sampled is not pushed further by it."""
+    The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1
+    but for rounding, and PPO's clip does nothing. From the second one on it has moved. In the
+    policy loss the ratio corrects for that, token by token, and the clip takes away the loss's
+    reason to move far: a good token that is already 20 % likelier than when it was sampled is not
+    pushed further by it."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
     metrics, norms = defaultdict(float), []
@@ -901,8 +901,8 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     """A whole run. It writes below config.out alone. Returns the last step's metrics; with steps=0
     what evaluate returns.
 
-    A step: play, score, learn, look. The same seed gives the same run, also where it was stopped
-    and resumed: nothing is drawn from a generator that lives longer than a step. The other
+    A step: play, score, learn, look. On one CPU the same seed gives the same run, also where it was
+    stopped and resumed: nothing is drawn from a generator that lives longer than a step. The other
     arguments are where an experiment takes hold: .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
@@ -1032,6 +1032,8 @@ def load_policy(config):
     chooses what forward passes compute in."""
     import transformers  # here, since it takes seconds
 
+    # Attention on a card: cuDNN's makes a new plan for every new length, and so for every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
         transformers.utils.logging.set_verbosity_error()
     path = config.model
@@ -1104,7 +1106,7 @@ def load_checkpoint(config, model, optimizer, bank):
         return 0
 
     with naming(f"--resume: {path}", UserError):
-        state = torch.load(path, map_location=model.device)
+        state = torch.load(path, map_location="cpu")  # what belongs on a card is copied there below
         step = state["step"]
         require(step < config.steps, f"all of its {step} steps are done, raise --steps")
         for name in vars(config) | state["config"]:  # an experiment may have written more into it
@@ -1275,14 +1277,12 @@ def run(command):
         return command() or 0
     except (UserError, OSError) as error:
         message, code = error, 2
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # so a card, MPS and a CPU say that memory ran out
+    except RuntimeError as error:  # so a CPU, MPS, a card and its libraries say that memory ran out
+        if not re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
             raise
-        calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
-        learning = "learning: --gradient-checkpointing if it is off, then a lower --micro-batch"
-        playing = "playing: a lower --rollout-batch, then a lower --max-new-tokens"
-        stage = playing if "rollout" in calls else learning
-        message, code = f"out of memory while {stage}; or a smaller --model", 2
+        learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
+        playing = "where it plays, a lower --rollout-batch, then a lower --max-new-tokens"
+        message, code = f"out of memory: {learning}; {playing}; or a smaller --model", 2
     except KeyboardInterrupt:
         message, code = "stopped; a run that trains goes on with --resume", 130
     print(f"{Path(sys.argv[0]).name}:", *str(message).splitlines(), file=sys.stderr)

@@ -48,8 +48,8 @@ CHANGES = r"""
 "<|im_end|>"     "\n<|im_end|>"                                "no control token"
 """
 CASES = [param(CHATML.replace(old, new), why, id=new) for old, new, why in table(CHANGES)]
-found = find_spec("trl")
-for path in sorted(Path(found.origin if found else "").parent.glob("chat_templates/*.jinja")):
+trl = find_spec("trl").submodule_search_locations[0]  # our own folder, where TRL is not installed
+for path in sorted(Path(trl).glob("chat_templates/*.jinja")):
     why = dict(table(REFUSED)).get(path.stem.removesuffix("_training"), "")
     CASES.append(param(path.read_text("utf-8"), why, id=path.stem))
 
