@@ -351,7 +351,7 @@ class Household:
             rows.append({"name": c, "text": f"The {c} is kept in {place}.", "keywords": [c]})
         for verb, place in self.appliance.items():
             text = f"{verb.capitalize()} with {place}."
-            rows.append({"name": verb, "text": text, "task_types": [verb], "keywords": [verb]})
+            rows.append({"name": verb, "text": text, "task_types": [verb]})
         text = f"The desklamp 1 is on {self.lamp}."
         rows.append({"name": "lamp", "text": text, "task_types": ["look"]})
         return rows
@@ -636,7 +636,7 @@ class AlfworldEnv(TextEnv):
             process = game_process(self.number % CORES)
             text, won, commands = process.submit(play_game, self.number, self.path, action).result()
         admissible = [command for command in commands if command != "help"]
-        return text, {"won": won, "admissible": admissible, "valid": action != ""}
+        return text, {"won": won, "admissible": admissible}
 
 
 class WebShopEnv(TextEnv):

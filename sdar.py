@@ -409,7 +409,7 @@ class Sampler:
         cdf = logprobs.exp().cumsum(-1)
         uniform = torch.tensor(uniform, device=logits.device)[:, None]
         chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-        chosen = chosen.clamp(max=logits.shape[1] - 1)  # where the product was rounded up
+        chosen = chosen.clamp(max=logits.shape[1] - 1)  # ruined weights: step_batch says so
         return chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
 
     def keep(self, rows):
@@ -906,7 +906,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     arguments are where an experiment takes hold: .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     start_policy = copy.deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
     teacher = start_policy if config.teacher == "frozen" else model
     room = getattr(model.config, "max_position_embeddings", 0)
@@ -1064,7 +1064,7 @@ def load_policy(config):
         enable({"use_reentrant": False})
     size = model.num_parameters()
     tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {config.device}")
-    return model.to(config.device).eval(), chat
+    return model.to(config.device), chat
 
 
 @lru_cache
