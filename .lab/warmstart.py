@@ -276,7 +276,7 @@ def warmstart(config, world):
     matrices = [weights for weights in model.model.layers.parameters() if weights.ndim == 2]
     rest = [weights for weights in model.parameters() if not any(weights is m for m in matrices)]
     muon = torch.optim.Muon(matrices, weight_decay=0.01)
-    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98))
 
     @muon.register_step_post_hook
     def step_the_rest(*_):
@@ -299,7 +299,7 @@ def imitate(config, envs, plain, enough):
     """Teach a language model, in a run as sdar.train's: evaluated, logged, saved, and resumed
     exactly. It ends when the format is there, see above."""
     model, chat = sdar.load_policy(config)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters())
     if plain:
         chat.plain = chat.tokenizer.init_kwargs["plain"] = True
         config.variant = "plain"  # is remembered, and compared when it is resumed

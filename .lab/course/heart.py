@@ -26,7 +26,7 @@ def main(steps=8):
     envs = sdar.make_envs(config)
     model, chat = sdar.load_policy(config)
     start = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
 
     for step in range(1, steps + 1):
         # Play: eight tries of each of eight tasks. The student reads no skill.
