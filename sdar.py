@@ -409,7 +409,7 @@ class Sampler:
         cdf = logprobs.exp().cumsum(-1)
         uniform = torch.tensor(uniform, device=logits.device)[:, None]
         chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-        chosen = chosen.clamp(max=logits.shape[1] - 1)  # ruined weights: step_batch says so
+        chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
         return chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
 
     def keep(self, rows):
@@ -1277,7 +1277,8 @@ def run(command):
         return command() or 0
     except (UserError, OSError) as error:
         message, code = error, 2
-    except RuntimeError as error:  # so a CPU, MPS, a card and its libraries say that memory ran out
+    except RuntimeError as error:
+        # So a CPU, MPS, a card and its libraries say that memory ran out. All else is a fault.
         if not re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
             raise
         learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
