@@ -77,10 +77,13 @@ def require(ok, message, error=UserError):
 
 @contextmanager
 def naming(what, kind=EnvUnavailable):
-    """Whatever is raised in here becomes one error of this kind: what failed, and how."""
+    """Whatever is raised in here becomes one error of this kind: what failed, and how. An
+    EnvUnavailable has said so already."""
     try:
         yield
-    except Exception as error:
+    except EnvUnavailable:
+        raise
+    except (Exception, SystemExit) as error:
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}"
@@ -126,6 +129,11 @@ class SkillBank:
     def __init__(self, rows, strategy="keyword"):
         with naming("a skill has a name and a text", UserError):
             self.skills = [Skill(**row) for row in rows]
+            for skill in self.skills:
+                lists = [skill.task_types, skill.keywords]
+                texts = [skill.name, skill.text, *skill.task_types, *skill.keywords]
+                fine = {*map(type, texts)} == {str} and str not in map(type, lists)
+                require(fine, f"the skill {skill.name!r:.50}")
         self.strategy = strategy
         self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
 
@@ -173,12 +181,7 @@ def load_skills(file):
     with naming(f"--skills {file}: must be a list of name, text, task_types, keywords", UserError):
         rows = json.loads(Path(file).read_text("utf-8-sig"))
         require(rows, "it is empty")
-        for row in rows:
-            skill = Skill(**row)
-            lists = [skill.task_types, skill.keywords]
-            texts = [skill.name, skill.text, *sum(map(list, lists), [])]
-            fine = all(isinstance(text, str) for text in texts) and str not in map(type, lists)
-            require(fine, f"the skill {skill.name!r:.50}")
+        SkillBank(rows)
         return rows
 
 
@@ -232,13 +235,15 @@ class TextEnv:
         self.kind = self.goals[task][0]
         self.turns = 0
         self.listed = []
-        return self._result(*self._reset(task, seed))
+        with naming(f"{self.name} failed at {task!r}"):
+            return self._result(*self._reset(task, seed))
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
         1.0 on the step that wins, else 0.0."""
         self.turns += 1
-        observation, info = self._result(*self._step(action))
+        with naming(f"{self.name} failed at {action!r}"):
+            observation, info = self._result(*self._step(action))
 
         # terminated: the world has ended the episode; truncated: our limit has. The reward comes
         # once, at the end, for the whole: which of the actions earned it nobody says.
@@ -677,9 +682,8 @@ class WebShopEnv(TextEnv):
 
     def _reset(self, task, seed):
         self.task = self.goals[task][2]
-        with naming(f"WebShop failed at goal {task}"):
-            observation, _ = self.shop.reset(int(task))
-            return f"Instruction: {self.task}\n{self._without_task(observation)}", self._page()
+        observation, _ = self.shop.reset(int(task))
+        return f"Instruction: {self.task}\n{self._without_task(observation)}", self._page()
 
     def _step(self, action):
         self.listed = []  # another page, other links: all are listed again
@@ -691,9 +695,8 @@ class WebShopEnv(TextEnv):
             words = ""
         if not words:
             return "Nothing happens.", self.page | {"valid": match is not None}
-        with naming(f"WebShop failed at {action!r}"):
-            observation, score, over, _ = self.shop.step(f"{verb}[{words}]")
-            page = self._page()
+        observation, score, over, _ = self.shop.step(f"{verb}[{words}]")
+        page = self._page()
         return self._without_task(observation), page | {"won": over and score == 1, "over": over}
 
     def _without_task(self, observation):
@@ -749,8 +752,8 @@ class SearchEnv(TextEnv):
             with naming(f"{file}, line {number}: not a row with id, question, golden_answers"):
                 row = json.loads(line)
                 question, golden = row["question"].strip(), row["golden_answers"]
-                fine = golden and question and isinstance(golden, list)
-                require(fine and {*map(type, golden)} == {str}, "an empty one, or no list of texts")
+                fine = question and isinstance(golden, list) and "".join(golden).strip()
+                require(fine, "an empty one, or no list of texts")
                 source = str(row.get("data_source") or "")
                 task = f"{source}/{row['id']}" if source else str(row["id"])
                 require(task not in goals, "its id is that of another line")
@@ -811,7 +814,7 @@ def normalized(text):
     ASCII punctuation and articles; one of articles alone keeps them."""
     text = text.lower()
     letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
-    return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split() or letters.split() or text.split()
 
 
 ASKING = threading.Semaphore(4)  # requests at once: a retriever may answer one after the other
@@ -833,8 +836,10 @@ def ask(url, *queries):
             break
         except Exception as error:  # no connection, a status, half an answer, another shape
             if not pause:
-                message = f"no search results from {url} ({error!r:.200}); .lab/search_server.py "
-                raise EnvUnavailable(message + "CORPUS.jsonl starts a server") from error
+                raise EnvUnavailable(
+                    f"no search results from {url} ({error!r:.200}); "
+                    ".lab/search_server.py CORPUS.jsonl starts a server"
+                ) from error
             time.sleep(pause)
     if len(found) == len(queries):
         return dict(zip(queries, found))
@@ -846,10 +851,11 @@ def passages(rows):
     """At most three texts out of a server's rows for a query."""
     texts = []
     for row in rows:
-        document = row.get("document", row)
-        text = document.get("contents") or f"{document['title']}\n{document['text']}"
+        text = row.get("document", row)
+        if isinstance(text, dict):
+            text = text.get("contents") or f"{text['title']}\n{text['text']}"
         require(isinstance(text, str), "a passage that is no text")
-        if row.get("score", 0) < -1e30:  # padding of an index that found too little
+        if (row.get("score") or 0) < -1e30:  # padding of an index that found too little
             continue
         if text not in texts:
             texts.append(text)

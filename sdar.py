@@ -251,8 +251,10 @@ class Chat:
         # after is the one to answer behind: Qwen3's has an empty thought in it.
         frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
+        # GLM's lacks a line break that stands before each answer: the longer of the two is read.
+        short, self._after = sorted((after, self._after))
         alike = (after, self._between) == (after_2, between_2)
-        alike = alike and self._after[: len(after)] == after
+        alike = alike and self._after[: len(short)] == short
         message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
         require(alike, f"its chat template {message}")
 
@@ -819,12 +821,13 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     pushed further by it."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
-    metrics, norms = defaultdict(float), []
+    metrics = defaultdict(float)
 
     # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
     # group.
     order = rng.permutation(len(episodes))
-    for chosen in np.array_split(order, min(config.minibatches, len(order))):
+    parts = np.array_split(order, min(config.minibatches, len(order)))
+    for chosen in parts:
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
@@ -843,10 +846,10 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         require(norm.isfinite(), "the gradient is not finite: lower --lr")
-        norms.append(norm.item())
+        metrics["grad_norm"] += norm.item() / len(parts)
         optimizer.step()
         optimizer.zero_grad()
-    return metrics | {"grad_norm": sum(norms) / len(norms)}
+    return metrics
 
 
 # --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) -------------
@@ -1093,7 +1096,7 @@ def load_checkpoint(config, model, optimizer, bank):
     """Steps that are done: 0, or with --resume those of the run's last state, which goes into
     model, optimizer, bank and log. Later steps are played again. UserError if the folder holds
     something that may not go."""
-    if not config.steps:
+    if not (config.steps or config.resume):
         return 0
     folder = Path(config.out)
     log, path = folder / "metrics.jsonl", folder / "state.pt"

@@ -126,7 +126,7 @@ def test_a_shop_does_what_its_page_offers_and_half_a_score_is_no_win():
         other.reset("1")
         _, reward, over, _, info = world.step(action)
         assert (info["hint"].split("\n")[1], info["valid"], reward, over) == expected
-    with raises(EnvUnavailable, match=r"WebShop failed at 'search\[crash\]'"):
+    with raises(EnvUnavailable, match=r"webshop failed at 'search\[crash\]'"):
         other.step("search[crash]")
 
 
@@ -164,6 +164,7 @@ def test_a_turns_queries_go_together_where_the_server_takes_a_list(most, one_by_
 
 PASSAGES = """[
     {"document": {"contents": "a"}},
+    {"document": "a", "score": null},
     {"document": {"title": "T", "text": "b"}, "score": 1},
     {"document": {"contents": "padding"}, "score": -3.4e+38},
     {"contents": "c", "score": NaN},

@@ -17,9 +17,6 @@ CONTROL = re.compile(r"<[|｜]?[^<>{}'\s]+>|\[gMASK\]")  # what a family's token
 TALK = TEMPLATES["conversation"]
 REFUSED = """
 "gemma"         "System role not supported"
-"glm4moe"       "frames a second turn otherwise"
-"gptoss"        "frames a second turn otherwise"
-"muse_glimmer"  "frames a second turn otherwise"
 "idefics3"      "moves, repeats or drops a message"
 "smolvlm"       "moves, repeats or drops a message"
 "llava_next"    "has no attribute 'text'"
@@ -82,5 +79,9 @@ def test_a_template_is_read_as_it_is_written_or_refused(template, reason):
         enable_thinking=False,
         date_string="26 Jul 2024",
     )
-    assert without(read) == without(rendered)
-    assert read[-20:] == rendered[-20:]  # the thought that is to come
+    # What stands before answers, and in no prompt: a line break of GLM 4.5's, others' channels.
+    assert (
+        without(read).removeprefix(without(rendered))
+        in "\n<|channel|>final<|message|> to=user<|message|>"
+    )
+    assert rendered[-20:] in read  # the thought that is to come
