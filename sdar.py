@@ -1205,7 +1205,7 @@ def say_before(config, result, seconds):
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
     tqdm.write(
         f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode, some {hours:.2g} "
-        f"hours to play {config.steps} steps, and up to three times that to learn"
+        f"hours to play {config.steps} steps, and up to four times that to learn"
     )
     taught = config.distil != "none"
     helps = result["success_skill"] > alone and (taught or config.skilled)
