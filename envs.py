@@ -745,7 +745,7 @@ class SearchEnv(TextEnv):
     def questions(cls, file):
         """{task id: (task type, (split,), question, golden answers, data set or "")} of a file."""
         goals = {}
-        lines = Path(file).read_text("utf-8-sig").split("\n")
+        lines = Path(file).read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

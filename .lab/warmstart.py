@@ -90,7 +90,7 @@ class Player:
         """A step towards a thing of a class: to where one was seen, to its home if that is known,
         or to a place that was not seen yet. brought_to: the place that does not count."""
         # Who stands in front of something closed looks into it first, also who knows that the thing
-        # is elsewhere: see "imitation gap" in FINDINGS.md.
+        # is elsewhere: see "imitation gap" in APPENDIX.md.
         env = self.env
         if env.where and env.where not in env.opened:
             return f"open {env.where}"
