@@ -90,10 +90,11 @@ def main(argv):
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     given = parser.parse_args(argv)
     require(0 <= given.port < 2**16, f"--port {given.port}: must be from 0 to 65535")
+    index = Index(given.file)
     with naming(f"--port {given.port}", UserError):
         server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)
     with server:
-        server.index = Index(given.file)
+        server.index = index
         print(f"search server: http://127.0.0.1:{server.server_port}/retrieve", flush=True)
         server.serve_forever()
 
