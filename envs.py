@@ -208,13 +208,13 @@ class TextEnv:
     name = ""  # if TEXTS has this name, its texts win over the class's
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
-    reminder = "Your next action, in <action></action>:"  # a language model reads it every turn
+    reminder = "Your next action, in <action></action>:"  # read every turn, but not plainly
     closing_tags = ("</action>",)  # a response ends where one of these does
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
     goals = {}
     default_turns = 10
-    plain = False  # sdar.py sets it: the tiny policy writes no tags
+    plain = False  # sdar.py sets it for a policy that writes no tags
     slow = False  # True: a step waits for a server or a process, and is worth a thread
     longest = 3000  # characters of an observation
 

@@ -20,7 +20,7 @@ The algorithm on one screen. The order of the file is its order:
         A = (reward - its group's mean) / its group's std       group_advantages
         for each part of the episodes:                          update
             ratio = exp(logprobs - old)                         response_logprobs
-            L_GRPO = max(-A ratio, -A clip(ratio)) + KL         policy_loss, kl_k3
+            L_GRPO = max(-A ratio, -A clip(ratio)) + c KL       policy_loss, kl_k3
             gap = teacher - logprobs
             gate = sigmoid(beta gap), without gradient          GATES
             L_SDAR = gate gap (why this sign? see there)        sdar_loss
@@ -35,7 +35,7 @@ The algorithm on one screen. The order of the file is its order:
     pi_T, the teacher        model, or a copy of it  train, score(with_skill=True)
     log pi                   logprobs                response_logprobs
     A, G                     advantages, group_size  group_advantages
-    epsilon                  clip_eps                policy_loss
+    epsilon; c, KL's weight  clip_eps, kl_coef       policy_loss, objective
     L_GRPO                   policy_loss, kl_k3      objective
     Delta_t, the gap         gap                     sdar_loss
     g_t, beta                gate, gate_beta         GATES
@@ -46,7 +46,7 @@ paper's section 2.1 (the official code makes a row of every turn, and fines an i
 row alone); the defaults are the toy's, and PRESETS has the paper's beside them; UCB retrieval, of
 which the paper gives neither reward nor constant, is ours. Three things of the official code are
 left out, since the paper's formulas do not have them: a dual clip, an entropy bonus, group
-statistics by turn. For several GPUs see .lab/trl.
+statistics by turn. The last table of .lab/READING.md has the rest.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -88,7 +88,7 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 
 PRESETS = {
     "toy": {},
-    "paper": {  # the published run: the default for every model but the tiny one
+    "paper": {  # the published run but for minibatches: the default for every model but tiny
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -113,21 +113,6 @@ PRESETS = {
         "teacher": "frozen",
         "eval_episodes": 60,
     },
-}
-METHODS = {  # the rows of the paper's Table 1, by what they change
-    "sdar": {},
-    "grpo": {"distil": "none"},
-    "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
-    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: no teaching, see sdar_loss
-    "skill_grpo": {"distil": "none", "skilled": True},
-    "skill_sd": {"distil": "skill_sd"},
-    "rlsd": {"distil": "rlsd"},
-}
-METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on the split `dev`
-    ("toy", "grpo"): {"lr": 1e-3},
-    ("toy", "opsd"): {"lr": 3e-4},
-    ("toy", "skill_sd"): {"sdar_coef": 0.1},
-    ("paper", "skill_sd"): {"sdar_coef": 0.001},
 }
 
 
@@ -168,7 +153,7 @@ class Config:
 
     # GRPO, the backbone
     lr: float = 6e-4  # learning rate of AdamW, constant; paper: 1e-06
-    minibatches: int = 4  # optimiser steps a batch
+    minibatches: int = 4  # optimiser steps a batch; published: up to 25, see MODELS.md
     policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
@@ -189,6 +174,23 @@ class Config:
     eval_episodes: int = 300  # episodes of the fixed panel; paper: 128
     eval_temperature: float = 0.4  # of sampling in evaluation
     eval_split: str = "eval"  # held-out tasks: dev to choose settings, eval to report
+
+
+METHODS = {  # the trained rows of the paper's Table 1, by what they change
+    "sdar": {},
+    "grpo": {"distil": "none"},
+    "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
+    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: no teaching, see sdar_loss
+    "skill_grpo": {"distil": "none", "skilled": True},
+    "skill_sd": {"distil": "skill_sd"},
+    "rlsd": {"distil": "rlsd"},
+}
+METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on the split `dev`
+    ("toy", "grpo"): {"lr": 1e-3},
+    ("toy", "opsd"): {"lr": 3e-4},
+    ("toy", "skill_sd"): {"sdar_coef": 0.1},
+    ("paper", "skill_sd"): {"sdar_coef": 0.001},
+}
 
 
 def configure(**given):
@@ -226,7 +228,7 @@ class Chat:
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
         self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
-        # A policy that has learned a game by imitation may read it plainly: see `first`.
+        # To read plainly: no hints, examples or tags. The tiny policy does, and who imitated so.
         self.plain = tokenizer.init_kwargs.get("plain", False)
         roles = "system user assistant user assistant user".split()
         # Marks hold < and a line break: a template that changes a text is found out.
@@ -447,7 +449,7 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         room = model.config.max_position_embeddings - config.max_new_tokens  # later turns: see act
         require(longest <= room, f"a first prompt of {longest} ids fills the model's context")
 
-        # Who has ended leaves the batch, and its cache.
+        # One cache for these episodes: a row leaves it when its episode has ended.
         sampler = Sampler(model, temperature)
         while playing:
             responses = answer(sampler, chat, playing, config)
@@ -485,8 +487,8 @@ def start_episode(chat, env, start, result, with_skill):
 
 
 def as_read(chat, observation, info):
-    """An observation as the policy reads it. A language model also reads the environment's hint:
-    the actions that are new, the turn, and the form of an answer."""
+    """An observation as the policy reads it: plainly, or with the environment's hint: the actions
+    that are new, the turn, and the form of an answer."""
     if chat.plain:
         return observation
     return (observation + info["hint"]).strip()  # some templates drop blanks at the ends
@@ -513,8 +515,8 @@ def answer(sampler, chat, episodes, config):
 
 
 def has_answered(chat, episode):
-    """True if the newest response is whole. It ends with an end of turn; a language model's also
-    with the tag that closes its action, and then the next prompt's frame brings the end of turn."""
+    """True if the newest response is whole. It ends with an end of turn; one with tags also with
+    the tag that closes its action, and then the next prompt's frame brings the end of turn."""
     ended = episode.ids[-1] in chat.end_ids
     if ended or chat.plain:
         return ended
@@ -618,8 +620,8 @@ def score(model, episodes, config, with_skill=False):
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
 #
 # No model, no configuration, no mask: a value for each sampled token. Copy what you need into your
-# own trainer, and give it logprobs[mask]. A loss that has something worth a look beside it comes
-# back as a dict. The mean over the tokens is taken in `update`, once: a long episode weighs more
+# own trainer, and give it logprobs[mask]. What comes back as a dict goes into the log by its
+# names. The mean over the tokens is taken in `update`, once: a long episode weighs more
 # than a short one.
 
 
@@ -648,10 +650,10 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
     # advantage asks for, the loss is constant, and pushes no further. A move the other
     # way is never clipped.
     ratio = (logprobs - old).exp()
-    plain = -advantages * ratio
+    unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = torch.maximum(plain, clipped)
-    return {"policy_loss": loss, "ratio": ratio, "clipped": clipped > plain}
+    loss = torch.maximum(unclipped, clipped)
+    return {"policy_loss": loss, "ratio": ratio, "clipped": clipped > unclipped}
 
 
 def kl_k3(logprobs, ref):
@@ -684,7 +686,7 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
 
     Its value is minus a gated estimate of KL(student || teacher), and is not what descends: the
     gradient goes through log pi alone. On a token it is -g_t grad log pi: every sampled token is
-    pushed up, by the gap's gate harder where the teacher agrees. What does not depend on which
+    pushed up, by the gap's gate harder where the gap is larger. What does not depend on which
     token was sampled cancels on average, since on policy E[grad log pi] = 0: a constant gate
     teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
 
@@ -723,8 +725,8 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 # --- 6. Update (paper, section 2.4 and appendix B): L = L_GRPO + lambda L_SDAR -----------
 #
 # Four policies meet here. The one that sampled: its log-probs (old) are fixed for the step. The
-# student: it starts the step as that policy and moves with every optimiser step. The teacher: it is
-# scored once, before the first optimiser step, so a live teacher has the weights of the start of
+# student: it starts the step as that policy and moves with every optimiser step. The teacher: it
+# scores once, before the first optimiser step, so a live teacher has the weights of the start of
 # the step, and a frozen one those of the start of the run. The start policy: the KL pulls to it.
 #
 # An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
@@ -800,7 +802,7 @@ def objective(model, episodes, tokens, config):
     terms["loss"] = (
         config.policy_coef * terms["policy_loss"]  # L_GRPO: the clipped policy loss,
         + config.kl_coef * terms.get("kl", 0.0)  # the pull to the start policy;
-        + config.sdar_coef * terms.get("sdar_loss", 0.0)  # lambda L_SDAR
+        + config.sdar_coef * terms.get("sdar_loss", 0.0)  # lambda L_SDAR, or Skill-SD's loss
     )
     terms["entropy"] = entropy
     if config.distil != "none":
@@ -872,10 +874,10 @@ def evaluate(model, chat, envs, config):
     alone, skilled = play(with_skill=False), play(with_skill=True)
 
     by_type = {}
-    for (task, _), plain, helped in zip(panel, alone, skilled):
+    for (task, _), unaided, helped in zip(panel, alone, skilled):
         counts = by_type.setdefault(envs[0].label(task), [0, 0, 0])
         counts[0] += 1
-        counts[1] += plain.won
+        counts[1] += unaided.won
         counts[2] += helped.won
     episodes, won, won_skill = map(sum, zip(*by_type.values()))
     invalid, turns = np.sum([(episode.invalid, episode.turns) for episode in alone], 0).tolist()
