@@ -244,8 +244,7 @@ class Chat:
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
         kept = parts[1::2]
         whole = kept == marks or (self.plain and kept == marks[1:])  # tiny has no system message
-        message = "its chat template moves, repeats or drops a message, or changes its text"
-        require(whole, message)
+        require(whole, "its chat template moves, repeats or drops a message, or changes its text")
 
         # The frames: before the system message, before the first observation, after an observation,
         # between an answer and the next observation, after that, and so on. In Qwen2.5's template
@@ -255,8 +254,7 @@ class Chat:
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         # GLM's lacks a line break that stands before each answer: the longer of the two is read.
         short, self._after = sorted((after, self._after))
-        alike = (after, self._between) == (after_2, between_2)
-        alike = alike and self._after[: len(short)] == short
+        alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
         message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
         require(alike, f"its chat template {message}")
 
@@ -511,6 +509,9 @@ def answer(sampler, chat, episodes, config):
         if not talking:
             break
     responses = [episode.ids[episode.begin :] for episode in episodes]
+    for row in talking:
+        if chat.plain:  # no tag tells that it was cut at its limit: half an answer is none
+            responses[row] = []
     return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
@@ -521,7 +522,7 @@ def has_answered(chat, episode):
     if ended or chat.plain:
         return ended
     tail = chat.tokenizer.decode(episode.ids[episode.begin :][-16:])  # enough for any tag
-    return any(tag in tail for tag in episode.env.closing_tags)
+    return any(tag in tail.lower() for tag in episode.env.closing_tags)
 
 
 def act(chat, episodes, responses, context, config):
@@ -928,8 +929,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
         clock = [time.perf_counter()]
         rng = np.random.default_rng([2, config.seed, step])
         starts = draw_starts(envs[0], config, step, rng)
-        temperature = config.temperature
-        episodes = rollout(model, chat, envs, starts, config, temperature, config.skilled)
+        episodes = rollout(model, chat, envs, starts, config, config.temperature, config.skilled)
 
         # Score: the sampled tokens as the student and, with the skill, the teacher read them.
         clock.append(time.perf_counter())
@@ -1061,14 +1061,14 @@ def load_policy(config):
         ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
+        model.generation_config.do_sample = True  # some would else not be saved: transformers 5.17
         require(chat.encode("go"), "its tokenizer knows no words")
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
         enable = renamed or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    size = model.num_parameters()
-    tqdm.write(f"{path}: {size:,} parameters, {config.dtype} on {config.device}")
+    tqdm.write(f"{path}: {model.num_parameters():,} parameters, {config.dtype} on {config.device}")
     return model.to(config.device), chat
 
 

@@ -376,14 +376,18 @@ def test_draws_follow_the_log_probs_that_they_report(tiny):
 
 def test_a_response_ends_at_its_closing_tag_however_it_is_cut(hub, monkeypatch):
     encode = hub[1].encode
-    letters = sum(map(encode, "<action>look</action>"), [])
+    letters = sum(map(encode, "<ACTION>look</Action>"), [])
     script = [encode("<action>look</action>"), letters, [*encode("look</action "), hub[1].end_id]]
     columns = zip(*[row + [5] * 60 for row in script])
     monkeypatch.setattr(sdar.Sampler, "draw", lambda *_: (next(columns), [0.0] * 3))
     config = configure(group_size=3, max_new_tokens=60)
     for row, episode in zip(script, play(hub, config, 3, max_turns=1)):
         assert [*itertools.compress(episode.ids, episode.mask)] == row
-    assert len(script[0]) < len(letters)
+
+
+def test_half_an_answer_of_who_reads_plainly_is_none(tiny):
+    for episode in play(tiny, configure(max_new_tokens=2)):
+        assert episode.invalid == episode.turns
 
 
 def test_an_episode_that_fills_the_context_ends_there(policy, monkeypatch):
@@ -646,7 +650,7 @@ def test_the_carried_policy_reads_the_skill_and_is_poor_without(tiny):
     result = sdar.evaluate(*tiny, sdar.make_envs(config), config)
     assert result["success"] < 0.2 < 0.95 < result["success_skill"]
     counts = np.array([result["by_type"][kind] for kind in envs.TASK_TEXT])
-    assert counts[:, 0].tolist() == [result["episodes"] / 6] * 6 == [10] * 6
+    assert counts[:, 0].tolist() == [10] * 6
     assert (counts.sum(0) / 60).tolist() == [1, result["success"], result["success_skill"]]
 
 

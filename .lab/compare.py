@@ -183,9 +183,8 @@ def settings_of(run):
 
 def make_row(run, before, command, made):
     """The row of a run. An evaluation is a list of counts, for each task type [games, won alone,
-    won with the skill]; that before training is step 0, but for variants, which may read other
-    skills."""
-    looks = {} if run.variant else {0: [*before.values()]}
+    won with the skill]; that before training is step 0, but for rows that may read other skills."""
+    looks = {} if run.variant or run.config.retrieval != "keyword" else {0: [*before.values()]}
     for line in plots.read_run(run.config.out)[1]:
         if "eval_by_type" in line:
             looks[line["step"]] = [line["eval_by_type"][kind] for kind in before]

@@ -249,7 +249,7 @@ def means_of(name, places, gaps, beta):
     width = math.ceil(places.max() / 12)
     for first in range(1, places.max() + 1, width):
         chosen = gaps[(places - first) // width == 0]
-        gap, gate = chosen.mean(), (1 / (1 + np.exp(-beta * chosen))).mean()
+        gap, gate = chosen.mean(), (0.5 + 0.5 * np.tanh(beta * chosen / 2)).mean()
         table += row.format(first, len(chosen), gap, gate, "▪" * round(2 * min(3, abs(gap))))
     return table
 

@@ -9,6 +9,7 @@ picture.
 """
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -41,7 +42,8 @@ def main(argv):
     check_file("--picture", given.picture, PICTURES)
 
     panels = {}
-    for label, logs in alike(given.runs).items():
+    runs = sum([sorted(glob.glob(name)) or [name] for name in given.runs], [])  # as a shell does
+    for label, logs in alike(runs).items():
         for name in PANELS:
             curve = points_of(name, logs)
             if curve.size:

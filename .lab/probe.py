@@ -92,7 +92,8 @@ def show(env, percent):
 
 def looks_at(steps, config, env, looks):
     """Train up to each of the steps, and look, also at what was logged since the look before
-    (medians). A run that is resumed is the run that was never stopped. looks: earlier ones."""
+    (medians). A run that is resumed is the run that was never stopped. looks: earlier ones, to
+    which each is added before the next one is made."""
     policy = config.model
     for step in steps:
         if step:
@@ -106,7 +107,7 @@ def looks_at(steps, config, env, looks):
             looks[-1]["learning"] = {
                 name: np.median([line[name] for line in log]) for name in LOGGED if name in log[0]
             }
-    return looks
+        yield
 
 
 def main(argv):
@@ -117,14 +118,14 @@ def main(argv):
     file = given.pop("json")
     steps = given.pop("steps", "0")
     require(re.fullmatch(r"\d+(,\d+)*", steps), f"--steps {steps}: must be numbers like 0,2,5")
-    steps = sorted({*map(int, steps.split(","))})
+    steps = {*map(int, steps.split(","))}
     runs = {}
     if file:
         plots.check_file("--json", file, [".json"])
     if Path(file).is_file():
         with naming(f"--json {file} holds something else", UserError):
             runs.update(json.loads(Path(file).read_text("utf-8")))
-    config = sdar.configure(**{"eval_every": 0} | given, steps=steps[-1])
+    config = sdar.configure(**{"eval_every": 0} | given, steps=max(steps))
     name = Path(config.out).name
     looks = runs.get(name, {"looks": []})["looks"]
     fine = config.resume or not looks
@@ -132,11 +133,12 @@ def main(argv):
     env = sdar.make_envs(config)[0]
     require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
 
-    looks = looks_at(steps, config, env, looks)
-    if file:
-        settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
-        runs[name] = {"settings": settings, "made": made, "looks": looks}
-        Path(file).write_text(json.dumps(runs) + "\n", "utf-8")
+    settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
+    runs[name] = {"settings": settings, "made": made, "looks": looks}
+    left = sorted(steps - {of_step["step"] for of_step in looks})
+    for _ in looks_at(left, config, env, looks):
+        if file:
+            Path(file).write_text(json.dumps(runs) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ In front of -- stand variants, in any order, behind it the flags of sdar.py:
     skills:SHARE      in this share of the groups the teacher reads the right skills, else those of
                       other task types
     retrieval:wrong   it never reads the right ones
-    bandit:type       an arm of --retrieval ucb is a skill and a task type
-    teacher:KIND[/N]  it is a copy that stays behind: lagged (made anew every N steps, 10), or ema
-                      (moved by 1/N of the way before each step). Such a run cannot be resumed
+    teacher:KIND      it is a copy that stays behind: lagged (made anew every 10 steps), or ema
+                      (moved a tenth of the way before each step). Such a run cannot be resumed
     std:off           advantages are not divided by the deviation of their group
     advantage:KIND    distillation in PPO's advantage; KIND is the gate: gap, none, reverse_kl
     gate:KIND         gates of the moment of sampling: unchanged (own), or controls. What of them
@@ -45,13 +44,12 @@ import sdar
 sdar.GATES["reverse_kl"] = lambda gap, entropy, beta: gap  # the signed gradient of that KL
 sdar.GATES["beta"] = lambda gap, entropy, beta: beta + 0 * gap  # what is handed in as beta
 WORD = re.compile(  # without commas: compare.py has them between the values of a sweep
-    r"skills:(0|1|0?\.\d+)|retrieval:wrong|bandit:type|teacher:(lagged|ema)(/[1-9]\d*)?|std:off"
+    r"skills:(0|1|0?\.\d+)|retrieval:wrong|teacher:(lagged|ema)|std:off"
     r"|advantage:(gap|none|reverse_kl)|gate:(own|constant|shuffled|centred)"
     r"|divergence:(reverse|forward|jsd)|practice:(keep|out)"
     r"|sampling:\d*\.?\d*[1-9]\d*/(1|0?\.\d*[1-9])"
 )
 NEEDS = {  # {variant: the settings without which it would do nothing, or lose its teacher}
-    "bandit": {"retrieval": "ucb"},
     "teacher": {"teacher": "live", "resume": False},
     "advantage": {"distil": "gate", "gate": "gap"},
     "gate": {"distil": "gate", "gate": "gap"},
@@ -67,11 +65,6 @@ def bank_of(kinds):
     share = 0 if "retrieval" in kinds else float(kinds.get("skills", 1))
 
     class Bank(sdar.SkillBank):
-        def arm(self, skill, task, task_type):
-            if "bandit" in kinds:  # a skill is worth something else for each type, whatever it says
-                return f"{skill.name} for {task_type}"
-            return super().arm(skill, task, task_type)
-
         def retrieve(self, task, task_type, seed):
             found = super().retrieve(task, task_type, seed)
             rng = random.Random(f"{seed} {task}".encode(errors="replace"))
@@ -87,15 +80,12 @@ def bank_of(kinds):
 
 @torch.no_grad()
 def follow(teacher, model, kind, step):
-    """The copy of the student that reads the skill in this step: made anew every so many steps
-    ("lagged/20"), or moved a part of the way ("ema/20")."""
-    # Of what the student was n steps ago an ema keeps (1 - 1/refresh)^n: a memory of about
-    # `refresh` steps.
-    kind, refresh = f"{kind}/10".split("/")[:2]
-    if step == 1 or (kind == "lagged" and (step - 1) % int(refresh) == 0):
+    """The copy of the student that reads the skill in this step: made anew every ten steps, or
+    moved a tenth of the way: of what the student was n steps ago it then keeps 0.9^n."""
+    if step == 1 or (kind == "lagged" and step % 10 == 1):
         return copy.deepcopy(model)
     for weight, target in zip(teacher.parameters(), model.parameters()):
-        weight.lerp_(target, (kind == "ema") / int(refresh))
+        weight.lerp_(target, (kind == "ema") / 10)
     return teacher
 
 

@@ -81,7 +81,8 @@ def test_a_probed_run_is_the_run_without_a_probe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text('{"old": {}}')
     size = "--out run --tasks-per-step 2 --G 4 --eval-episodes 6 --rollout-batch 8 --lr 3e-3"
-    assert call("probe", *f"--steps 2,1,0 --json a.json {size}".split()) == 0
+    for flags in ("--steps 1,0", "--steps 2,1,0 --resume"):
+        assert call("probe", *f"{flags} --json a.json {size}".split()) == 0
     line = lines("run")[1]  # at a look a run is evaluated, too: the first line has more
     assert line == trained(tmp_path, "plain", lr=3e-3)[1][1]
     runs = json.loads(Path("a.json").read_text())

@@ -148,12 +148,13 @@ class SDARTrainer(GRPOTrainer):
         folder = Path(self.run.out)
         if self.lora:
             self.accelerator.unwrap_model(self.model).merge_and_unload()
-        sdar.say_success("after", sdar.evaluate(policy, self.chat, self.envs, self.run))
-        (folder / "state.pt").unlink(missing_ok=True)  # of an sdar.py run that is replaced
+        for old in ("state.pt", "config.json"):  # of an sdar.py run that is replaced
+            (folder / old).unlink(missing_ok=True)
         policy.save_pretrained(folder / "checkpoint")
         self.chat.tokenizer.save_pretrained(folder / "checkpoint")
         log = [json.dumps(row) + "\n" for row in self.state.log_history]
         (folder / "metrics.jsonl").write_text("".join(log), "utf-8")
+        sdar.say_success("after", sdar.evaluate(policy, self.chat, self.envs, self.run))
 
 
 def gated_terms(output, inputs, config):
@@ -232,7 +233,8 @@ def main(argv):
     arguments = make_arguments(config, changes)
     sdar.load_checkpoint(config, None, None, None)  # asks whether --out may be written
 
-    trainer = SDARTrainer(config, arguments, lora)
+    with sdar.naming("TRL refuses this", sdar.UserError):  # several cards without torchrun, say
+        trainer = SDARTrainer(config, arguments, lora)
     trainer.train()
     if trainer.accelerator.is_main_process:
         trainer.finish()
