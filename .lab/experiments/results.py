@@ -113,10 +113,10 @@ def measured(file, label, base, column):
 
 def probed(file, part, names):
     """A table: what .lab/probe.py saw of some runs, step by step, alone or with the skill, or what
-    a run has logged since the look before. Means over seeds."""
+    a run has logged since the look before. Means over seeds, or of one seed, by its name."""
     runs, cells, heads = read(DATA / f"{file}.json"), [], []
     for name in names:
-        seeds = [runs[run] for run in runs if re.sub(r"-s\d+$", "", run) == name]
+        seeds = [runs[run] for run in runs if name in (run, re.sub(r"-s\d+$", "", run))]
         looks = [[look for look in run["looks"] if part in look] for run in seeds]
         for run, seen in zip(seeds, looks):
             steps = [str(look["step"]) for look in seen]

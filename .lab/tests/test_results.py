@@ -50,6 +50,8 @@ Text.
 <!-- end -->
 <!-- table: probe: sdar -->
 <!-- end -->
+<!-- table: probe: sdar-s1 -->
+<!-- end -->
 <!-- table: learning_b: opsd -->
 <!-- end -->
 <!-- table: skill_b: opsd -->
@@ -70,6 +72,9 @@ FILLED = """
 | steps; seeds: 2 | 0 |
 | sdar, home | 0.30 |
 | sdar, blind | 0.10 |
+| steps; seeds: 1 | 0 |
+| sdar-s1, home | 0.40 |
+| sdar-s1, blind | 0.10 |
 | steps; seeds: 1 | 5 |
 | opsd, gap | -0.20 |
 | steps; seeds: 1 | 5 |
@@ -126,5 +131,5 @@ def test_the_pictures_are_drawn_from_the_data(tmp_path, monkeypatch):
     assert call("results", "--draw") == 0
     found = {path.stem: path.read_text("utf-8") for path in tmp_path.glob("*.svg")}
     assert {*found} == {"compare", "compare-dark", "long", "long-dark", "probe"}
-    assert "rlsd (10 seeds" in found["compare"] and "tomato" in found["probe"]
+    assert "rlsd (20 seeds" in found["compare"] and "tomato" in found["probe"]
     assert found["long"] != found["long-dark"]
