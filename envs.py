@@ -209,7 +209,7 @@ class TextEnv:
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
     reminder = "Your next action, in <action></action>:"  # read every turn, but not plainly
-    closing_tags = ("</action>",)  # a response ends where one of these does, in any case
+    closing_tags = ("</action>",)  # a response ends with one of these; in small letters here
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
     goals = {}

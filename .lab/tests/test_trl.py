@@ -100,7 +100,10 @@ def test_lora_needs_no_second_copy(tmp_path):
     lora = Lucky(config, lora=4)
     assert lora.teacher is lora.policy
     frozen = lora.score(lora.teacher, lora.episodes, config, with_skill=True)
+    old = tmp_path / "run/config.json"
+    old.touch()  # of the run that is replaced
     lora.finish()
+    assert not old.exists()
     config.model = f"{config.out}/checkpoint"
     merged, _ = sdar.load_policy(config)
     expected, learned = (sdar.score(m, lora.episodes, config, True) for m in (base, merged))

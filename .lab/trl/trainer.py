@@ -98,15 +98,16 @@ class SDARTrainer(GRPOTrainer):
         self.sums = Counter()  # of the gated term's values since the last line of the log
 
         adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
-        super().__init__(
-            self.policy,
-            advantage,
-            arguments,
-            train_dataset=Dataset.from_dict({"prompt": ["drawn by play"] * config.tasks_per_step}),
-            processing_class=self.chat.tokenizer,
-            rollout_func=play,
-            peft_config=adapters if lora else None,
-        )
+        with sdar.naming("TRL's GRPOTrainer", sdar.UserError):  # several cards, no torchrun, say
+            super().__init__(
+                self.policy,
+                advantage,
+                arguments,
+                train_dataset=Dataset.from_dict({"prompt": ["see play"] * config.tasks_per_step}),
+                processing_class=self.chat.tokenizer,
+                rollout_func=play,
+                peft_config=adapters if lora else None,
+            )
         copied = config.teacher == "frozen" and not lora
         self.teacher = copy.deepcopy(self.policy) if copied else self.policy
 
@@ -233,8 +234,7 @@ def main(argv):
     arguments = make_arguments(config, changes)
     sdar.load_checkpoint(config, None, None, None)  # asks whether --out may be written
 
-    with sdar.naming("TRL refuses this", sdar.UserError):  # several cards without torchrun, say
-        trainer = SDARTrainer(config, arguments, lora)
+    trainer = SDARTrainer(config, arguments, lora)
     trainer.train()
     if trainer.accelerator.is_main_process:
         trainer.finish()
