@@ -31,7 +31,8 @@ DATA = """
 ],
 "probe": {
 "sdar-s0": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.2, "blind": 0.1}}]},
-"sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.4, "blind": 0.1}}]}
+"sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.4, "blind": 0.1}}]},
+"sdar-s10": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.0, "blind": 0.1}}]}
 },
 "probe_b": {
 "rlsd-s0": {"made": "commit 2", "looks": [{"step": 7, "alone": {"home": 0.1, "blind": 0.1}}]},
@@ -69,8 +70,8 @@ FILLED = """
 | before | +0.00 [+0.00, +0.00] | not resolved | 3 | commit 1 |
 | long ago | -0.20 [-0.30, -0.10] | behind | 5 | commit 0 |
 | not sure | +0.20 [-0.10, +0.50] | not resolved | 5 | commit 0 |
-| steps; seeds: 2 | 0 |
-| sdar, home | 0.30 |
+| steps; seeds: 3 | 0 |
+| sdar, home | 0.20 |
 | sdar, blind | 0.10 |
 | steps; seeds: 1 | 0 |
 | sdar-s1, home | 0.40 |
