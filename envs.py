@@ -30,8 +30,9 @@ Write your own: a class with a text for the model, tasks, skills, and two method
             won = action.lower() == self.colour
             return "That is it." if won else "No. Try again.", {"won": won}
 
-Then `python .lab/player.py guess:Guess`, and `python sdar.py --env guess:Guess --model ...`. A real
-one holds tasks back: its splits have different tasks.
+Then `python .lab/player.py guess:Guess`, and `python sdar.py --env guess:Guess --model ...`: the
+tiny policy knows the toy's words alone. A real environment holds tasks back: its splits have
+different tasks.
 
 step() is Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales and
 penalties belong to the trainer. What fails in play raises EnvUnavailable, and is never shown to the
@@ -198,9 +199,10 @@ class TextEnv:
 
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
-    and sets `task`, the task's text. state may have: won; over (the episode has ended; without it:
-    where it is won); valid (the action could be read); admissible (a list of actions); tail (an end
-    of the observation that is not to be cut off).
+    and sets `task`, the task's text. An action is any text, "" where nothing could be read. state
+    may have: won; over (the episode has ended; without it: where it is won); valid (the action
+    could be read); admissible (a list of actions); tail (an end of the observation that is not to
+    be cut off).
 
     info has task (its text), task_type, won, over, valid, admissible, and hint: what a language
     model reads under the observation."""
@@ -259,7 +261,8 @@ class TextEnv:
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
-        in any case; of who reads plainly and writes no tags, a text of one line without a tag."""
+        its tags in small or capital letters; of who reads plainly and writes no tags, a text of one
+        line without a tag."""
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
         if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
@@ -481,7 +484,7 @@ class ToyEnv(TextEnv):
         if verb in APPLIANCES:
             if self.where != self.household.appliance[verb]:
                 return "Nothing happens."
-            self.done_to -= {("heat", what), ("cool", what)}  # one undoes the other
+            self.done_to -= {("heat", what), ("cool", what)}  # cleaning undoes both, too
             self.done_to.add((verb, what))
             return f"You {verb} {what} with {self.where}."
 

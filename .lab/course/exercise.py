@@ -111,7 +111,9 @@ def check(*names, answers="answers"):
     code = 0
     for path in (Path(answers, f"{name}.py") for name in names):
         said = f"Right. {about(path.stem)['learned']}"
-        wrong = graders.verdict(path) if is_written(path) else f"{path}: it is still empty"
+        wrong = f"{path}: it is still empty: its last line says so"
+        if is_written(path):
+            wrong = graders.verdict(path)
         if wrong:
             said, code = f"Not yet: {wrong}", 1
         print(said)
@@ -254,10 +256,14 @@ def compare(right, other):
 def gradient(path="gate.svg"):
     """What the gradient of log pi is multiplied by on a token, over its gap: a table, and with
     matplotlib a picture, light and dark. It is taken from the losses by autograd."""
+
+    def gated(beta):
+        return lambda student, teacher: sdar.sdar_loss(student, teacher, None, "gap", beta)
+
     losses = {
         "gap gate, beta 5": sdar.sdar_loss,
-        "gap gate, beta 1": partial(sdar.sdar_loss, beta=1.0),
-        "beta 0, as in GRPO+OPSD": partial(sdar.sdar_loss, beta=0.0),
+        "gap gate, beta 1": gated(1.0),
+        "beta 0, as in GRPO+OPSD": gated(0.0),
         "reverse KL": lambda student, teacher: {"sdar_loss": (teacher - student) ** 2 / 2},
         "beta 5, not detached (a bug)": bugs.detach(),
     }
