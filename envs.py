@@ -77,7 +77,7 @@ def require(ok, message, error=UserError):
 
 
 @contextmanager
-def naming(what, kind=EnvUnavailable):
+def naming(what, kind=UserError):
     """Whatever is raised in here becomes one error of this kind: what failed, and how. An
     EnvUnavailable has said so already."""
     try:
@@ -128,7 +128,7 @@ class SkillBank:
     STRATEGIES = ("keyword", "full", "random", "ucb")
 
     def __init__(self, rows, strategy="keyword"):
-        with naming("a skill has a name and a text", UserError):
+        with naming("a skill has a name and a text"):
             self.skills = [Skill(**row) for row in rows]
             for skill in self.skills:
                 lists = [skill.task_types, skill.keywords]
@@ -179,7 +179,7 @@ class SkillBank:
 def load_skills(file):
     """Rows of the skill bank in a JSON file: a list of objects with name and text, and perhaps
     task_types and keywords, lists of texts. UserError for anything else."""
-    with naming(f"--skills {file}: must be a list of name, text, task_types, keywords", UserError):
+    with naming(f"--skills {file}: must be a list of name, text, task_types, keywords"):
         rows = json.loads(Path(file).read_text("utf-8-sig"))
         require(rows, "it is empty")
         SkillBank(rows)
@@ -237,14 +237,14 @@ class TextEnv:
         self.kind = self.goals[task][0]
         self.turns = 0
         self.listed = []
-        with naming(f"{self.name} failed at {task!r}"):
+        with naming(f"{self.name} failed at {task!r}", EnvUnavailable):
             return self._result(*self._reset(task, seed))
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
         1.0 on the step that wins, else 0.0."""
         self.turns += 1
-        with naming(f"{self.name} failed at {action!r}"):
+        with naming(f"{self.name} failed at {action!r}", EnvUnavailable):
             observation, info = self._result(*self._step(action))
 
         # terminated: the world has ended the episode; truncated: our limit has. The reward comes
@@ -640,7 +640,7 @@ class AlfworldEnv(TextEnv):
 
     def _step(self, action):
         action = action and action.strip().lower()
-        with naming(f"ALFWorld failed at {self.path}, or was silent for two minutes"):
+        with naming(f"ALFWorld failed at {self.path}, or was silent for 2 minutes", EnvUnavailable):
             process = game_process(self.number % CORES)
             text, won, commands = process.submit(play_game, self.number, self.path, action).result()
         admissible = [command for command in commands if command != "help"]
@@ -663,7 +663,7 @@ class WebShopEnv(TextEnv):
         root = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(no checkout named)"))
         if root not in sys.path:
             sys.path.append(root)
-        with naming(f"WebShop does not start from {root}: see .lab/ENVIRONMENTS.md"):
+        with naming(f"WebShop does not start from {root}: .lab/ENVIRONMENTS.md", EnvUnavailable):
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
             random.seed(233)  # the engine seeds the order of goals, but not their price limits
@@ -878,13 +878,13 @@ def make_env(name, **options):
         module, _, attribute = name.partition(":")
         require(attribute, f"--env {name}: known are {', '.join(ENVS)}, or your own module:Class")
         sys.path.append(os.getcwd())
-        with naming(f"--env {name} cannot be imported", UserError):
+        with naming(f"--env {name} cannot be imported"):
             found = importlib.import_module(module)
             kind = getattr(found, attribute, None)
             own = isinstance(kind, type) and issubclass(kind, TextEnv)
             where = getattr(found, "__file__", module)
             require(own, f"{where} has no class {attribute} made from envs.TextEnv")
-    with naming(f"--env {name}", UserError):
+    with naming(f"--env {name}"):
         return kind(**options)
 
 

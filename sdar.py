@@ -162,8 +162,8 @@ class Config:
 
     # SDAR
     distil: str = "gate"  # what the teacher's log-probs go into: gate, skill_sd, rlsd or none
-    sdar_coef: float = 1.0  # lambda, weight of the distillation loss; paper: 0.01
-    gate: str = "gap"  # how far the teacher is trusted on a token: gap, entropy, soft_or, none
+    sdar_coef: float = 1.0  # lambda, weight of the loss of gate and skill_sd; paper: 0.01
+    gate: str = "gap"  # trust in the teacher on a token: gap, entropy, soft_or, none
     gate_beta: float = 5.0  # beta, the sharpness of the gate
     teacher: str = "live"  # weights that read the skill: live (the student's), frozen (the start's)
     retrieval: str = "keyword"  # which skills it reads: keyword, full, random or ucb
@@ -271,7 +271,7 @@ class Chat:
 
         # The tokenizer can be told not to see special tokens. But Qwen3's <think> is added and not
         # special: what looks like one is cut after its first character.
-        for token in self._added:
+        for token in filter(str.strip, self._added):  # Gemma's has runs of line breaks
             text = text.replace(token, f"{token[0]}\0{token[1:]}")
         parts = self.tokenizer(
             text.split("\0"), add_special_tokens=False, split_special_tokens=True
@@ -984,7 +984,7 @@ def check_config(config):
     two that make no sense together."""
     for f in fields(config):
         value = getattr(config, f.name)
-        with naming(f"{flag(f.name)} {value!r}", UserError):
+        with naming(f"{flag(f.name)} {value!r}"):
             typed = f.type(value)
             if f.type is str:
                 require(typed.isprintable(), "it holds a character that cannot be written")
@@ -1019,8 +1019,9 @@ def make_envs(config, skill_bank=SkillBank):
     options = {"data": config.env_data, "url": config.search_url, "max_turns": config.max_turns}
     options = {name: value for name, value in options.items() if value}
     envs = [make_env(config.env, **options) for _ in range(config.rollout_batch)]
-    for split in ("train", config.eval_split):
-        envs[0].tasks(split)  # there are none? say so now
+    if config.steps:
+        envs[0].tasks("train")  # there are none? say so now
+    envs[0].tasks(config.eval_split)
     skills = load_skills(config.skills) if config.skills else envs[0].skills
     fine = skills or config.distil == "none" and not config.skilled
     require(fine, f"{config.env} has no skills, so nobody knows more: --skills FILE, or grpo")
@@ -1039,20 +1040,22 @@ def load_policy(config):
 
     # Attention on a card: cuDNN's makes a new plan for every new length, and so for every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # unless somebody wants to read its log
-        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     path = config.model
     if path == "tiny":
         path = str(TINY_FOLDER)
         torch.set_num_threads(1)  # a second one is no faster, and on busy cores much slower
         transformers.utils.logging.disable_progress_bar()
-    with naming(f"--model {path} cannot be used", UserError):
-        merged = not Path(path, "adapter_config.json").exists()
-        require(merged, "merge its LoRA adapter first, peft: merge_and_unload")
+    with naming(f"--model {path} cannot be used"):
+        require(
+            not Path(path, "adapter_config.json").exists(),
+            "merge its LoRA adapter first, peft: merge_and_unload",
+        )
         for file in Path(path).glob("*.[js]*"):
             pointer = file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()
             require(not pointer, f"{file.name} is a pointer of git-lfs, not the file: git lfs pull")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        require(tokenizer.tokenize("go"), "copy the tokenizer's files into it, too")
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -1062,7 +1065,6 @@ def load_policy(config):
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         model.generation_config.do_sample = True  # some would else not be saved: transformers 5.17
-        require(chat.encode("go"), "its tokenizer knows no words")
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
@@ -1076,7 +1078,7 @@ def load_policy(config):
 def load_kernel(dtype):
     """The CUDA kernel for logits of a dtype, or None where it cannot be compiled."""
     sys.path.append(str(HERE / ".lab/kernel"))
-    with naming("--kernel comes with the repository, in its folder .lab", UserError):
+    with naming("--kernel comes with the repository, in its folder .lab"):
         from kernel import row_logprobs
 
         return row_logprobs(dtype)
@@ -1110,7 +1112,7 @@ def load_checkpoint(config, model, optimizer, bank):
     if not (config.resume and path.exists()):
         return 0
 
-    with naming(f"--resume: {path}", UserError):
+    with naming(f"--resume: {path}"):
         state = torch.load(path, map_location="cpu")  # what belongs on a card is copied there below
         step = state["step"]
         require(step < config.steps, f"all of its {step} steps are done, raise --steps")
@@ -1272,14 +1274,14 @@ def make_parser(usage="python sdar.py [flags]", **more):
     return parser
 
 
-def run(command):
+def run(command, *arguments):
     """Call a function, and turn what it raises into an exit code: 0; 2 bad input (one line on
     stderr, no traceback); 130 Ctrl-C. Whatever else goes wrong is a fault of ours or of a library,
     and shows its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command() or 0
+        return command(*arguments) or 0
     except (UserError, OSError) as error:
         message, code = error, 2
     except RuntimeError as error:

@@ -269,6 +269,13 @@ def test_no_text_becomes_a_control_token(tiny, hub):
             assert chat.plain or normal(chat.tokenizer.decode(ids)) == normal(kept)
 
 
+def test_an_added_token_of_blanks_is_no_control_token(hub):
+    """Gemma's tokenizers have runs of line breaks."""
+    tokenizer = copy.deepcopy(hub[1].tokenizer)
+    tokenizer.add_tokens("\n\n")
+    (_,) = sdar.Chat(tokenizer).encode("\n\n")
+
+
 # --- 3. Rollout --------------------------------------------------------------------------
 
 
@@ -729,14 +736,10 @@ def test_choices_reach_the_run(name, values, key, tmp_path):
     assert len(first) == (1 if name == "teacher" else len(values))
 
 
-def test_machine_settings_never_change_a_run(finished, tmp_path):
-    flags = {"micro_batch": 1, "gradient_checkpointing": True, "rollout_batch": 3}
-    for row, other in zip(trained(tmp_path, **flags)[1], finished[2]):
-        for key in [key for key in other if "eval" not in key]:
-            assert row[key] == approx(other[key], rel=1e-3, abs=1e-5)
-
-
-def test_zero_steps_only_evaluate(tmp_path, capsys):
+def test_zero_steps_only_evaluate(tmp_path, capsys, monkeypatch):
+    """And need no task to train on."""
+    tasks = {"eval": make_env("toy").tasks("eval")}
+    monkeypatch.setattr(envs.ToyEnv, "tasks", tasks.__getitem__)
     result = sdar.train(small(tmp_path, steps=0, max_turns=10))
     assert (result["episodes"], result["success_skill"]) == (6, 1)
     assert [*tmp_path.iterdir()] == []
@@ -948,9 +951,17 @@ def test_resume_refuses_other_settings(name, value, finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     with raises(UserError, match=f"--{name} was .* now it is|its 2 steps are done"):
         trained(tmp_path, resume=True, **{"steps": 3, name: value})
-    machine = {"micro_batch": 5, "rollout_batch": 5, "gradient_checkpointing": True}
-    rows = trained(tmp_path, resume=True, steps=3, eval_every=1, **machine)[1]
-    assert rows[-1]["loss"] == approx(finished[2][-1]["loss"], abs=1e-6)
+    row = trained(  # on another machine, which is looked at more often
+        tmp_path,
+        resume=True,
+        steps=3,
+        eval_every=1,
+        micro_batch=1,
+        rollout_batch=3,
+        gradient_checkpointing=True,
+    )[1][2]
+    for key in [key for key in row if "eval" not in key]:
+        assert row[key] == approx(finished[2][2][key], rel=1e-3, abs=1e-5)
 
 
 def test_resume_compares_what_an_experiment_adds_to_the_settings(tmp_path):

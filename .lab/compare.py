@@ -39,14 +39,19 @@ import sdar
 
 FIXED = [name for name in vars(sdar.Config()) if name not in plots.FREE]  # of a row
 
+APART = (  # rows of these are not compared
+    "steps preset env env_data model skills max_turns max_new_tokens eval_split eval_episodes "
+    "eval_temperature"
+)
 GAIN = "{:+.2f} [{:+.2f}, {:+.2f}]"  # with its 95 % interval
 
 # A training run: its row of the table, its Config, and its words for experiments/variants.py.
 Run = namedtuple("Run", "label config variant")
 
 
-def make_parser():
-    """sdar.py's flags, and those of a comparison."""
+def main(argv):
+    """Run all that is not there yet, and print the comparison; after Ctrl-C of what is there.
+    Returns True if a run is missing."""
     parser = sdar.make_parser("python .lab/compare.py [flags]", description=__doc__)
     methods = ",".join(sdar.METHODS)
     rows = parser.add_mutually_exclusive_group()
@@ -55,13 +60,8 @@ def make_parser():
     parser.add_argument("--variant", help="of experiments/variants.py; of several with + between")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="of each row [0,1,2,3,4]")
     parser.add_argument("--jobs", type=int, default=0, help="runs at once [0: one a core]")
-    return parser
 
-
-def main(argv):
-    """Run all that is not there yet, and print the comparison; after Ctrl-C of what is there.
-    Returns True if a run is missing."""
-    given = vars(make_parser().parse_args(argv))
+    given = vars(parser.parse_args(argv))
     jobs = given.pop("jobs")
     out = Path(given.pop("out", "runs/compare")).expanduser()
     runs = plan(given, out)
@@ -93,9 +93,8 @@ def plan(given, out):
     """The Runs that the flags ask for, row after row."""
     methods, sweep, seeds = (given.pop(name) for name in ("methods", "sweep", "seeds"))
     axes = f"{sweep or f'method={methods}'} seed={seeds}"
-    choices, apart = {}, {"steps", "preset", "env", "model", "eval_split", "max_turns"}
-    apart |= {"skills", "eval_episodes", "eval_temperature"}  # rows of these are not compared
-    free = {"variant", "seed", *FIXED} - apart - {*given}
+    choices = {}
+    free = {"variant", "seed", *FIXED} - {*given} - {*APART.split()}
     for name, values in re.findall(r"([^\s=]+)=?(\S*)", axes):
         name = name.replace("-", "_")
         sdar.require(name in free, f"{sdar.flag(name)} cannot be swept, or is there twice")
@@ -300,4 +299,4 @@ def t_interval(gains):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sdar
-from envs import ENVS, UserError, naming, require
+from envs import ENVS, naming, require
 
 OURS = {  # {task type of the official skills: our name of it}, where it is another
     "pick_and_place": "pick_and_place_simple",
@@ -34,6 +34,7 @@ def main(argv):
     parser.add_argument("out", type=Path)
     parser.add_argument("--env", choices=ENVS)
     given = parser.parse_args(argv)
+    require(given.out != given.file, f"{given.out} is what is read: name another file")
     rows = questions(given.file) if given.kind == "questions" else skills(given.file, given.env)
     given.out.write_text(rows, "utf-8")
 
@@ -42,7 +43,7 @@ def questions(file):
     """The questions of a file as JSON lines; without those that have no question or no answer."""
     lines = file.read_bytes().splitlines()
     if file.suffix == ".parquet":
-        with naming(f"{file} cannot be read by pyarrow (pip install pyarrow)", UserError):
+        with naming(f"{file} cannot be read by pyarrow (pip install pyarrow)"):
             from pyarrow import parquet
 
             rows = parquet.read_table(file).to_pylist()
@@ -52,7 +53,7 @@ def questions(file):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        with naming(f"{file}, line {number}: not a row of questions", UserError):
+        with naming(f"{file}, line {number}: not a row of questions"):
             row = question_of(json.loads(line, object_hook=flat), number)
             if row["question"].strip() and row["golden_answers"]:
                 found.append(json.dumps(row))
@@ -85,7 +86,7 @@ def skills(file, env):
     """The skill bank, as JSON, of skill_files {skill: Markdown}, task_to_skill {task type: skill}
     and task_keywords {task type: texts}. The skill general_skills is for every task."""
     bank = []
-    with naming(f"{file} is no skill_mapping.json beside its Markdown files", UserError):
+    with naming(f"{file} is no skill_mapping.json beside its Markdown files"):
         mapping = json.loads(file.read_bytes())
         for name, markdown in mapping["skill_files"].items():
             text = file.with_name(markdown).read_text("utf-8-sig")
@@ -101,4 +102,4 @@ def skills(file, env):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

@@ -15,7 +15,6 @@ import itertools
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -29,7 +28,7 @@ import plots
 import variants  # noqa: F401  a run may have one of its gates
 
 import sdar
-from envs import UserError, naming, require
+from envs import naming, require
 
 SEEDS = range(30)  # of tasks that are played until a group has won and lost
 COLUMNS = ("student", "teacher", "gap", "gate", "by reward", "by teacher")
@@ -123,7 +122,8 @@ def parts_of(chat, episode, values):
             # As before itself: with a blank behind it, if the tokenizer joins whole words so.
             texts = [decode([i, i]).removesuffix(decode([i])) for i in ids]
             parts += zip(texts, rows)
-            action, _ = episode.env.parse(decode(ids, skip_special_tokens=True))
+            whole = ids[-1] in chat.end_ids or not chat.plain  # as in sdar.answer
+            action, _ = episode.env.parse(decode(ids, skip_special_tokens=True) if whole else "")
             observation, *_ = episode.env.step(action)
         else:
             parts.append((decode(ids), None))
@@ -205,7 +205,7 @@ def show_run(folder, page):
     settings, _ = plots.read_run(folder)
     settings |= {"device": "", "kernel": False}  # the run may be another machine's
     settings.pop("variant", None)
-    with naming(f"--run {folder}", UserError):
+    with naming(f"--run {folder}"):
         config = sdar.configure(**settings)
     envs = sdar.make_envs(config)
     starts = sdar.draw_starts(envs[0], config, 0, np.random.default_rng([4, config.seed]))
@@ -255,4 +255,4 @@ def means_of(name, places, gaps, beta):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(partial(main, sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

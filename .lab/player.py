@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,7 +52,8 @@ def play(env, task, with_skill):
     observation, info = env.reset(task)
     say(env.instructions + KEYS)
     if with_skill:
-        for skill in SkillBank(env.skills).retrieve(info["task"], info["task_type"], 0):
+        bank = env.bank or SkillBank(env.skills)
+        for skill in bank.retrieve(info["task"], info["task_type"], 0):
             say("Skill: " + skill.text)
     while True:
         say(observation + info["hint"])
@@ -61,9 +61,7 @@ def play(env, task, with_skill):
             say(", ".join(info["admissible"]))
         action, readable = env.parse(line)
         full = re.sub(" (in|on) ", " in/on ", action.lower())
-        if full in info["admissible"] and full != action:
-            action = full
-            say(f"(taken as: {action})")
+        action = full if full in info["admissible"] else action
         observation, _, terminated, truncated, info = env.step(action)
         if not (readable and info["valid"]):
             say("(an invalid action)")
@@ -82,4 +80,4 @@ def say(text):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(partial(main, sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

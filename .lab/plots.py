@@ -17,7 +17,6 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def check_file(flag, path, kinds):
 
 def read_run(folder):
     """(settings, lines of metrics) of a run's folder. UserError if there is no such run in it."""
-    with sdar.naming(f"{folder} holds no run that can be read", sdar.UserError):
+    with sdar.naming(f"{folder} holds no run that can be read"):
         settings = json.loads(Path(folder, "config.json").read_text("utf-8"))
         log = Path(folder, "metrics.jsonl").read_text("utf-8")
         return settings, [json.loads(line) for line in log.splitlines()]
@@ -183,4 +182,4 @@ def draw_curve(axes, curve, look):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(partial(main, sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

@@ -16,7 +16,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import compare
 import plots
 
 import sdar
-from envs import ToyEnv, UserError, naming, require
+from envs import ToyEnv, naming, require
 
 LOGGED = "success gap gate entropy seconds_rollout seconds_score seconds_update".split()
 SEEN = "\nstep {}, {}: home {:.3f}, blind {:.3f}"
@@ -97,7 +96,10 @@ def looks_at(steps, config, env, looks):
     policy = config.model
     for step in steps:
         if step:
-            sdar.train(replace(config, steps=step))
+            state = Path(config.out, "state.pt")  # was it stopped while it looked?
+            kept = config.resume and state.exists()
+            if not kept or torch.load(state, map_location="cpu")["step"] != step:
+                sdar.train(replace(config, steps=step))
             config = replace(config, resume=True, overwrite=False)
             policy = f"{config.out}/checkpoint"
         model, chat = sdar.load_policy(replace(config, model=policy))
@@ -123,7 +125,7 @@ def main(argv):
     if file:
         plots.check_file("--json", file, [".json"])
     if Path(file).is_file():
-        with naming(f"--json {file} holds something else", UserError):
+        with naming(f"--json {file} holds something else"):
             runs.update(json.loads(Path(file).read_text("utf-8")))
     config = sdar.configure(**{"eval_every": 0} | given, steps=max(steps))
     name = Path(config.out).name
@@ -133,6 +135,8 @@ def main(argv):
     env = sdar.make_envs(config)[0]
     require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
 
+    if not config.resume:  # asks whether --out may be written, before anything is kept
+        sdar.load_checkpoint(config, None, None, None)
     settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
     runs[name] = {"settings": settings, "made": made, "looks": looks}
     left = sorted(steps - {of_step["step"] for of_step in looks})
@@ -142,4 +146,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(partial(main, sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

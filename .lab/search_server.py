@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sdar
-from envs import UserError, naming, require
+from envs import naming, require
 
 K1, B = 0.9, 0.4  # BM25: how soon a repeated word stops counting, how far length is corrected for
 
@@ -42,7 +42,7 @@ class Index:
         for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             if not line.strip():
                 continue
-            with naming(f"{file}, line {number}: not a row with id and contents", UserError):
+            with naming(f"{file}, line {number}: not a row with id and contents"):
                 row = json.loads(line)
                 counts = Counter(words(row["contents"]))
             for word, n in counts.items():
@@ -91,7 +91,7 @@ def main(argv):
     given = parser.parse_args(argv)
     require(0 <= given.port < 2**16, f"--port {given.port}: must be from 0 to 65535")
     index = Index(given.file)
-    with naming(f"--port {given.port}", UserError):
+    with naming(f"--port {given.port}"):
         server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)
     with server:
         server.index = index
@@ -100,4 +100,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

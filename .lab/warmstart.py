@@ -270,8 +270,8 @@ def warmstart(config, world):
 
     Muon for the layers' matrices, AdamW for the rest. It matters: with AdamW alone the policy needs
     several times the steps before it reads the skill."""
-    torch.manual_seed(0)
-    chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(0)
+    torch.manual_seed(config.seed)
+    chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(config.seed)
     model = new_policy(chat.tokenizer)
     matrices = [weights for weights in model.model.layers.parameters() if weights.ndim == 2]
     rest = [weights for weights in model.parameters() if not any(weights is m for m in matrices)]
@@ -374,4 +374,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

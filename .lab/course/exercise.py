@@ -75,7 +75,7 @@ ANSWER = '''"""{name}, of {file}, to write again.
 
 def about(name):
     """What texts.json says of a function, or of a table."""
-    with naming(f"functions to write are {', '.join(TEXTS)}; experiments: COURSE.md", UserError):
+    with naming(f"functions to write are {', '.join(TEXTS)}; experiments: COURSE.md"):
         return TEXTS[name]
 
 
@@ -206,7 +206,7 @@ def answer(puzzle, said):
     """Whether a bug's name, or the letter of an experiment's conclusion, is right; and of a bug,
     what somebody wrote."""
     puzzles = json.loads((HERE / "puzzles.json").read_text())
-    with naming(f"answer {', '.join(puzzles)}; others have a solution alone", UserError):
+    with naming(f"answer {', '.join(puzzles)}; others have a solution alone"):
         # In rot13: nobody reads them by accident.
         right, hint = [codecs.decode(text, "rot13") for text in puzzles[puzzle]]
     names = [*"abc"]
@@ -223,7 +223,7 @@ def answer(puzzle, said):
 
 def bug(number, *flags):
     """Train with a planted bug, or call an instrument with it. Returns the exit code."""
-    with naming("there are bug 1 to bug 8", UserError):
+    with naming("there are bug 1 to bug 8"):
         wrong = dict(zip("12345678", bugs.BUGS))[number]()
     with graders.in_place(wrong.__name__, wrong):
         return launch(flags)
@@ -296,7 +296,7 @@ def call(words):
     parser = sdar.Parser(add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--answers")
     options, words = parser.parse_known_args(words)
-    with naming(f"the commands are {', '.join(COMMANDS)}", UserError):
+    with naming(f"the commands are {', '.join(COMMANDS)}"):
         name, *words = words
         inspect.signature(COMMANDS[name]).bind(*words, **vars(options))
     said = COMMANDS[name](*words, **vars(options))
@@ -310,7 +310,7 @@ def main(argv):
     """Call a command, or tell of them. Returns the exit code."""
     if argv in ([], ["-h"], ["--help"]):
         return print(__doc__)
-    return sdar.run(partial(call, argv))
+    return sdar.run(call, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import sdar
-from envs import UserError, naming, require
+from envs import naming, require
 
 LOGS = Path(__file__).resolve().parent / "logs"
 
@@ -23,7 +23,7 @@ def stored(name):
 
 def log(name, number):
     """A stored log as a table."""
-    with naming("it is log ill 1 to 3, or log alarm 1 to 10", UserError):
+    with naming("it is log ill 1 to 3, or log alarm 1 to 10"):
         lines = stored(name)[number]
     names, rows = [*lines[-1]], []
     for line in [dict(zip(names, names)), *lines]:
@@ -37,7 +37,7 @@ def log(name, number):
 
 def alarm(file="answers/alarm.py"):
     """Grades a file's alarm(lines), which sees a log as it grows, on ten stored logs."""
-    with naming(f"{file} must have a function alarm(lines) -> step or None", UserError):
+    with naming(f"{file} must have a function alarm(lines) -> step or None"):
         function = runpy.run_path(file)["alarm"]
     spare = []
     for number, lines in stored("alarm").items():
@@ -46,7 +46,7 @@ def alarm(file="answers/alarm.py"):
         fine = max(step for step in won if won[step] >= max(won.values()) * 2 / 3)
         lost = fine < max(won)
         steps = range(1, len(lines) + 1)
-        with naming(f"{file} fails on log {number}", UserError):
+        with naming(f"{file} fails on log {number}"):
             rung = min((step for step in steps if function(lines[:step])), default=99)
         if lost != (rung <= fine):
             missed = f"no alarm up to step {fine}, and its student dies"

@@ -62,7 +62,7 @@ def main(argv):
 
 def join(name, *files):
     """Make a file of results/ from others."""
-    with sdar.naming("these files do not go together", sdar.UserError):
+    with sdar.naming("these files do not go together"):
         rows = compare.join(sum(map(read, map(Path, files)), []))
         labels = {(row["label"], row["made"]) for row in rows}
         sdar.require(len(labels) == len(rows) > 0, "no rows, or two of one label that differ")
@@ -71,14 +71,14 @@ def join(name, *files):
 
 def read(path):
     """What a file of results holds. UserError if it is no JSON."""
-    with sdar.naming(f"{path} holds no results", sdar.UserError):
+    with sdar.naming(f"{path} holds no results"):
         return json.loads(path.read_text("utf-8"))
 
 
 def make_table(mark):
     """The text of a table, as a mark asks for it, and below it what made the rows."""
     file, _, words = mark.partition(": ")
-    with sdar.naming(f"the table {mark!r} cannot be made", sdar.UserError):
+    with sdar.naming(f"the table {mark!r} cannot be made"):
         if file == "gains":
             return gains(words)
         columns = words.split(", ")
@@ -173,4 +173,4 @@ def draw_matrices(run, path):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))

@@ -3,7 +3,6 @@ script, and one search server for all."""
 
 import subprocess
 import sys
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +26,7 @@ QUESTIONS = str(DATA / "questions.jsonl")
 
 def call(script, *words):
     """The exit code of a script of .lab, by its module's name."""
-    return sdar.run(partial(import_module(script).main, [str(word) for word in words]))
+    return sdar.run(import_module(script).main, [str(word) for word in words])
 
 
 def refused(capsys, script, *words):

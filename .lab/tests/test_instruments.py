@@ -31,7 +31,7 @@ def test_player_lists_the_actions_and_says_how_to_leave(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Ctrl-D leaves" in printed
     assert printed.count("go to desk 1") == 2  # at first, and after the empty line
-    assert "\n(taken as: put mug 1 in/on sofa 1)\nYou put" in printed
+    assert "\nYou put mug 1 in/on sofa 1." in printed
     assert printed.endswith("\nafter 5 of 10 turns:\nwon\n")
 
 

@@ -77,7 +77,7 @@ def make_arguments(config, changes):
         with suppress(ValueError):  # a word stays one
             value = json.loads(value)
         given[name] = value
-    with sdar.naming("TRL's GRPOConfig", sdar.UserError):
+    with sdar.naming("TRL's GRPOConfig"):
         return GRPOConfig(**given)
 
 
@@ -98,7 +98,7 @@ class SDARTrainer(GRPOTrainer):
         self.sums = Counter()  # of the gated term's values since the last line of the log
 
         adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
-        with sdar.naming("TRL's GRPOTrainer", sdar.UserError):  # several cards, no torchrun, say
+        with sdar.naming("TRL's GRPOTrainer"):  # several cards, no torchrun, say
             super().__init__(
                 self.policy,
                 advantage,
@@ -242,4 +242,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(lambda: main(sys.argv[1:])))
+    sys.exit(sdar.run(main, sys.argv[1:]))
