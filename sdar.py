@@ -20,7 +20,7 @@ The algorithm on one screen. The order of the file is its order:
         A = (reward - its group's mean) / its group's std       group_advantages
         for each part of the episodes:                          update
             ratio = exp(logprobs - old)                         response_logprobs
-            L_GRPO = max(-A ratio, -A clip(ratio)) + c KL       policy_loss, kl_k3
+            L_GRPO = max(-A ratio, -A clip(ratio)) + beta_KL KL  policy_loss, kl_k3
             gap = teacher - logprobs
             gate = sigmoid(beta gap), without gradient          GATES
             L_SDAR = gate gap (why this sign? see there)        sdar_loss
@@ -29,13 +29,13 @@ The algorithm on one screen. The order of the file is its order:
 
     the paper's              is called               and stands in
     s_t, the student's view  Episode.ids             Episode.view(with_skill=False)
-    s_t+, with the skill c+  Episode.skill_ids       Episode.view(with_skill=True)
+    c+, the skill (in s_t+)  Episode.skill_ids       Episode.view(with_skill=True)
     y_t, a sampled token     Episode.mask == 1       answer
     pi_theta, the student    model                   rollout, update
     pi_T, the teacher        model, or a copy of it  train, score(with_skill=True)
     log pi                   logprobs                response_logprobs
     A, G                     advantages, group_size  group_advantages
-    epsilon; c, KL's weight  clip_eps, kl_coef       policy_loss, objective
+    epsilon, beta_KL         clip_eps, kl_coef       policy_loss, objective
     L_GRPO                   policy_loss, kl_k3      objective
     Delta_t, the gap         gap                     sdar_loss
     g_t, beta                gate, gate_beta         GATES
@@ -44,9 +44,9 @@ The algorithm on one screen. The order of the file is its order:
 Where this is not the paper's published run: an episode is one growing conversation, as in the
 paper's section 2.1 (the official code makes a row of every turn, and fines an invalid action on its
 row alone); the defaults are the toy's, and PRESETS has the paper's beside them; UCB retrieval, of
-which the paper gives neither reward nor constant, is ours. Three things of the official code are
-left out, since the paper's formulas do not have them: a dual clip, an entropy bonus, group
-statistics by turn. The last table of .lab/READING.md has the rest.
+which the paper gives neither reward nor constant, is ours; random takes as many skills as keyword,
+not one. Left out are three things of the official code that the paper's formulas do not have: a
+dual clip, an entropy bonus, group statistics by turn. More: the last table of .lab/READING.md.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -81,14 +81,14 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 
 # =================================== PART I: THE PAPER ===================================
 
-# --- 1. Configuration (paper, section 4.1 and appendix C) --------------------------------
+# --- 1. Configuration (paper, section 3 and appendix C) ----------------------------------
 #
 # The defaults are the toy's: a network of 309 thousand parameters that learns in a minute on a CPU.
 # A preset, and a method, is a set of settings that replaces some of them.
 
 PRESETS = {
     "toy": {},
-    "paper": {  # the published run but for minibatches: the default for every model but tiny
+    "paper": {  # ALFWorld's published values but for minibatches; the default for all but tiny
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -153,11 +153,11 @@ class Config:
 
     # GRPO, the backbone
     lr: float = 6e-4  # learning rate of AdamW, constant; paper: 1e-06
-    minibatches: int = 4  # optimiser steps a batch; published: up to 25, see MODELS.md
+    minibatches: int = 4  # optimiser steps a batch; published: up to 30, see MODELS.md
     policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
-    invalid_penalty: float = 0.01  # taken off an episode's reward per invalid action
+    invalid_penalty: float = 0.01  # off an episode's reward per answer without a readable action
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # SDAR
@@ -253,7 +253,7 @@ class Chat:
         frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
         # GLM's lacks a line break that stands before each answer: the longer of the two is read.
-        short, self._after = sorted((after, self._after))
+        short, self._after = sorted((after, self._after))  # a list sorts before what it begins
         alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
         message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
         require(alike, f"its chat template {message}")
@@ -316,7 +316,7 @@ class Episode:
     begin: int = 0  # where in ids the newest response begins
     read: int = 0  # how many ids of the conversation the KV cache holds
     turns: int = 0
-    invalid: int = 0  # turns whose action was invalid
+    invalid: int = 0  # turns whose answer held no action that could be read
     reward: float = 0.0  # raw: 0 or 1
     won: bool = False
     running: bool = True
@@ -620,10 +620,10 @@ def score(model, episodes, config, with_skill=False):
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
 #
-# No model, no configuration, no mask: a value for each sampled token. Copy what you need into your
-# own trainer, and give it logprobs[mask]. What comes back as a dict goes into the log by its
-# names. The mean over the tokens is taken in `update`, once: a long episode weighs more
-# than a short one.
+# No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
+# episode). Copy what you need into your own trainer, and give it logprobs[mask]. What comes back as
+# a dict goes into the log by its names. The mean over the tokens is taken in `update`, once: a long
+# episode weighs more than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -685,25 +685,26 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    Its value is minus a gated estimate of KL(student || teacher), and is not what descends: the
-    gradient goes through log pi alone. On a token it is -g_t grad log pi: every sampled token is
-    pushed up, by the gap's gate harder where the gap is larger. What does not depend on which
-    token was sampled cancels on average, since on policy E[grad log pi] = 0: a constant gate
-    teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
+    Its mean is not minus KL(student || teacher), as the gap's is: the gate mutes negative gaps. Of
+    small gaps it is (beta - 1) / 2 times that KL. The gradient goes through log pi alone. On a
+    token it is -g_t grad log pi: every sampled token is pushed up, by the gap's gate harder where
+    the gap is larger. What does not depend on which token was sampled cancels on average, since on
+    policy E[grad log pi] = 0 (but for some 1 / B of it: the mean's N was sampled, too): a constant
+    gate teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
     only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. From the
     second optimiser step on no ratio corrects for the student's moves, and what had cancelled pulls
-    it back to the policy that sampled. An episode without a skill has gap 0 when the step starts,
-    and so a gate of 1/2 on all of its tokens: such a constant, and no teaching."""
+    it back to the policy that sampled. An episode without a skill has gap 0 when the step starts:
+    no gate depends on which token was sampled, and nothing is taught."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
 
 
 def skill_sd_loss(logprobs, teacher_logprobs, old):
-    """Skill-SD (arXiv 2604.10674, a baseline of section 4): rho (exp(gap) - gap - 1), gap = teacher
+    """Skill-SD (arXiv 2604.10674, a baseline of section 3): rho (exp(gap) - gap - 1), gap = teacher
     - student, rho = exp(student - old), not detached; all (N,).
 
     Within the clamps the gradient on a token is -rho gap grad log pi: that of the reverse KL's
@@ -715,7 +716,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
 
 
 def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
-    """RLSD's advantages (a baseline of section 4): A ((1 - mix) + mix clip(exp(sign(A) gap),
+    """RLSD's advantages (a baseline of section 3): A ((1 - mix) + mix clip(exp(sign(A) gap),
     1 - eps, 1 + eps)); all (N,).
 
     The reward keeps the direction; the teacher moves the size, with mix 0.5 from 0.9 A to 1.1 A."""
@@ -751,7 +752,7 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     old: log-probs of the policy that sampled; ref: of the start policy, if the KL counts; teacher:
     of the teacher, who reads the skill, if the method has one; advantages."""
     # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
-    # weights and not two ways of computing. And it is a check: a shift by one, a text that was
+    # policies and not two ways of computing. And it is a check: a shift by one, a text that was
     # tokenised again, another temperature would show in no curve. Weights that an earlier step has
     # ruined show here, too.
     old = score(model, episodes, config)
@@ -770,9 +771,9 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     if config.distil == "none":
         return batch
 
-    # Where no skill fits the task there is no teacher: its log-probs are the student's, the gap 0.
-    # The tokens stay in the loss: noise in this step's first optimiser step, and then a pull back
-    # to where the step began.
+    # Where no skill fits the task there is no teacher: its log-probs are old, the gap begins at 0.
+    # Under a gate the tokens are noise in this step's first optimiser step, and then a pull back to
+    # where the step began.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -855,7 +856,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     return metrics
 
 
-# --- 7. Evaluation and the training loop (paper, section 4.1 and appendix B) -------------
+# --- 7. Evaluation and the training loop (paper, section 3 and appendix B) ---------------
 #
 # Held-out tasks are played without the skill: that is what counts. They are played with it, too:
 # that is how good a live teacher is, and if it is no better than the student there is nothing to
@@ -1086,9 +1087,10 @@ def load_kernel(dtype):
 
 # --- 9. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
 #
-# A run that is killed at any moment goes on with --resume, and its metrics become those of a run
-# that was never killed. Two things make that possible: every random number of a step comes from
-# (seed, step), and state.pt, which holds all that a run is, is replaced as a whole.
+# A run that is killed at any moment goes on with --resume. On one CPU, with the same flags, its
+# metrics but for the seconds become those of a run that was never killed. Two things make that
+# possible: every random number of a step comes from (seed, step), and state.pt, which holds all
+# that a run is, is replaced as a whole.
 
 MAY_DIFFER = (  # between a run and its continuation
     "steps out search_url resume overwrite save_every eval_every device micro_batch rollout_batch "
@@ -1151,7 +1153,8 @@ def log_step(config, step, episodes, metrics, result, clock):
     """Append a line to metrics.jsonl. Returns it.
 
     result: what evaluate returned, if it was called. clock: seconds at the start, and after
-    rollout, scoring and update. Rates and means are over all episodes or tokens of the step.
+    rollout, scoring and update. Rates and means are over all episodes, turns or tokens of the step;
+    response_tokens is an episode's, of all its turns.
     flat_groups is the share of groups whose episodes all have the same reward, less penalties:
     there every advantage is 0, and GRPO learns nothing."""
     rows = [(e.won, e.reward, e.turns, e.invalid, len(e.logprobs)) for e in episodes]
