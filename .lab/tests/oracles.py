@@ -63,7 +63,13 @@ def oracle_reverse_kl():
     assert torch.allclose(expected(losses), exact)
 
 
+def oracle_k3():
+    """What k3 descends is the other KL: on policy, KL(reference || policy)'s gradient."""
+    exact = slope(TEACHER.exp() @ (TEACHER - STUDENT))
+    assert torch.allclose(expected(sdar.kl_k3(STUDENT, TEACHER)), exact)
+
+
 if __name__ == "__main__":
-    for oracle in (oracle_constant_gate, oracle_gap_gate, oracle_reverse_kl):
+    for oracle in (oracle_constant_gate, oracle_gap_gate, oracle_reverse_kl, oracle_k3):
         oracle()
         print(f"holds: {' '.join(oracle.__doc__.split())}")

@@ -114,11 +114,3 @@ def test_plot_joins_seeds_and_keeps_other_settings_apart(tmp_path, monkeypatch, 
     assert joined.endswith(f"2: {(first + second) / 2:.3f}  a (2 seeds, ± sd)")
     assert apart.endswith(f"2: {other:.3f}  a-s2")
     assert Path("p.png").exists() == ("no picture" not in printed)
-
-
-def test_a_method_has_one_colour_and_each_of_its_rows_another_line():
-    labels = ["a", "b", "sdar lr=1", "sdar lr=2", *sdar.METHODS]
-    looks = plots.looks_of(labels)
-    assert len(set(map(str, looks.values()))) == len(labels)
-    assert looks["sdar lr=2"]["color"] == looks["sdar"]["color"]
-    assert plots.looks_of(["toy-sdar"])["toy-sdar"] == looks["sdar"]  # in any company

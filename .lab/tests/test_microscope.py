@@ -81,7 +81,8 @@ def test_a_runs_start_and_end_have_one_scale(look, tmp_path):
     rows = re.findall(r"(\d+) +(\d+) +(-?\d\.\d{3})   0\.\d{3}  (▪*)\n", page)
     assert rows[0][:2] == ("1", "24")  # the first turn of eight episodes, three tokens each
     gaps = [abs(float(gap)) for _, _, gap, _ in rows]
-    assert gaps[11] > 1 > 100 * gaps[10]  # the second token of a turn, "drawer 4"; its first
+    assert gaps[11] > gaps[24] > 1 > 100 * gaps[10]  # "drawer 4", the second of a turn; the first
     assert [len(bar) for *_, bar in rows] == [round(2 * gap) for gap in gaps]
     assert len(rows) == 26 and rows[:13] != rows[13:]
+    assert "0.554" in microscope.means_of("turn", *torch.tensor([[1, 1], [2, -1]]).numpy(), 0.5)
     assert '"--d:-2.88;--n:0.250"' in microscope.histogram([-2.84, 2, 2, 2])
