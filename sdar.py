@@ -1142,11 +1142,12 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
         "arms": bank.arms,
         "log": (folder / "metrics.jsonl").read_text("utf-8"),
     }
-    model.save_pretrained(folder / "checkpoint")
-    chat.tokenizer.save_pretrained(folder / "checkpoint")
-    (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
-    torch.save(state, folder / "state.new")  # at last: what is not whole is written again
-    os.replace(folder / "state.new", folder / "state.pt")
+    with naming(f"--out {folder}"):  # of a full disk each library has an error of its own
+        model.save_pretrained(folder / "checkpoint")
+        chat.tokenizer.save_pretrained(folder / "checkpoint")
+        (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
+        torch.save(state, folder / "state.new")  # at last: what is not whole is written again
+        os.replace(folder / "state.new", folder / "state.pt")
 
 
 def log_step(config, step, episodes, metrics, result, clock):
@@ -1283,17 +1284,18 @@ def run(command, *arguments):
     and shows its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = 2
     try:
         return command(*arguments) or 0
     except (UserError, OSError) as error:
-        message, code = error, 2
+        message = error
     except RuntimeError as error:
         # So a CPU, MPS, a card and its libraries say that memory ran out. All else is a fault.
         if not re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
             raise
         learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
         playing = "where it plays, a lower --rollout-batch, then a lower --max-new-tokens"
-        message, code = f"out of memory: {learning}; {playing}; or a smaller --model", 2
+        message = f"out of memory: {learning}; {playing}; or a smaller --model"
     except KeyboardInterrupt:
         message, code = "stopped; a run that trains goes on with --resume", 130
     print(f"{Path(sys.argv[0]).name}:", *str(message).splitlines(), file=sys.stderr)
