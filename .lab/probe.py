@@ -102,8 +102,7 @@ def looks_at(steps, config, env, looks):
                 sdar.train(replace(config, steps=step))
             config = replace(config, resume=True, overwrite=False)
             policy = f"{config.out}/checkpoint"
-        model, chat = sdar.load_policy(replace(config, model=policy))
-        looks.append(look(model, chat, env, config, step))
+        looks.append(look(*sdar.load_policy(replace(config, model=policy)), env, config, step))
         if step:
             log = plots.read_run(config.out)[1][looks[-2]["step"] if looks[1:] else 0 : step]
             looks[-1]["learning"] = {

@@ -31,6 +31,7 @@ class Lucky(trainer.SDARTrainer):
         self.train()
 
     def rollout(self, *played):
+        assert "forward" not in vars(self.policy)  # else a copy would still run the original
         self.episodes = sdar.rollout(*played)
         for row, episode in enumerate(self.episodes):
             episode.reward = row % 2

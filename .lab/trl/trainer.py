@@ -146,6 +146,7 @@ class SDARTrainer(GRPOTrainer):
     def finish(self):
         """Evaluate, and write checkpoint/, with LoRA's adapters merged, and metrics.jsonl."""
         policy = self.policy.eval()
+        vars(policy).pop("forward", None)  # see play
         folder = Path(self.run.out)
         if self.lora:
             self.accelerator.unwrap_model(self.model).merge_and_unload()
@@ -190,9 +191,14 @@ def play(prompts, trainer):
     starts = sdar.draw_starts(trainer.envs[0], config, step, rng)
     starts = sdar.in_parts(starts, len(prompts))[trainer.accelerator.process_index]
 
+    # TRL and accelerate bind a forward to the model. A copy's would still run this one: rollout
+    # would play from it, not from its bfloat16 copy.
     policy.eval()
+    bound = vars(policy).pop("forward", None)
     more = starts, config, config.temperature, config.skilled
     episodes = trainer.rollout(policy, trainer.chat, trainer.envs, *more)
+    if bound:
+        policy.forward = bound
     models = policy, None, trainer.teacher
     batch = trainer.step_batch(*models, episodes, config, step, trainer.score)
     policy.train()
