@@ -245,7 +245,7 @@ def means_of(name, places, gaps, beta):
     row, from the number in front of it on. The bar is the gap's size: a mark is half a nat,
     whatever the table."""
     row = "{:>8}{:>8}{:>z8.3f}{:>z8.3f}  {}\n"
-    table = f"\n{name:>8}  tokens     gap    gate\n"
+    table = f"\n{name:>8}  tokens     gap  σ(β Δ)\n"
     width = math.ceil(places.max() / 12)
     for first in range(1, places.max() + 1, width):
         chosen = gaps[(places - first) // width == 0]

@@ -25,7 +25,6 @@ plain words: do not read it unless you want to be told.
 
 import argparse
 import codecs
-import difflib
 import inspect
 import json
 import re
@@ -92,7 +91,7 @@ def start(name, *, answers="answers"):
     text = original(name).split('"""')[0]
     says = {"begin": f'{text}{EMPTY} {name}")'} | TEXTS[name]
     path = Path(answers, f"{name}.py")
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(ANSWER.format(name=name, purpose="\n".join(says["aim"]), **says))
     return f"{path} says what to write. Then: python .lab/course/exercise.py check {name}"
@@ -132,25 +131,18 @@ def is_written(path):
     return not re.search(f"(?m)^ *{re.escape(EMPTY)}", path.read_text("utf-8", "replace"))
 
 
-def solution(name, *, answers="answers"):
-    """The original of a function, and how it differs from the answer; or what the course says of an
-    experiment, by its name."""
+def solution(name):
+    """The original of a function; or what the course says of an experiment, by its name."""
     pages = "\n".join(page.read_text("utf-8") for page in HERE.glob("solutions/*.md"))
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", pages, re.M | re.S))
-    if name in sections:
-        return sections[name].strip()
-    ours, path = original(name), Path(answers, f"{name}.py")
-    if not path.exists():
-        return ours
-    yours = path.read_text("utf-8", "replace").splitlines()
-    rows = difflib.unified_diff(yours, ours.splitlines(), "yours", "ours", lineterm="")
-    return "\n".join([ours, *rows])
+    return sections[name].strip() if name in sections else original(name)
 
 
 def run(*flags, answers="answers"):
     """Train with all of a student's functions, or call an instrument with them. Returns the exit
     code."""
     paths = [path for path in handed_in(answers) if is_written(path)]
+    require(paths, f"{answers}: all are still empty, their last lines say so")
     print("yours:", *paths)
     with ExitStack() as stack:
         try:

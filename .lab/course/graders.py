@@ -50,6 +50,7 @@ def load(path):
         raise Unusable(f"{path}: Python cannot read it, {error}") from error
     require(name in found, f"{path}: it defines no {name}", Unusable)
     original = getattr(place_of(name), name)
+    require(found[name] is not original, f"{path}: that is sdar.py's own", Unusable)
     if callable(original):
         takes = inspect.signature(original)
         with naming(f"{path}: {name} must be a function of {takes}", Unusable):

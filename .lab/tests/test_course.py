@@ -64,7 +64,6 @@ def test_answers_of_a_class_are_begun_checked_and_graded(tmp_path, monkeypatch, 
 
     write(other, "view", "def view(")
     write(other, "kl_k3", "import os\n\nos._exit(0)")
-    assert "\n-os._exit(0)\n" in exercise.solution("kl_k3", answers=other)
     monkeypatch.setattr(exercise, "SECONDS", 999)  # the machine may be busy
     assert re.search(TABLE, exercise.grade(tmp_path))
     monkeypatch.setattr(exercise, "SECONDS", 1)
