@@ -1,10 +1,11 @@
 """Where the time of a training step goes: python .lab/bench.py [flags of sdar.py]
 
     python .lab/bench.py
-    python .lab/bench.py --model Qwen/Qwen3-0.6B --device cuda --gradient-checkpointing --kernel
+    python .lab/bench.py --model Qwen/Qwen3-0.6B --preset small --kernel
 
-A run of two steps, in a folder that is removed. Times are of the second step, on this machine, now:
-they say little beside those of another day. The same beside TRL's: .lab/trl/bench.py.
+A run of two steps, in a folder that is removed (16 bytes a weight, where TMPDIR says). Times are of
+the second step, on this machine, now: they say little beside those of another day. The same beside
+TRL's: .lab/trl/bench.py.
 """
 
 import sys
