@@ -568,7 +568,7 @@ def process_begins():
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["ALFWORLD_DATA"] = os.sep  # a folder that exists: else the package makes one at home
+    os.environ["ALFWORLD_DATA"] = str(HERE)  # it exists: else the package makes a folder at home
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -580,8 +580,10 @@ def play_game(number, path, action):
 
     signal.alarm(120)
     if action is None:
-        wanted = textworld.EnvInfos(won=True, admissible_commands=True)
-        GAMES[number] = textworld.start(path, wanted, [AlfredDemangler])
+        if number not in GAMES:
+            wanted = textworld.EnvInfos(won=True, admissible_commands=True)
+            GAMES[number] = textworld.start(path, wanted, [AlfredDemangler])
+        GAMES[number].load(path)  # a new one would load the planner's library again, and keep it
         state = GAMES[number].reset()
     else:
         state = GAMES[number].step(action)[0]
@@ -604,11 +606,13 @@ class AlfworldEnv(TextEnv):
     def __init__(self, max_turns=0, data=""):
         super().__init__(max_turns)
         require(find_spec("alfworld"), "ALFWorld is missing: pip install alfworld", EnvUnavailable)
-        self.data = os.path.abspath(data or os.environ.get("ALFWORLD_DATA", "(no data named)"))
+        data = data or os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")
+        self.data = os.path.abspath(os.path.expanduser(data))
         self.goals = self.games(self.data)
         self.number = AlfworldEnv.made
         AlfworldEnv.made += 1
-        game_process(self.number % CORES).submit(int).result()  # forks now, and not in a thread
+        self.process = game_process(self.number % CORES)
+        self.process.submit(int).result()  # forks now, and not in a thread
 
     @classmethod
     @lru_cache(maxsize=None)
@@ -617,7 +621,7 @@ class AlfworldEnv(TextEnv):
         loader leaves out: not solvable, with a movable receptacle, with something sliced."""
         paths = []
         for path in sorted(Path(folder).rglob("*.tw-pddl")):
-            solvable = not re.search(r'"solvable":\s*false', path.read_text("utf-8", "replace"))
+            solvable = re.search(r'"solvable":\s*true', path.read_text("utf-8", "replace"))
             if solvable and not re.search("movable|Sliced", str(path.relative_to(folder))):
                 paths.append(path.relative_to(folder))
         require(paths, f"no ALFWorld games in {folder}: run alfworld-download", EnvUnavailable)
@@ -641,8 +645,9 @@ class AlfworldEnv(TextEnv):
     def _step(self, action):
         action = action and action.strip().lower()
         with naming(f"ALFWorld failed at {self.path}, or was silent for 2 minutes", EnvUnavailable):
-            process = game_process(self.number % CORES)
-            text, won, commands = process.submit(play_game, self.number, self.path, action).result()
+            text, won, commands = self.process.submit(
+                play_game, self.number, self.path, action
+            ).result()
         admissible = [command for command in commands if command != "help"]
         return text, {"won": won, "admissible": admissible}
 
@@ -656,13 +661,13 @@ class WebShopEnv(TextEnv):
 
     name = "webshop"
     default_turns = 15
-    first = {}  # {root: its first environment}, whose server (products, index) is everyone's
+    longest = 8000  # a product's title and price stand behind its options
+    servers = {}  # {root: products and index}, everyone's
 
     def __init__(self, max_turns=0, data=""):
         super().__init__(max_turns)
         root = os.path.abspath(data or os.environ.get("WEBSHOP_ROOT", "(no checkout named)"))
-        if root not in sys.path:
-            sys.path.append(root)
+        sys.path.append(root)
         with naming(f"WebShop does not start from {root}: .lab/ENVIRONMENTS.md", EnvUnavailable):
             from web_agent_site.envs.web_agent_text_env import WebAgentTextEnv
 
@@ -670,10 +675,10 @@ class WebShopEnv(TextEnv):
             self.shop = WebAgentTextEnv(
                 observation_mode="text",
                 human_goals=False,
-                server=self.first[root].shop.server if root in self.first else None,
+                server=self.servers.get(root),
                 session_prefix=f"{id(self)}-",  # else equal goals share a session
             )
-        self.first.setdefault(root, self)
+        self.servers[root] = self.shop.server
 
         goals = self.shop.server.goals
         held = max(1, min(500, len(goals) // 5))
@@ -882,8 +887,7 @@ def make_env(name, **options):
             found = importlib.import_module(module)
             kind = getattr(found, attribute, None)
             own = isinstance(kind, type) and issubclass(kind, TextEnv)
-            where = getattr(found, "__file__", module)
-            require(own, f"{where} has no class {attribute} made from envs.TextEnv")
+            require(own, f"{found} has no class {attribute} made from envs.TextEnv")
     with naming(f"--env {name}"):
         return kind(**options)
 

@@ -19,7 +19,7 @@ KITCHEN = Path(__file__).resolve().parents[2] / ".assets" / "test"
 def write_games(folder):
     """Write the games into a folder. Returns {name of its file: actions that win}."""
     data = Path(find_spec("alfworld").origin).parent / "data"
-    game = {"pddl_domain": (data / "alfred.pddl").read_text()}
+    game = {"solvable": True, "pddl_domain": (data / "alfred.pddl").read_text()}
     grammar = (data / "alfred.twl2").read_text()
     problem = (KITCHEN / "kitchen.pddl").read_text()
     Path(folder).mkdir(exist_ok=True)
