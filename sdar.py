@@ -1291,7 +1291,7 @@ def run(command, *arguments):
         message = error
     except RuntimeError as error:
         # So a CPU, MPS, a card and its libraries say that memory ran out. All else is a fault.
-        if not re.search("allocate|out of memory|ALLOC_FAILED", str(error)):
+        if not re.search("allocate|out of memory|ALLOC_FAILED|Invalid buffer size", str(error)):
             raise
         learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
         playing = "where it plays, a lower --rollout-batch, then a lower --max-new-tokens"

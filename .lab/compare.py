@@ -1,9 +1,9 @@
 """Train methods, or values of settings, over seeds, and compare them in a table.
 
-    python .lab/compare.py --methods grpo,sdar --seeds 0,1,2,3,4
-    python .lab/compare.py --sweep gate_beta=1,5,20 --seeds 0,1
+    python .lab/compare.py --methods "grpo,sdar" --seeds "0,1,2,3,4"
+    python .lab/compare.py --sweep "gate_beta=1,5,20" --seeds "0,1"
     python .lab/compare.py --sweep "teacher=live,frozen lr=3e-4,6e-4"
-    python .lab/compare.py --sweep variant=none,divergence:forward --gate none
+    python .lab/compare.py --sweep "variant=none,divergence:forward" --gate none
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
 so a comparison that was stopped goes on with the same command. All other flags go to every run.
@@ -168,7 +168,7 @@ def processor(device):
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")  # of Linux, where Python has no name
     found = cpuinfo.exists() and re.search("model name.*: (.*)", cpuinfo.read_text())
-    return found[1] if found else platform.processor()
+    return found[1] if found else f"{platform.processor()} {device}"
 
 
 # --- Results as data: a list of rows, each with all that it was made with ----------------

@@ -59,7 +59,7 @@ def questions(file):
                 found.append(json.dumps(row))
     require(found, f"{file}: no row has a question and an answer")
     print(f"{len(found)} of {len(lines)} lines are rows with a question and an answer")
-    return "\n".join(found)
+    return "\n".join(found) + "\n"
 
 
 def flat(row):

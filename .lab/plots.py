@@ -81,7 +81,7 @@ def alike(folders):
     for folder in folders:
         settings, lines = read_run(folder)
         settings = [settings[name] for name in settings if name not in FREE]
-        label = re.sub(r"-s\d+/*$", "", folder)
+        label = re.sub(r"-s\d+[/\\]*$", "", folder)
         if known.setdefault(label, settings) != settings:
             label = folder
         runs.setdefault(label, []).append(lines)

@@ -20,8 +20,9 @@ void __syncthreads() { block.arrive_and_wait(); }
 
 template <class F> void launch(int rows, F kernel) {
     for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++) {
-        std::vector<std::jthread> threads;
+        std::vector<std::thread> threads;
         for (unsigned t = 0; t < 64; t++) threads.emplace_back([=] { threadIdx.x = t; kernel(); });
+        for (auto &thread : threads) thread.join();
     }
 }
 
