@@ -1299,7 +1299,7 @@ def test_environments_of_ones_own_are_trained_on_and_resumed(name, turns, own, h
 def test_a_module_that_fails_is_named(own):
     with raises(UserError, match="broken:Bare cannot be imported.*SystemExit"):
         make_env("broken:Bare")
-    with raises(UserError, match="guess.py has no class Guest"):
+    with raises(UserError, match="guess.py'> has no class Guest"):
         make_env("guess:Guest")
 
 
