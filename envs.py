@@ -592,8 +592,8 @@ def play_game(number, path, action):
 
 
 class AlfworldEnv(TextEnv):
-    """ALFWorld's text games, in `data` (or ALFWORLD_DATA). A task id is a game's path below it;
-    `seed` changes nothing. An action that cannot be done is valid and answered "Nothing happens.",
+    """ALFWorld's text games, in `data` (or ALFWORLD_DATA, or where alfworld-download puts them). A
+    task id is a game's path below it; `seed` changes nothing. An action that cannot be done is valid and answered "Nothing happens.",
     as in the official code. Splits: train, eval (the data set's valid_seen, as in the paper), dev
     (valid_unseen); a folder without the data set's split folders is every split."""
 

@@ -1014,7 +1014,9 @@ def test_help_lists_every_flag_and_instrument(capsys):
     assert all((ROOT / name).exists() for name in instruments or ["none"])
 
 
-@mark.parametrize("said", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when calling", ""])
+@mark.parametrize(
+    "said", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED", "Invalid buffer size", ""]
+)
 def test_memory_that_runs_out_is_one_line_with_the_flags_that_help(said, capsys):
     full = Mock(side_effect=RuntimeError(said))
     assert sdar.run(full if said else lambda: torch.empty(2**60)) == 2  # "": a CPU's own words

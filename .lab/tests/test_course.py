@@ -72,9 +72,10 @@ def test_answers_of_a_class_are_begun_checked_and_graded(tmp_path, monkeypatch, 
 
 def test_a_run_trains_with_all_that_is_written(tmp_path, capsys):
     mine, out = tmp_path / "mine", tmp_path / "run"
+    call("exercise", "start", "view", "--answers", mine)
+    assert "still empty" in refused(capsys, "exercise", "run", "--answers", mine)
     write(mine, "kl_k3", "def kl_k3(a, b):\n    return 0 * a + 7")
     write(mine, "GATES", "GATES = {'gap': lambda gap, h, beta: 0 * gap + 0.25}")
-    call("exercise", "start", "view", "--answers", mine)
     command = ["exercise", "run", "--answers", mine, "--", *FLAGS, "--out", out]
     assert call(*command) == 0
     (row,) = lines(out)

@@ -17,10 +17,19 @@ def test_rows_of_the_public_data_sets_become_questions(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert call("convert", "questions", ROWS, out) == 0
     assert capsys.readouterr().out == "5 of 8 lines are rows with a question and an answer\n"
+    assert out.read_text().endswith("}\n")  # files are joined
     world = envs.make_env("search", data=str(out))
     assert [*world.goals] == ["test_0", "nq/test_0", "hotpotqa/0", "popqa/4", "7"]
     assert world.tasks("test") == ["nq/test_0", "hotpotqa/0"]
     assert all(goal[3] == ["a"] for goal in world.goals.values())
+
+
+TWO_SETS = """
+[
+  {"question": "q", "golden_answers": ["a"], "id": "x", "env_kwargs": null},
+  {"question": null, "golden_answers": ["a"], "id": null, "env_kwargs": {"question": "q"}}
+]
+"""
 
 
 def test_parquet_is_read_like_json_lines(tmp_path):
@@ -28,10 +37,8 @@ def test_parquet_is_read_like_json_lines(tmp_path):
     parquet = importorskip("pyarrow.parquet")
     from pyarrow import Table
 
-    one, other = {"question": "q", "golden_answers": ["a"]}, {"env_kwargs": {"question": "q"}}
-    rows = [one | {"id": "x", "env_kwargs": None}, one | other | {"id": None, "question": None}]
     file, out = tmp_path / "rows.parquet", tmp_path / "out.jsonl"
-    parquet.write_table(Table.from_pylist(rows), file)
+    parquet.write_table(Table.from_pylist(json.loads(TWO_SETS)), file)
     assert call("convert", "questions", file, out) == 0
     assert [*envs.make_env("search", data=str(out)).goals] == ["x", "2"]
 

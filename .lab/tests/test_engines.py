@@ -122,6 +122,8 @@ def test_a_shop_does_what_its_page_offers_and_half_a_score_is_no_win():
     """Rows: what is offered next, valid, reward, over. Another session has the same goal."""
     world, other = (make_env("webshop", data=str(DATA / "webshop")) for _ in "ab")
     assert [world.tasks(split)[0] for split in ("train", "dev", "eval")] == ["20", "10", "0"]
+    assert world.shop.server is other.shop.server
+    assert world.longest > 3000
     assert world.shop.server.goals[0]["price"] == random.Random(233).random()
     world.reset("1")
     for action, expected in table(SHOPPING):
