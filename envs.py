@@ -593,9 +593,10 @@ def play_game(number, path, action):
 
 class AlfworldEnv(TextEnv):
     """ALFWorld's text games, in `data` (or ALFWORLD_DATA, or where alfworld-download puts them). A
-    task id is a game's path below it; `seed` changes nothing. An action that cannot be done is valid and answered "Nothing happens.",
-    as in the official code. Splits: train, eval (the data set's valid_seen, as in the paper), dev
-    (valid_unseen); a folder without the data set's split folders is every split."""
+    task id is a game's path below it; `seed` changes nothing. An action that cannot be done is
+    valid and answered "Nothing happens.", as in the official code. Splits: train, eval (the data
+    set's valid_seen, as in the paper), dev (valid_unseen); a folder without the data set's split
+    folders is every split."""
 
     name = "alfworld"
     default_turns = 50
