@@ -119,9 +119,9 @@ class SkillBank:
     """Skills, and one of the paper's four ways to retrieve those of a task.
 
     keyword: those whose task type and keywords fit it. full: all. random: as many as keyword finds,
-    at least one, of all. ucb: the paper leaves reward and constant open; ours is like UCB1. An arm
-    is a skill in a context: whether keyword retrieval would find it. A task gets the three arms of
-    largest mean reward + sqrt(ln(all plays) / plays), arms never played first. The reward, in
+    at least one, drawn from all. ucb: the paper leaves reward and constant open; ours is like UCB1.
+    An arm is a skill in a context: whether keyword retrieval would find it. A task gets the three
+    arms of largest mean reward + sqrt(ln(all plays) / plays), unplayed arms first. The reward, in
     [-1, 1], is the correlation over a group's episodes of advantage and mean gap: a good skill
     makes its reader endorse what went well."""
 
@@ -200,7 +200,7 @@ class TextEnv:
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
     and sets `task`, the task's text. An action is any text, "" where nothing could be read. state
-    may have: won; over (the episode has ended; without it: where it is won); valid (the action
+    may have: won; over (the episode has ended; default: when it is won); valid (the action
     could be read); admissible (a list of actions); tail (an end of the observation that is not to
     be cut off).
 
@@ -210,7 +210,7 @@ class TextEnv:
     name = ""  # if TEXTS has this name, its texts win over the class's
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
-    reminder = "Your next action, in <action></action>:"  # read every turn, but not plainly
+    reminder = "Your next action, in <action></action>:"  # read every turn, not by the plain
     closing_tags = ("</action>",)  # a response ends with one of these; in small letters here
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
@@ -248,7 +248,7 @@ class TextEnv:
             observation, info = self._result(*self._step(action))
 
         # terminated: the world has ended the episode; truncated: our limit has. The reward comes
-        # once, at the end, for the whole: which of the actions earned it nobody says.
+        # once, at the end, for the whole: nobody says which of the actions earned it.
         terminated = info["over"]
         truncated = not terminated and self.turns >= self.max_turns
         return observation, float(terminated and info["won"]), terminated, truncated, info
@@ -261,8 +261,8 @@ class TextEnv:
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
-        its tags in small or capital letters; of who reads plainly and writes no tags, a text of one
-        line without a tag."""
+        its tags in small or capital letters; from a plain policy, which writes no tags, any text of
+        one line without a tag."""
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
         if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
@@ -271,7 +271,7 @@ class TextEnv:
         return action, action != ""
 
     def label(self, task):
-        """Under which name the success of a task, an id, is reported: its type."""
+        """The name under which the success of a task, an id, is reported: its type."""
         return str(self.goals[task][0])
 
     def panel(self, split, episodes):
@@ -312,7 +312,7 @@ class TextEnv:
 
 # --- The toy household: ALFWorld's spirit and wording, small enough for a CPU -------------
 #
-# What makes the skill matter: each class of object has one home, of each kind of appliance one
+# What makes the skill matter: each class of object has one home, one appliance of each kind
 # works, and the lamp stands somewhere. None of it can be seen from the middle of the room, and the
 # turns are too few to search. But the skill bank says it.
 
@@ -344,7 +344,7 @@ class Household:
     closable: tuple = CLOSABLE  # places that hold things behind a door
 
     # A policy that was trained in random households has learned how to act and how to read a skill,
-    # and nothing of the one below: that is what the tiny policy is.
+    # and nothing about HOME, the household below: the tiny policy is such a one.
     @classmethod
     def random(cls, rng, closable=CLOSABLE):
         """Draw a household with random.Random `rng`."""
@@ -353,7 +353,7 @@ class Household:
         return cls(home, appliance, rng.choice(SURFACES), closable)
 
     def skills(self):
-        """The household's skill bank: an entry a class of objects, one a verb, one for the lamp."""
+        """The household's skill bank: an entry per class of objects, per verb, and for the lamp."""
         rows = []
         for c, place in self.home.items():
             rows.append({"name": c, "text": f"The {c} is kept in {place}.", "keywords": [c]})
@@ -506,7 +506,7 @@ class ToyEnv(TextEnv):
         return f"{side} the {self.where} you see {here}."
 
     def _won(self):
-        # Look: the lamp is lit, and the object in the hand, in one place. Else the target must hold
+        # Look: the lamp is lit, here, and the object is in the hand. Else the target must hold
         # the object, two of them for "two", heated, cooled or cleaned where the task says so.
         if self.kind == "look":
             holds_it = is_a(self.hand, self.goal_class)
@@ -517,8 +517,8 @@ class ToyEnv(TextEnv):
         return len(there) >= (2 if self.kind == "two" else 1)
 
     def _admissible(self):
-        # Everywhere one can go; what is here can be opened, taken, put down or used. What does not
-        # work here (a broken microwave) is not told: it must be tried, or read in the skill.
+        # Everywhere one can go; what is here can be opened, taken, put down or used. The list
+        # does not say what is broken (a microwave): that must be tried, or read in the skill.
         actions = [f"go to {place}" for place in self.places if place != self.where]
         here = self.contents[self.where] if self.where in self.opened else []
         if self.where and self.where not in self.opened:
@@ -555,26 +555,26 @@ GAMES = {}  # in such a process, {number of an environment: its game}
 
 @lru_cache(maxsize=None)
 def game_process(core):
-    """The executor of one core's process. What macOS links does not bear a fork."""
+    """The executor of one core's process. Libraries of macOS do not survive a fork."""
     kind = "fork" if sys.platform == "linux" else "spawn"
     return ProcessPoolExecutor(1, get_context(kind), process_begins)
 
 
 def process_begins():
-    """In a process of games: leave Ctrl-C to the parent, and end when it ends, however."""
+    """In a process of games: leave Ctrl-C to the parent, and end with it, however it ends."""
 
     def end_with_parent():
         parent_process().join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["ALFWORLD_DATA"] = str(HERE)  # it exists: else the package makes a folder at home
+    os.environ["ALFWORLD_DATA"] = str(HERE)  # any folder: else the package makes one at home
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def play_game(number, path, action):
     """In a process of games: start a game (action None) or act in it. Returns (text, won,
-    admissible commands). What hangs for two minutes takes its process along."""
+    admissible commands). A game that hangs for two minutes ends its process."""
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 
@@ -820,7 +820,7 @@ class SearchEnv(TextEnv):
 
 def normalized(text):
     """The words of an answer as the official exact match compares them: in lower case, without
-    ASCII punctuation and articles; one of articles alone keeps them."""
+    ASCII punctuation and articles; an answer of only articles keeps them."""
     text = text.lower()
     letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
     return re.sub(r"\b(a|an|the)\b", " ", letters).split() or letters.split() or text.split()

@@ -4,7 +4,7 @@ An agent plays text games over several turns and is rewarded only at the end. GR
 number into an advantage for every token of the episode. SDAR adds a dense signal: a teacher, which
 is the same network shown the same conversation plus a skill text that the student never sees,
 scores every token that the student sampled. A gate decides how far the teacher is trusted on that
-token. At test time there is no skill: by then the policy is to know what it said.
+token. At test time there is no skill: by then the policy must know what the skill said.
 
     python sdar.py                            # the carried tiny policy, a toy household, a CPU
     python sdar.py --model Qwen/Qwen3-0.6B    # a checkpoint from the hub, through the same code
@@ -41,12 +41,13 @@ The algorithm on one screen. The order of the file is its order:
     g_t, beta                gate, gate_beta         GATES
     L_SDAR, lambda           sdar_loss, sdar_coef    objective
 
-Where this is not the paper's published run: an episode is one growing conversation, as in the
-paper's section 2.1 (the official code makes a row of every turn, and fines an invalid action on its
-row alone); the defaults are the toy's, and PRESETS has the paper's beside them; UCB retrieval, of
-which the paper gives neither reward nor constant, is ours; random takes as many skills as keyword,
-not one. Left out are three things of the official code that the paper's formulas do not have: a
-dual clip, an entropy bonus, group statistics by turn. More: the last table of .lab/READING.md.
+Where this differs from the paper's published run: an episode is one growing conversation, as in the
+paper's section 2.1 (the official code makes every turn a row of its own, and penalises an invalid
+action in that row only); the defaults are the toy's, and PRESETS has the paper's beside them; UCB
+retrieval has a reward and a constant of ours, since the paper gives neither; random retrieval takes
+as many skills as keyword retrieval finds, not one. Left out are three things of the official code
+that the paper's formulas do not have: a dual clip, an entropy bonus, group statistics by turn. The
+last table of .lab/READING.md has more.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -84,7 +85,7 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 # --- 1. Configuration (paper, section 3 and appendix C) ----------------------------------
 #
 # The defaults are the toy's: a network of 309 thousand parameters that learns in a minute on a CPU.
-# A preset, and a method, is a set of settings that replaces some of them.
+# A preset replaces some of them, and so does a method.
 
 PRESETS = {
     "toy": {},
@@ -118,7 +119,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset."""
+    """One run. Every field is a flag, its comment the flag's help. "paper: 2": its value there."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
@@ -140,24 +141,24 @@ class Config:
     dtype: str = "float32"  # of forward passes: float32 or bfloat16; paper: bfloat16
     micro_batch: int = 32  # episodes in one scoring or training pass; paper: 2
     rollout_batch: int = 64  # episodes played at once; paper: 16
-    gradient_checkpointing: bool = False  # compute activations again, not keep them; paper: True
+    gradient_checkpointing: bool = False  # recompute activations, do not keep them; paper: True
     kernel: bool = False  # CUDA kernel for log-probs, compiled at first use
 
     # rollouts
-    tasks_per_step: int = 8  # tasks a step, each of which makes one group; paper: 16
+    tasks_per_step: int = 8  # tasks per step, each of which makes one group; paper: 16
     group_size: int = 8  # G, episodes of one task from the same initial state
     temperature: float = 1.0  # of sampling in training, and therefore of every log-prob
-    max_turns: int = 0  # turns an episode; 0: the environment's own number, 10 in the toy
-    max_new_tokens: int = 8  # tokens a response; paper: 512
+    max_turns: int = 0  # turns per episode; 0: the environment's own number, 10 in the toy
+    max_new_tokens: int = 8  # tokens per response; paper: 512
     skilled: bool = False  # the student itself reads the skill while it trains
 
     # GRPO, the backbone
     lr: float = 6e-4  # learning rate of AdamW, constant; paper: 1e-06
-    minibatches: int = 4  # optimiser steps a batch; published: up to 30, see MODELS.md
+    minibatches: int = 4  # optimiser steps per batch; published: up to 30, see MODELS.md
     policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
-    invalid_penalty: float = 0.01  # off an episode's reward per answer without a readable action
+    invalid_penalty: float = 0.01  # what an answer without a readable action costs its episode
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # SDAR
@@ -228,7 +229,7 @@ class Chat:
         """eos: the checkpoint's own ends of a generation, an id or several."""
         self.tokenizer = tokenizer
         self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
-        # To read plainly: no hints, examples or tags. The tiny policy does, and who imitated so.
+        # Plain: no hints, examples or tags. So for the tiny policy, and after warmstart.py --plain.
         self.plain = tokenizer.init_kwargs.get("plain", False)
         roles = "system user assistant user assistant user".split()
         # Marks hold < and a line break: a template that changes a text is found out.
@@ -246,14 +247,14 @@ class Chat:
         whole = kept == marks or (self.plain and kept == marks[1:])  # tiny has no system message
         require(whole, "its chat template moves, repeats or drops a message, or changes its text")
 
-        # The frames: before the system message, before the first observation, after an observation,
-        # between an answer and the next observation, after that, and so on. In Qwen2.5's template
-        # between is "<|im_end|>\n<|im_start|>user\n", and after the same with assistant. The last
-        # after is the one to answer behind: Qwen3's has an empty thought in it.
+        # The frames, in order. `begin`: before the system message, before the first observation.
+        # `after`: from an observation to its answer. `between`: from an answer to the next
+        # observation, in Qwen2.5 "<|im_end|>\n<|im_start|>user\n"; `after` is the same with
+        # assistant. The policy answers behind the last `after`: Qwen3's has an empty thought in it.
         frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
-        # GLM's lacks a line break that stands before each answer: the longer of the two is read.
-        short, self._after = sorted((after, self._after))  # a list sorts before what it begins
+        # GLM's last one lacks the line break that stands before other answers: the longer is taken.
+        short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
         alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
         message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
         require(alike, f"its chat template {message}")
@@ -270,7 +271,7 @@ class Chat:
         text = text.encode(errors="replace").decode()  # half a character becomes a ?
 
         # The tokenizer can be told not to see special tokens. But Qwen3's <think> is added and not
-        # special: what looks like one is cut after its first character.
+        # special: each added token in the text is cut after its first character.
         for token in filter(str.strip, self._added):  # Gemma's has runs of line breaks
             text = text.replace(token, f"{token[0]}\0{token[1:]}")
         parts = self.tokenizer(
@@ -280,8 +281,8 @@ class Chat:
 
     def first(self, env, prompt):
         """Ids of the first prompt, and where in it the skill goes: before the first observation.
-        The environment's examples stand before it, as turns of this conversation. Whoever reads
-        plainly has at most a line of instructions, no examples, and answers with the bare action.
+        The environment's examples stand before it, as turns of this conversation. A plain policy
+        reads at most a line of instructions, no examples, and answers with the bare action.
         """
         instructions, examples = env.instructions.strip(), env.examples
         if self.plain:
@@ -294,7 +295,7 @@ class Chat:
         return ids + self.encode(prompt) + self._after, len(ids)
 
     def next(self, prompt, last_id):
-        """Ids between two responses. The one before may have sampled its end of turn itself."""
+        """Ids between two responses. The response before may already end with an end of turn."""
         frame = self._between[1:] if last_id == self.end_id else self._between
         return frame + self.encode(prompt) + self._after
 
@@ -342,10 +343,10 @@ class Episode:
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
 # that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. An
-# id is read one pass after it was sampled, the last one of the longest answer with the next
-# observation. Here two conversations have prompts of five and three ids. They answer "a b e" and
-# "e" (e: the end of turn), and then read observations of three and two ids. These are the columns
-# of the cache:
+# id is read one pass after it was sampled. So the last one of the longest answer is read together
+# with the next observation. Here two conversations have prompts of five and three ids. They answer
+# "a b e" and "e" (e: the end of turn), and then read observations of three and two ids. These are
+# the columns of the cache:
 #
 #              prompts     answers   turn 2
 #     row 1    p p p p p   a b       e o o o
@@ -493,7 +494,7 @@ def as_read(chat, observation, info):
 
 
 def answer(sampler, chat, episodes, config):
-    """Sample a response to each conversation, and write it there. Who has finished waits for the
+    """Sample a response to each conversation, and append it. Who has finished waits for the
     slowest. Returns the responses' texts."""
     size = config.max_new_tokens
     uniforms = np.stack([episode.random.random(size, dtype=np.float32) for episode in episodes])
@@ -510,14 +511,14 @@ def answer(sampler, chat, episodes, config):
             break
     responses = [episode.ids[episode.begin :] for episode in episodes]
     for row in talking:
-        if chat.plain:  # no tag tells that it was cut at its limit: half an answer is none
+        if chat.plain:  # no tag shows that the limit cut it: half an answer is none
             responses[row] = []
     return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
 def has_answered(chat, episode):
-    """True if the newest response is whole. It ends with an end of turn; one with tags also with
-    the tag that closes its action, and then the next prompt's frame brings the end of turn."""
+    """True if the newest response is whole. It ends with an end of turn, or with the tag that
+    closes its action: then the next prompt's frame adds the end of turn."""
     ended = episode.ids[-1] in chat.end_ids
     if ended or chat.plain:
         return ended
@@ -622,7 +623,7 @@ def score(model, episodes, config, with_skill=False):
 #
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
 # episode). Copy what you need into your own trainer, and give it logprobs[mask]. What comes back as
-# a dict goes into the log by its names. The mean over the tokens is taken in `update`, once: a long
+# a dict is logged under its keys. The mean over the tokens is taken in `update`, once: a long
 # episode weighs more than a short one.
 
 
@@ -634,9 +635,9 @@ def group_advantages(rewards, eps=1e-6):
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
-    # The deviation makes all groups equally loud: one with a single win, and one of lost episodes
-    # that differ in a penalty alone.
-    rewards = rewards.double()  # a rounded mean would tell equal rewards apart
+    # Dividing by the deviation makes all groups equally loud: one with a single win, and one whose
+    # episodes are all lost and differ only in a penalty.
+    rewards = rewards.double()  # a rounded mean would make equal rewards differ
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)  # with G - 1
     return ((rewards - mean) / (std + eps)).float()
@@ -685,18 +686,19 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    Its mean is not minus KL(student || teacher), as the gap's is: the gate mutes negative gaps. Of
-    small gaps it is (beta - 1) / 2 times that KL. The gradient goes through log pi alone. On a
-    token it is -g_t grad log pi: every sampled token is pushed up, by the gap's gate harder where
-    the gap is larger. What does not depend on which token was sampled cancels on average, since on
-    policy E[grad log pi] = 0 (but for some 1 / B of it: the mean's N was sampled, too): a constant
-    gate teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
+    Its mean is not minus KL(student || teacher), as the gap's is: the gate mutes negative gaps. For
+    small gaps it is (beta - 1) / 2 times that KL. The gradient goes through log pi only. On a
+    token it is -g_t grad log pi: every sampled token is pushed up, and under the gap's gate harder
+    where the gap is larger. What does not depend on which token was sampled cancels on average,
+    since on policy E[grad log pi] = 0 (but for some 1 / B of it: N, by which the mean divides, is
+    random, too): a constant gate teaches nothing, and the entropy's gate nothing, either. Of the
+    gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
     only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. From the
-    second optimiser step on no ratio corrects for the student's moves, and what had cancelled pulls
-    it back to the policy that sampled. An episode without a skill has gap 0 when the step starts:
+    second optimiser step on, no ratio corrects for the student's moves: what had cancelled pulls it
+    back to the policy that sampled. An episode without a skill has gap 0 when the step starts:
     no gate depends on which token was sampled, and nothing is taught."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()
@@ -742,7 +744,7 @@ def rewards_of(episodes, config):
     return torch.tensor(rewards).view(-1, config.group_size)
 
 
-DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which two passes may differ on average
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats per token by which two passes may differ
 
 
 def step_batch(model, start_policy, teacher, episodes, config, step, score=score):
@@ -751,10 +753,10 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
 
     old: log-probs of the policy that sampled; ref: of the start policy, if the KL counts; teacher:
     of the teacher, who reads the skill, if the method has one; advantages."""
-    # The sampler has log-probs, too. They are scored again, since the ratio is to compare two
-    # policies and not two ways of computing. And it is a check: a shift by one, a text that was
-    # tokenised again, another temperature would show in no curve. Weights that an earlier step has
-    # ruined show here, too.
+    # The sampler has log-probs, too. They are scored again, since the ratio must compare two
+    # policies, not two ways of computing. It is also a check for faults that no curve shows: a
+    # shift by one, a text that was tokenised again, another temperature, or weights that an earlier
+    # step has ruined.
     old = score(model, episodes, config)
     sampled = sum([episode.logprobs for episode in episodes], [])
     drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
@@ -771,9 +773,9 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     if config.distil == "none":
         return batch
 
-    # Where no skill fits the task there is no teacher: its log-probs are old, the gap begins at 0.
-    # Under a gate the tokens are noise in this step's first optimiser step, and then a pull back to
-    # where the step began.
+    # Where no skill fits the task there is no teacher: `old` stands in for it, so the gap begins at
+    # 0. Under a gate such tokens add only noise to this step's first optimiser step, and after that
+    # a pull back to where the step began.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -820,8 +822,8 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1
     but for rounding, and PPO's clip does nothing. From the second one on it has moved. In the
-    policy loss the ratio corrects for that, token by token, and the clip takes away the loss's
-    reason to move far: a good token that is already 20 % likelier than when it was sampled is not
+    policy loss the ratio corrects for that, token by token, and the clip removes the reason to
+    move far: a good token that is already 20 % likelier than when it was sampled is not
     pushed further by it."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
@@ -835,7 +837,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        for layer in model.modules():  # training mode only where it checkpoints: less dropout
+        for layer in model.modules():  # training mode only where it checkpoints: no dropout
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
@@ -867,9 +869,9 @@ def evaluate(model, chat, envs, config):
     """Play the panel, a fixed list of held-out tasks, without and with the skill in the prompt.
 
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
-    the skill]}, and valid, the share of valid answers of those without."""
+    the skill]}, and valid, the share of answers without the skill that are valid."""
     # The panel, and the random numbers it is played with, are the same at every call, and for every
-    # run: two runs differ in their policies alone. The 64 only keeps the numbers of older results.
+    # run: two runs differ only in their policies. The 64 is there to reproduce older results.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
@@ -905,12 +907,12 @@ def draw_starts(env, config, step, rng):
 
 
 def train(config, step_batch=step_batch, objective=objective, score=score, skill_bank=SkillBank):
-    """A whole run. It writes below config.out alone. Returns the last step's metrics; with steps=0
+    """A whole run. It writes only below config.out. Returns the last step's metrics; with steps=0
     what evaluate returns.
 
-    A step: play, score, learn, look. On one CPU the same seed gives the same run, also where it was
+    A step: play, score, learn, look. On one CPU the same seed gives the same run, even if it was
     stopped and resumed: nothing is drawn from a generator that lives longer than a step. The other
-    arguments are where an experiment takes hold: .lab/experiments/variants.py."""
+    arguments are for experiments: .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
     model, chat = load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
@@ -1065,7 +1067,7 @@ def load_policy(config):
         ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
-        model.generation_config.do_sample = True  # some would else not be saved: transformers 5.17
+        model.generation_config.do_sample = True  # else some are not saved: transformers 5.17
 
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
@@ -1088,7 +1090,7 @@ def load_kernel(dtype):
 # --- 9. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
 #
 # A run that is killed at any moment goes on with --resume. On one CPU, with the same flags, its
-# metrics but for the seconds become those of a run that was never killed. Two things make that
+# metrics, the seconds apart, are then those of a run that was never killed. Two things make that
 # possible: every random number of a step comes from (seed, step), and state.pt, which holds all
 # that a run is, is replaced as a whole.
 
@@ -1101,7 +1103,7 @@ MAY_DIFFER = (  # between a run and its continuation
 def load_checkpoint(config, model, optimizer, bank):
     """Steps that are done: 0, or with --resume those of the run's last state, which goes into
     model, optimizer, bank and log. Later steps are played again. UserError if the folder holds
-    something that may not go."""
+    something that must not be overwritten."""
     if not (config.steps or config.resume):
         return 0
     folder = Path(config.out)
@@ -1142,11 +1144,11 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
         "arms": bank.arms,
         "log": (folder / "metrics.jsonl").read_text("utf-8"),
     }
-    with naming(f"--out {folder}"):  # of a full disk each library has an error of its own
+    with naming(f"--out {folder}"):  # each library has its own error for a full disk
         model.save_pretrained(folder / "checkpoint")
         chat.tokenizer.save_pretrained(folder / "checkpoint")
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
-        torch.save(state, folder / "state.new")  # at last: what is not whole is written again
+        torch.save(state, folder / "state.new")  # last: a run killed before it writes all again
         os.replace(folder / "state.new", folder / "state.pt")
 
 
@@ -1178,7 +1180,7 @@ def log_step(config, step, episodes, metrics, result, clock):
         **{f"eval_{name}": value for name, value in result.items()},
     }
     folder = Path(config.out)
-    if step == 1:  # of a run that is replaced nothing may be resumed, or read as this one's
+    if step == 1:  # nothing of a run that is replaced may be resumed, or taken for this one's
         for old in ("state.pt", "config.json"):
             (folder / old).unlink(missing_ok=True)
     with open(folder / "metrics.jsonl", "w" if step == 1 else "a", encoding="utf-8") as log:
@@ -1290,7 +1292,7 @@ def run(command, *arguments):
     except (UserError, OSError) as error:
         message = error
     except RuntimeError as error:
-        # So a CPU, MPS, a card and its libraries say that memory ran out. All else is a fault.
+        # These words of a CPU, MPS, a card and its libraries: memory ran out. All else is a fault.
         if not re.search("allocate|out of memory|ALLOC_FAILED|Invalid buffer size", str(error)):
             raise
         learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
