@@ -1224,7 +1224,7 @@ def say_before(config, result, seconds):
             "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
         )
     if taught and not helps:
-        tqdm.write("Warning: the skill helps nothing: nobody knows better; take other --skills")
+        tqdm.write("Warning: the skill does not help: nobody knows better; take other --skills")
     if alone in (0, 1) and not helps:
         tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
 

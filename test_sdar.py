@@ -740,12 +740,12 @@ BEFORE = """
 "sdar"        0.9  0.1  1.0  []
 "sdar"        0.9  0.0  1.0  []
 "sdar"        0.4  0.1  1.0  ["warmstart"]
-"sdar"        0.9  0.3  0.2  ["helps nothing"]
+"sdar"        0.9  0.3  0.2  ["not help"]
 "grpo"        0.9  0.3  0.2  []
 "grpo"        0.9  0.0  1.0  ["end alike"]
 "grpo"        0.9  1.0  1.0  ["end alike"]
 "skill_grpo"  0.9  0.0  1.0  []
-"opsd"        0.1  0.0  0.0  ["warmstart", "helps nothing", "end alike"]
+"opsd"        0.1  0.0  0.0  ["warmstart", "not help", "end alike"]
 """
 
 

@@ -4,9 +4,9 @@
     python .lab/warmstart.py --env households:Forty --steps 2000 --out runs/forty
     python .lab/compare.py --env households:Forty --model runs/forty --preset toy
 
-The tiny policy has no words for the places of the large ones, so each needs a policy of its own. Of
-the scripted player's episodes without a skill .21 and .18 are won in them, .27 in the small one; in
-the default household, in ten turns, .07.
+The tiny policy has no words for the places of the large ones, so each needs a policy of its own.
+Without a skill the scripted player wins .14 and .18 of 2,000 held-out episodes in them, .29 in the
+small one, and .08 in the default household.
 """
 
 import random
