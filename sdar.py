@@ -256,15 +256,14 @@ class Chat:
         # GLM's last one lacks the line break that stands before other answers: the longer is taken.
         short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
         alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
-        message = "frames a second turn otherwise than the first, or asks otherwise for its answer"
-        require(alike, f"its chat template {message}")
+        require(alike, "its chat template frames a second turn otherwise than the first")
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
         self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
-        message = "its chat template closes a turn with no control token"
-        require(self.end_id in self._added.values(), message)
+        fine = self.end_id in self._added.values()
+        require(fine, "its chat template closes a turn with no control token")
 
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
@@ -622,9 +621,10 @@ def score(model, episodes, config, with_skill=False):
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
 #
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
-# episode). Copy what you need into your own trainer, and give it logprobs[mask]. What comes back as
-# a dict is logged under its keys. The mean over the tokens is taken in `update`, once: a long
-# episode weighs more than a short one.
+# episode). Copy what you need into your own trainer, and give it logprobs[mask], and an episode's
+# advantage for each of its tokens. The gradient is that of logprobs; all else must have none (of
+# the teacher's it is cut here). What comes back as a dict is logged under its keys. The mean over
+# the tokens is taken in `update`, once: a long episode weighs more than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -719,7 +719,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
 
 def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
     """RLSD's advantages (a baseline of section 3): A ((1 - mix) + mix clip(exp(sign(A) gap),
-    1 - eps, 1 + eps)); all (N,).
+    1 - eps, 1 + eps)), gap = teacher - old; all (N,).
 
     The reward keeps the direction; the teacher moves the size, with mix 0.5 from 0.9 A to 1.1 A."""
     weight = (advantages.sign() * gap).exp().clamp(1 - clip_eps, 1 + clip_eps)
@@ -735,6 +735,7 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 #
 # An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
 # rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
+# --resume compares settings, not code: what the experiment writes into the config is one of them.
 
 
 def rewards_of(episodes, config):
@@ -845,9 +846,11 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
             for name, values in by_episode.items():
                 tokens[name] = torch.cat([values[row] for row in rows])
             terms = objective(model, micro, tokens, config)
+            # A term has a value for each token; an experiment's may be one for all, a mean.
+            terms = {name: values.expand_as(tokens["old"]) for name, values in terms.items()}
             (terms["loss"].sum() / total).backward()
             for name, values in terms.items():
-                metrics[name] += values.detach().float().sum().item() / len(batch["old"])
+                metrics[name] += values.sum().item() / len(batch["old"])
         model.eval()
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -919,8 +922,8 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     start_policy = copy.deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
     teacher = start_policy if config.teacher == "frozen" else model
     room = getattr(model.config, "max_position_embeddings", 0)
-    message = f"--max-turns x --max-new-tokens do not fit the model's context of {room}"
-    require(envs[0].max_turns * config.max_new_tokens < room, message)
+    fits = envs[0].max_turns * config.max_new_tokens < room
+    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {room}")
 
     done = load_checkpoint(config, model, optimizer, envs[0].bank)
     if done == 0:
@@ -1001,7 +1004,6 @@ def check_config(config):
             setattr(config, f.name, typed)
 
     require(config.group_size > 1, "--group-size: at least 2, an advantage compares")
-    require(config.lr <= 1, "--lr: at most 1, every weight moves by about so much a step")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     if config.distil == "none":
         require(config.retrieval != "ucb", "--retrieval ucb learns from a teacher: there is none")
@@ -1166,6 +1168,7 @@ def log_step(config, step, episodes, metrics, result, clock):
     seconds = np.diff(clock).tolist()
     line = {
         "step": step,
+        **metrics,  # an experiment's term takes no name of what follows
         "success": success,
         "reward": reward,
         "turns": turns,
@@ -1176,7 +1179,6 @@ def log_step(config, step, episodes, metrics, result, clock):
         "seconds_score": seconds[1],
         "seconds_update": seconds[2],
         "tokens_per_second": tokens * len(rows) / sum(seconds),
-        **metrics,
         **{f"eval_{name}": value for name, value in result.items()},
     }
     folder = Path(config.out)

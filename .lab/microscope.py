@@ -22,10 +22,9 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "experiments")]
+sys.path.insert(0, str(HERE.parent))
 import player
 import plots
-import variants  # noqa: F401  a run may have one of its gates
 
 import sdar
 from envs import naming, require
@@ -203,8 +202,9 @@ def show_run(folder, page):
     """Gaps of a batch of tasks, played by a run's start policy and by its last one: their
     histogram, and means by turn and by place in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
-    settings |= {"device": "", "kernel": False}  # the run may be another machine's
-    settings.pop("variant", None)
+    # The run may be another machine's, of an own method or gate, and with an experiment's settings.
+    settings = {name: settings[name] for name in vars(sdar.Config())}
+    settings |= {"device": "", "kernel": False, "method": "sdar", "gate": "gap"}
     with naming(f"--run {folder}"):
         config = sdar.configure(**settings)
     envs = sdar.make_envs(config)

@@ -1,4 +1,4 @@
-"""Be the agent: you see what a language model sees.
+"""Be the agent: you see what a language model sees, but for the examples.
 
 python .lab/player.py toy            # search for it; Ctrl-D leaves
 python .lab/player.py toy --skill    # as the teacher, who has been told where it is

@@ -173,11 +173,10 @@ def picture(panels, path, dark=False):
 def draw_curve(axes, curve, look):
     """Draw the mean of runs, and with several the band around it. Returns the line."""
     x, mean = curve.mean(0).T
-    (line,) = axes.plot(x, mean, **look)
+    (line,) = axes.plot(x, mean, marker="." * (len(x) == 1), **look)  # one point has no line
     if len(curve) > 1:
         sd = curve[..., 1].std(0, ddof=1)
-        band = {"color": look["color"], "alpha": 0.1, "linewidth": 0}
-        axes.fill_between(x, mean - sd, mean + sd, **band)
+        axes.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.1, linewidth=0)
     return line
 
 
