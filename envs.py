@@ -390,7 +390,7 @@ class ToyEnv(TextEnv):
     name = "toy"
     instructions = (
         "Play a text game. Answer with one action.\nWrite it as one line: "
-        "<action>an action from the list</action>"
+        "<action>an action from the lists</action>"
     )
     GRAMMAR = re.compile(
         r"(?P<short>(?P<verb>go to|open|take|put|clean|heat|cool|use) (?P<what>[a-z]+ \d+))"

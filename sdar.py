@@ -23,7 +23,7 @@ The algorithm on one screen. The order of the file is its order:
             L_GRPO = max(-A ratio, -A clip(ratio)) + beta_KL KL  policy_loss, kl_k3
             gap = teacher - logprobs
             gate = sigmoid(beta gap), without gradient          GATES
-            L_SDAR = gate gap (why this sign? see there)        sdar_loss
+            L_SDAR = gate gap (minimised: logprobs rise)        sdar_loss
             L = L_GRPO + lambda L_SDAR                          objective
             its mean over the tokens, backward, optimiser step  update
 
@@ -45,9 +45,9 @@ Where this differs from the paper's published run: an episode is one growing con
 paper's section 2.1 (the official code makes every turn a row of its own, and penalises an invalid
 action in that row only); the defaults are the toy's, and PRESETS has the paper's beside them; UCB
 retrieval has a reward and a constant of ours, since the paper gives neither; random retrieval takes
-as many skills as keyword retrieval finds, not one. Left out are three things of the official code
-that the paper's formulas do not have: a dual clip, an entropy bonus, group statistics by turn. The
-last table of .lab/READING.md has more.
+as many skills as keyword retrieval finds, not one; the skill opens the task's message. Left out are
+three things of the official code that the paper's formulas do not have: a dual clip, an entropy
+bonus, group statistics by turn. The last table of .lab/READING.md has more.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
 one after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -89,7 +89,7 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 
 PRESETS = {
     "toy": {},
-    "paper": {  # ALFWorld's published values but for minibatches; the default for all but tiny
+    "paper": {  # ALFWorld's published values (not the batches, not minibatches); for all but tiny
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -119,7 +119,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """One run. Every field is a flag, its comment the flag's help. "paper: 2": its value there."""
+    """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
@@ -154,21 +154,21 @@ class Config:
 
     # GRPO, the backbone
     lr: float = 6e-4  # learning rate of AdamW, constant; paper: 1e-06
-    minibatches: int = 4  # optimiser steps per batch; published: up to 30, see MODELS.md
+    minibatches: int = 4  # optimiser steps per batch; published: up to 30, see .lab/MODELS.md
     policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
-    invalid_penalty: float = 0.01  # what an answer without a readable action costs its episode
+    invalid_penalty: float = 0.01  # what an unreadable answer costs; published: 0.1, the reward 10
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # SDAR
-    distil: str = "gate"  # what the teacher's log-probs go into: gate, skill_sd, rlsd or none
+    distil: str = "gate"  # which loss the teacher is used in: gate (SDAR's), skill_sd, rlsd or none
     sdar_coef: float = 1.0  # lambda, weight of the loss of gate and skill_sd; paper: 0.01
-    gate: str = "gap"  # trust in the teacher on a token: gap, entropy, soft_or, none
+    gate: str = "gap"  # what opens SDAR's gate on a token: gap, entropy, soft_or; none: always open
     gate_beta: float = 5.0  # beta, the sharpness of the gate
     teacher: str = "live"  # weights that read the skill: live (the student's), frozen (the start's)
     retrieval: str = "keyword"  # which skills it reads: keyword, full, random or ucb
-    rlsd_decay: int = 40  # steps until RLSD's teacher has lost its share; paper: 100
+    rlsd_decay: int = 40  # steps until RLSD's teacher no longer changes advantages; paper: 100
 
     # evaluation
     eval_every: int = 10  # steps between evaluations; 0: before and after only; paper: 5
@@ -215,7 +215,8 @@ def configure(**given):
 # An episode is one growing list of ids: system message, task and first observation, then response,
 # observation, response ... What the policy sampled is kept as ids and never turned into text and
 # back, so what is scored later is what was sampled, id by id. The mask remembers which ids these
-# are. The teacher reads the same list with the skill's ids put in at one place.
+# are. The teacher reads the same list with the skill's ids put in at one place. At a first reading
+# go on to Episode: Chat is about the forms of chat templates.
 
 
 class Chat:
@@ -232,7 +233,7 @@ class Chat:
         # Plain: no hints, examples or tags. So for the tiny policy, and after warmstart.py --plain.
         self.plain = tokenizer.init_kwargs.get("plain", False)
         roles = "system user assistant user assistant user".split()
-        # Marks hold < and a line break: a template that changes a text is found out.
+        # Marks hold < and, inside, a line break: a template that escapes or rewraps is found out.
         marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         rendered = tokenizer.apply_chat_template(
@@ -250,10 +251,11 @@ class Chat:
         # The frames, in order. `begin`: before the system message, before the first observation.
         # `after`: from an observation to its answer. `between`: from an answer to the next
         # observation, in Qwen2.5 "<|im_end|>\n<|im_start|>user\n"; `after` is the same with
-        # assistant. The policy answers behind the last `after`: Qwen3's has an empty thought in it.
+        # assistant. The policy answers behind the last `after`, the generation prompt.
         frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         *self._begin, after, self._between, after_2, between_2, self._after = frames
-        # GLM's last one lacks the line break that stands before other answers: the longer is taken.
+        # That may be longer than the others (Qwen3: an empty thought) or shorter (GLM: no line
+        # break). The longer is taken, and the shorter must be its beginning.
         short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
         alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
         require(alike, "its chat template frames a second turn otherwise than the first")
@@ -287,7 +289,7 @@ class Chat:
         if self.plain:
             instructions, examples = instructions.split("\n")[0], ()
         ids = list(self._begin[0])
-        for frame in self._begin[1:]:
+        for frame in self._begin[1:]:  # one, or none where there is no system message
             ids += self.encode(instructions) + frame
         for seen, said in examples:
             ids += self.encode(seen) + self._after + self.encode(said) + self._between
@@ -342,16 +344,17 @@ class Episode:
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
 # that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. An
-# id is read one pass after it was sampled. So the last one of the longest answer is read together
-# with the next observation. Here two conversations have prompts of five and three ids. They answer
-# "a b e" and "e" (e: the end of turn), and then read observations of three and two ids. These are
-# the columns of the cache:
+# id gets its column when it is read, one pass after it was sampled. So the last one of the longest
+# answer is read with the next observation. Here two conversations have prompts of five and three
+# ids. They answer "a b e" and "e" (e: the end of turn), and then read observations of three and two
+# ids. These are the columns of the cache:
 #
 #              prompts     answers   turn 2
 #     row 1    p p p p p   a b       e o o o
 #     row 2    . . p p p   e .       . . o o
 #
 # A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
+# All this is for speed: at a first reading go on to `rollout`.
 
 
 def padded(rows, device="cpu", side="right"):
@@ -391,14 +394,14 @@ class Sampler:
             episode.read = len(episode.ids)
         new = padded([[1] * len(row) for row in rows], device, "left")
         self.real = new if self.real is None else torch.cat([self.real, new], 1)
-        positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1
+        positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1  # holes do not count
         output = self.model(
             input_ids=padded(rows, device, "left"),
             attention_mask=self.real,
             position_ids=positions.clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
-            **self.cache,
+            **self.cache,  # under the name that this transformers gives the argument
         )
         return output.logits[:, -1].float()
 
@@ -410,7 +413,7 @@ class Sampler:
         logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
         cdf = logprobs.exp().cumsum(-1)
         uniform = torch.tensor(uniform, device=logits.device)[:, None]
-        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)  # its end: 1, rounded
         chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
         return chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
 
@@ -510,7 +513,7 @@ def answer(sampler, chat, episodes, config):
             break
     responses = [episode.ids[episode.begin :] for episode in episodes]
     for row in talking:
-        if chat.plain:  # no tag shows that the limit cut it: half an answer is none
+        if chat.plain:  # the limit cut it, and without tags the environment could not tell
             responses[row] = []
     return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
@@ -535,7 +538,7 @@ def act(chat, episodes, responses, context, config):
     for episode, could_read, result in zip(episodes, readable, results):
         observation, reward, terminated, truncated, info = result
         episode.turns += 1
-        episode.invalid += not (could_read and info["valid"])
+        episode.invalid += not (could_read and info["valid"])  # for parse, for the environment
         episode.reward += reward
         episode.won = info["won"]
 
@@ -596,7 +599,7 @@ def response_logprobs(model, episodes, config, with_skill=False):
     ids, mask = (padded(rows, model.device) for rows in zip(*views))  # (B, S); mask 1: sampled
     sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
     with forward_dtype(model, config):
-        output = model.base_model(input_ids=ids, use_cache=False)
+        output = model.base_model(input_ids=ids, use_cache=False)  # no head: token_logprobs has it
         return token_logprobs(
             output.last_hidden_state[:, :-1][sampled],
             model.get_output_embeddings().weight,
@@ -622,9 +625,9 @@ def score(model, episodes, config, with_skill=False):
 #
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
 # episode). Copy what you need into your own trainer, and give it logprobs[mask], and an episode's
-# advantage for each of its tokens. The gradient is that of logprobs; all else must have none (of
-# the teacher's it is cut here). What comes back as a dict is logged under its keys. The mean over
-# the tokens is taken in `update`, once: a long episode weighs more than a short one.
+# advantage for each of its tokens. Only logprobs may carry a gradient (the teacher's and the
+# entropy's is cut here). What comes back as a dict is logged under its keys. The mean over the
+# tokens is taken in `update`, once: a long episode weighs more than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -637,7 +640,7 @@ def group_advantages(rewards, eps=1e-6):
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
     # Dividing by the deviation makes all groups equally loud: one with a single win, and one whose
     # episodes are all lost and differ only in a penalty.
-    rewards = rewards.double()  # a rounded mean would make equal rewards differ
+    rewards = rewards.double()  # else equal rewards may miss their mean by 1e-8, and eps is 1e-6
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)  # with G - 1
     return ((rewards - mean) / (std + eps)).float()
@@ -648,8 +651,8 @@ def policy_loss(logprobs, old, advantages, clip_eps=0.2):
 
     old: log-probs of the policy that sampled."""
     # At ratio 1 the gradient of the plain loss is that of REINFORCE, -A grad log pi. The larger of
-    # the two losses counts: where a token has moved by more than eps in the direction that its
-    # advantage asks for, the loss is constant, and pushes no further. A move the other
+    # the two losses counts, the paper's -min: where a token has moved by more than eps in the way
+    # that its advantage asks for, the loss is constant, and pushes no further. A move the other
     # way is never clipped.
     ratio = (logprobs - old).exp()
     unclipped = -advantages * ratio
@@ -664,9 +667,8 @@ def kl_k3(logprobs, ref):
     code.
 
     Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
-    mean 0. With it added the mean stays, and no token is below 0. That is the value. What the
-    policy descends is the other KL: on policy, and within the clamp, the mean gradient is that of
-    KL(reference || policy)."""
+    mean 0. With it added the mean stays, and no token is below 0. So much for the value. Its mean
+    gradient is that of the other KL, KL(reference || policy): on policy, and within the clamp."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -686,13 +688,13 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    Its mean is not minus KL(student || teacher), as the gap's is: the gate mutes negative gaps. For
-    small gaps it is (beta - 1) / 2 times that KL. The gradient goes through log pi only. On a
-    token it is -g_t grad log pi: every sampled token is pushed up, and under the gap's gate harder
-    where the gap is larger. What does not depend on which token was sampled cancels on average,
-    since on policy E[grad log pi] = 0 (but for some 1 / B of it: N, by which the mean divides, is
-    random, too): a constant gate teaches nothing, and the entropy's gate nothing, either. Of the
-    gap's gate
+    Why this sign: gate and teacher are constants here, so a smaller g_t gap is a larger log pi. The
+    gradient on a token is -g_t grad log pi: every sampled token is pushed up, and under the gap's
+    gate harder where the gap is larger. (The value says little: its mean is, for small gaps,
+    (beta - 1) / 2 times KL(student || teacher).) What does not depend on which token was sampled
+    cancels on average, since on policy E[grad log pi] = 0 (up to some 1 / B: the N that the mean
+    divides by is random, too): a constant gate teaches nothing, and the entropy's gate nothing,
+    either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
@@ -701,7 +703,7 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     back to the policy that sampled. An episode without a skill has gap 0 when the step starts:
     no gate depends on which token was sampled, and nothing is taught."""
     gap = teacher_logprobs.detach() - logprobs
-    gate = GATES[kind](gap, entropy, beta).detach()
+    gate = GATES[kind](gap, entropy, beta).detach()  # in the gate gap is the paper's sg[...]
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
 
 
@@ -735,7 +737,7 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 #
 # An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
 # rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
-# --resume compares settings, not code: what the experiment writes into the config is one of them.
+# --resume notices a changed setting, not changed code: write what you changed into the config.
 
 
 def rewards_of(episodes, config):
@@ -838,7 +840,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        for layer in model.modules():  # training mode only where it checkpoints: no dropout
+        for layer in model.modules():  # those that checkpoint do so only in training; no dropout
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             micro = [episodes[row] for row in rows]
@@ -874,7 +876,7 @@ def evaluate(model, chat, envs, config):
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of answers without the skill that are valid."""
     # The panel, and the random numbers it is played with, are the same at every call, and for every
-    # run: two runs differ only in their policies. The 64 is there to reproduce older results.
+    # run: two runs differ only in their policies. Plain i would do: 64 is of older results.
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
@@ -902,10 +904,10 @@ def draw_starts(env, config, step, rng):
     group_size times, from one state."""
     tasks, n = env.tasks("train"), config.tasks_per_step
     starts = []
-    for task in rng.choice(len(tasks), n, replace=len(tasks) < n):
+    for index in rng.choice(len(tasks), n, replace=len(tasks) < n):
         seed = int(rng.integers(10**6))
         for _ in range(config.group_size):
-            starts.append((tasks[task], seed, (3, config.seed, step, len(starts))))
+            starts.append((tasks[index], seed, (3, config.seed, step, len(starts))))
     return starts
 
 

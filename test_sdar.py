@@ -1,5 +1,5 @@
-"""The proof of sdar.py and envs.py, in their order: hand numbers, oracles, the whole pipeline on
-small models, and silent bugs that are planted to see that a test finds them.
+"""Tests of sdar.py and envs.py, in their order: numbers by hand, oracles, the whole pipeline on
+small models, and planted faults that must be refused.
 
     python -m pytest -q test_sdar.py
 
@@ -389,7 +389,7 @@ def test_a_response_ends_at_its_closing_tag_however_it_is_cut(hub, monkeypatch):
         assert [*itertools.compress(episode.ids, episode.mask)] == row
 
 
-def test_half_an_answer_of_who_reads_plainly_is_none(tiny):
+def test_a_plain_policys_answer_cut_by_the_limit_is_invalid(tiny):
     for episode in play(tiny, configure(max_new_tokens=2)):
         assert episode.invalid == episode.turns
 
@@ -483,7 +483,7 @@ def test_docstring_examples_are_true():
 
 def one_update(policy, objective=sdar.objective, step=1, **changes):
     """An update by SGD, by default in one mini-batch: (change of the weights, that is -gradient;
-    metrics; episodes; batch; start policy). A frozen teacher is another one."""
+    metrics; episodes; batch; start policy). A frozen teacher has other weights."""
     config = configure(**{"group_size": 4, "minibatches": 1, "grad_clip": 1e6, **changes})
     model, start_policy = copy.deepcopy(policy[0]), copy.deepcopy(policy[0])
     start_policy.model.norm.weight.data *= 1.1
@@ -568,7 +568,7 @@ def test_the_gradient_is_clipped_or_refused(tiny):
 
 @mark.parametrize("teacher", ["live", "frozen"])
 def test_without_a_skill_the_gap_is_0_and_the_gate_a_half(teacher, tiny, monkeypatch):
-    """Whoever the teacher is; and not beside, where there is one."""
+    """Whichever the teacher; episodes with a skill keep their gaps."""
     first = make_env("toy").tasks("train")[0]
     monkeypatch.setattr(envs.Skill, "matches", lambda skill, task, kind: task == first)
     _, _, episodes, batch, _ = one_update(tiny, teacher=teacher)
@@ -720,7 +720,7 @@ def test_zero_steps_only_evaluate(tmp_path, capsys, monkeypatch):
     assert "won 100.0% of 6 [61%, 100%]" in capsys.readouterr().out
 
 
-def test_a_language_models_run_speaks(checkpoint, tmp_path, capsys):
+def test_a_language_model_trains_in_bfloat16_and_is_warned_of(checkpoint, tmp_path, capsys):
     """The same code; in bfloat16 on float32 weights, and not in the first thread."""
     flags = {"preset": "small", "device": "cpu", "max_turns": 1, "lr": 1e-3, "max_new_tokens": 5}
     config = small(tmp_path, model=str(checkpoint), retrieval="random", **flags)
@@ -750,7 +750,7 @@ BEFORE = """
 
 
 @mark.parametrize("method, valid, alone, skilled, warned", table(BEFORE))
-def test_the_first_evaluation_says_costs_and_what_will_not_learn(
+def test_the_first_evaluation_names_the_cost_and_what_cannot_learn(
     method, valid, alone, skilled, warned, capsys
 ):
     before = {"valid": valid, "success": alone, "success_skill": skilled, "episodes": 20}
@@ -832,7 +832,7 @@ BANKS = """
 
 
 @mark.parametrize("text, message", table(BANKS))
-def test_a_bank_from_a_file_is_one_or_refused(text, message, tmp_path, capsys, monkeypatch):
+def test_a_skill_file_is_one_shared_bank_or_refused(text, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("good.json").write_text('[{"name": "a", "text": "b", "keywords": ["mug"]}]', "utf-8-sig")
     one, two = sdar.make_envs(configure(skills="good.json", rollout_batch=2))

@@ -3,7 +3,7 @@
     python .lab/bench.py
     python .lab/bench.py --model Qwen/Qwen3-0.6B --preset small --kernel
 
-A run of two steps, in a folder that is removed (16 bytes a weight, where TMPDIR says). Times are of
+It runs two steps in a temporary folder (16 bytes a weight; TMPDIR says where). Times are of
 the second step, on this machine, now: they say little beside those of another day. The same beside
 TRL's: .lab/trl/bench.py.
 """

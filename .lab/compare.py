@@ -288,7 +288,7 @@ def gains_over(label, row, rows, column):
 def t_interval(gains):
     """The mean, and low and high end of its 95 % interval, Student's t.
 
-    With t = sqrt(df) tan(x) the density of t is proportional to cos(x)^(df - 1)."""
+    With t = sqrt(df) tan(x) the density of x is proportional to cos(x)^(df - 1)."""
     df = len(gains) - 1
     x = np.linspace(0, np.pi / 2, 10**6)
     mass = (np.cos(x) ** (df - 1)).cumsum()

@@ -53,7 +53,7 @@ def main(argv):
     number, page, run = (given.pop(name) for name in ("episode", "page", "run"))
     plots.check_file("--page", page, [".html"])
     if run:
-        require(not given, f"--run takes its settings from the run, and no {' '.join(given)}")
+        require(not given, f"--run takes its settings from the run: leave out {' '.join(given)}")
         return show_run(run, page)
 
     config = sdar.configure(**given)
@@ -108,8 +108,8 @@ def dissect(model, group, config):
 
 def parts_of(chat, episode, values):
     """The episode from its first response on, a list of (text, values): of a sampled token with its
-    row of values, of what the environment said with None. What it said at the end no episode has:
-    its environment, which stands at the start, is played once more."""
+    row of values, of what the environment said with None. No episode holds its last reply: so
+    the environment, which stands at the start, is played once more."""
     decode = chat.tokenizer.decode
     parts = []
     begin = episode.mask.index(1)
@@ -118,7 +118,7 @@ def parts_of(chat, episode, values):
     for sampled, turn in itertools.groupby(episode.mask[begin:]):
         ids = [next(rest) for _ in turn]
         if sampled:
-            # As before itself: with a blank behind it, if the tokenizer joins whole words so.
+            # As if it came twice: with a blank behind it, if decoding puts one between words.
             texts = [decode([i, i]).removesuffix(decode([i])) for i in ids]
             parts += zip(texts, rows)
             whole = ids[-1] in chat.end_ids or not chat.plain  # as in sdar.answer
@@ -241,8 +241,8 @@ def gaps_of(model, episodes, config):
 
 
 def means_of(name, places, gaps, beta):
-    """A table, as text, of mean gap and gate by turn or place, at most twelve rows: of so many a
-    row, from the number in front of it on. The bar is the gap's size: a mark is half a nat,
+    """A table, as text, of mean gap and gate by turn or place, at most twelve rows. A row may join
+    several, from the number in front of it on. The bar is the gap's size: a mark is half a nat,
     whatever the table."""
     row = "{:>8}{:>8}{:>z8.3f}{:>z8.3f}  {}\n"
     table = f"\n{name:>8}  tokens     gap  σ(β Δ)\n"

@@ -18,8 +18,8 @@ import sdar
 from envs import ENVS, SkillBank, make_env, require
 
 KEYS = """
-Type an action; you need no tags, but in search.
-An empty line lists all of them, and costs no turn.
+Type an action; you need no tags, except in search.
+An empty line lists all actions, and costs no turn.
 Ctrl-D leaves (on Windows Ctrl-Z, and the return key).
 """
 

@@ -132,7 +132,7 @@ def main(argv):
     fine = config.resume or not looks
     require(fine, f"--json {file} has a run {name}: another --out, or another file")
     env = sdar.make_envs(config)[0]
-    require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows the toy's places alone")
+    require(isinstance(env, ToyEnv), f"--env {config.env}: the probe knows only the toy's places")
 
     if not config.resume:  # asks whether --out may be written, before anything is kept
         sdar.load_checkpoint(config, None, None, None)

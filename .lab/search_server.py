@@ -3,7 +3,7 @@
     python .lab/search_server.py CORPUS.jsonl             # port 8000
     python .lab/search_server.py CORPUS.jsonl --port 0    # a free port, named in the first line
 
-A row of the file has an id and contents. The answers are those of the two public servers that
+A row of the file has an id and contents. Answers have the form of the two public servers' that
 Search-R1's code talks to, asked with scores: POST /retrieve with query (a text) or queries (a list
 of texts), and perhaps topk, gives {"result": [[{"document": row, "score": float}, ...], ...]}.
 The index is held in memory: fit for some hundred thousand passages, not for Wikipedia.
@@ -69,7 +69,7 @@ class Index:
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        """Answer. What is no such request gets none, and a traceback here; the next one does."""
+        """Answer. A malformed request gets only a traceback here; the server goes on."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         queries = request.get("queries") or [request["query"]]
         topk = request.get("topk") or 3

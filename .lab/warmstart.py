@@ -6,9 +6,10 @@
     python sdar.py --model runs/warm/checkpoint --preset small
 
 Reinforcement learning needs a policy that sometimes wins, and SDAR one that can read a skill. Here
-both imitate a scripted player. Every demonstration is played in a household of its own, drawn at
-random. So the weights can learn the format of actions, how to explore, and to believe what a skill
-says; but not where this toy's household keeps its mugs. That is left to learn.
+a new network, or a language model, imitates a scripted player. Every demonstration is played in a
+household of its own, drawn at random. So the weights can learn the format of actions, how to
+explore, and to believe what a skill says; but not where this toy's household keeps its mugs. That
+is left to learn.
 
 The tiny policy is a network of 309 thousand parameters. A language model imitates in its own chat
 template, and only what the player says, not the world. Its run is a folder like those of sdar.py,
@@ -81,7 +82,7 @@ class Player:
         return self.way_to(env.target) or f"put {env.hand}"
 
     def way_to(self, place):
-        """The next action towards a place; None for who stands in front of it and it is open."""
+        """The next action towards a place; None if it is here and open."""
         if self.env.where != place:
             return f"go to {place}"
         return None if place in self.env.opened else f"open {place}"
@@ -89,8 +90,8 @@ class Player:
     def look_for(self, name, home, known, brought_to=None):
         """A step towards a thing of a class: to where one was seen, to its home if that is known,
         or to a place that was not seen yet. brought_to: the place that does not count."""
-        # Who stands in front of something closed looks into it first, also who knows that the thing
-        # is elsewhere: see "imitation gap" in APPENDIX.md.
+        # In front of something closed it looks inside first, even if it knows that the thing is
+        # elsewhere: see "imitation gap" in APPENDIX.md.
         env = self.env
         if env.where and env.where not in env.opened:
             return f"open {env.where}"
@@ -109,7 +110,7 @@ class Player:
 
 SKILLED = 0.75  # share of episodes whose player has read the skills of its task
 DISTRACTED = 0.3  # share in which skills of other tasks stand between them
-TAKEOVER = 0.5  # share of these whose first turns (1 to 8 of 10) an explorer plays
+TAKEOVER = 0.5  # share of those with skills whose first turns (1 to 8 of 10) an explorer plays
 NOISE = 0.05  # share of random actions: played, so that other states are seen, but not imitated
 OBSERVATIONS = 0.2  # the tiny policy's weight of what it reads: knowing the world helps acting
 
@@ -357,10 +358,10 @@ def main(argv):
     config = sdar.configure(**(TINY if tiny else IMITATION) | given)
     envs = sdar.make_envs(config)
     fine = isinstance(envs[0], ToyEnv)
-    sdar.require(fine, f"--env {config.env}: the scripted player knows the toy alone")
+    sdar.require(fine, f"--env {config.env}: the scripted player knows only the toy")
     sdar.require(config.steps, "--steps 0: nothing would be learned")
     sdar.require(
-        "out" in given or config.env == "toy" or not tiny, "--out: not over the toy's policy"
+        "out" in given or config.env == "toy" or not tiny, "--out FOLDER, not the toy's policy"
     )
     if not tiny:
         imitate(config, envs, plain, enough)

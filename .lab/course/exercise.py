@@ -92,7 +92,7 @@ def start(name, *, answers="answers"):
     says = {"begin": f'{text}{EMPTY} {name}")'} | TEXTS[name]
     path = Path(answers, f"{name}.py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", encoding="utf-8") as file:
+    with naming(f"{path} is there: edit or delete it"), path.open("x", encoding="utf-8") as file:
         file.write(ANSWER.format(name=name, purpose="\n".join(says["aim"]), **says))
     return f"{path} says what to write. Then: python .lab/course/exercise.py check {name}"
 
@@ -110,7 +110,7 @@ def check(*names, answers="answers"):
     code = 0
     for path in (Path(answers, f"{name}.py") for name in names):
         said = f"Right. {about(path.stem)['learned']}"
-        wrong = f"{path}: it is still empty: its last line says so"
+        wrong = f"{path}: it is still empty, or still ends with its line `raise`"
         if is_written(path):
             wrong = graders.verdict(path)
         if wrong:
@@ -142,7 +142,7 @@ def run(*flags, answers="answers"):
     """Train with all of a student's functions, or call an instrument with them. Returns the exit
     code."""
     paths = [path for path in handed_in(answers) if is_written(path)]
-    require(paths, f"{answers}: all are still empty, their last lines say so")
+    require(paths, f"{answers}: all are still empty, or end with their line `raise`")
     print("yours:", *paths)
     with ExitStack() as stack:
         try:
@@ -198,7 +198,7 @@ def answer(puzzle, said):
     """Whether a bug's name, or the letter of an experiment's conclusion, is right; and of a bug,
     what somebody wrote."""
     puzzles = json.loads((HERE / "puzzles.json").read_text())
-    with naming(f"answer {', '.join(puzzles)}; others have a solution alone"):
+    with naming(f"answer {', '.join(puzzles)}; the others have only a solution"):
         # In rot13: nobody reads them by accident.
         right, hint = [codecs.decode(text, "rot13") for text in puzzles[puzzle]]
     names = [*"abc"]

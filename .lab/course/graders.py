@@ -100,7 +100,7 @@ SMOKE = (
 ).split()  # in one of the groups somebody wins and somebody loses
 SHARED = (
     "it changes what all share, the state of a generator (random's, NumPy's, PyTorch's) or a "
-    "default of PyTorch's: whatever comes after it is another; have your own"
+    "default of PyTorch's, and so what runs after it: use your own, or set it back"
 )
 COMPARED = "success reward turns loss policy_loss sdar_loss kl entropy gap gate ratio grad_norm"
 
@@ -124,7 +124,7 @@ def judge(path):
     check(name, answer)
     assert shared_state() == before, SHARED
     expected = smoke()
-    by_hand = "by hand numbers it is right, but"
+    by_hand = "with numbers worked out by hand it is right, but"
     with (
         meaning(f"{by_hand} a small training step or the microscope stops"),
         in_place(name, answer),
@@ -231,7 +231,7 @@ def an_episode(ids, mask, skill_at, skill_ids):
 def view(function, ids, mask, skill_at, skill_ids, with_skill):
     """An episode as one of the two readers sees it."""
     read = function(an_episode(ids, mask, skill_at, skill_ids), with_skill)
-    assert {*map(type, read)} <= {list, tuple}, "it returns two lists, and padded makes tensors"
+    assert {*map(type, read)} <= {list, tuple}, "return two lists: padded makes the tensors"
     return {"ids": torch.tensor(read[0]), "mask": torch.tensor(read[1])}
 
 

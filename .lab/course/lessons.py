@@ -55,8 +55,8 @@ def alarm(file="answers/alarm.py"):
             return f"Not yet. Log {number}: {said}. {look}"
         spare += [fine - rung] * lost
     return (
-        f"Right: no false alarm, and {spare} steps to spare. Gap and gate look best where it "
-        "dies: they compare two readers, who can be wrong together."
+        f"Right: no false alarm, and {spare} steps to spare. Gap and gate look best in runs "
+        "that die: they compare two readers, who can be wrong together."
     )
 
 
@@ -76,8 +76,8 @@ def late(*flags):
 
     tries = zip(starts, play(starts=starts))
     lost = {start: episode for start, episode in tries if not episode.won}
-    require(lost, "none is lost alone, so nobody has to be told")
-    rows = [f"{len(lost)} of {len(starts)} are lost alone; told after k turns they are won:"]
+    require(lost, "no episode is lost alone: there is nothing to play again")
+    rows = [f"{len(lost)} of {len(starts)} are lost alone; the share won, if told after k turns:"]
     for turns in range(10):
         with patch.object(sdar, "Sampler", repeating(dict(zip(envs, lost.values())), turns)):
             again = play(starts=[*lost], with_skill=True)

@@ -5,7 +5,7 @@
     python .lab/experiments/variants.py advantage:reverse_kl -- --sdar-coef 0.1
     python .lab/experiments/variants.py practice:out -- --method grpo
 
-In front of -- stand variants, in any order, behind it the flags of sdar.py:
+Variants stand in front of --, in any order; behind it stand the flags of sdar.py:
 
     skills:SHARE      in this share of the groups the teacher reads the right skills, else those of
                       other task types
@@ -14,9 +14,9 @@ In front of -- stand variants, in any order, behind it the flags of sdar.py:
                       (moved a tenth of the way before each step). Such a run cannot be resumed
     std:off           advantages are not divided by the deviation of their group
     advantage:KIND    distillation in PPO's advantage; KIND is the gate: gap, none, reverse_kl
-    gate:KIND         gates of the moment of sampling: unchanged (own), or controls. What of them
-                      does the work? Their mean (constant), their values, on whatever tokens
-                      (shuffled), what is left without their mean (centred)
+    gate:KIND         gates fixed when the tokens were sampled: unchanged (own), or controls:
+                      their mean (constant), their values on random tokens (shuffled), their
+                      values less their mean (centred)
     divergence:KIND   of whole next-token distributions: reverse, forward, jsd
     sampling:T/P      episodes are sampled at temperature T from the likeliest tokens that have
                       together a probability of P, and scored at --temperature all the same
@@ -81,7 +81,7 @@ def bank_of(kinds):
 @torch.no_grad()
 def follow(teacher, model, kind, step):
     """The copy of the student that reads the skill in this step: made anew every ten steps, or
-    moved a tenth of the way: of what the student was n steps ago it then keeps 0.9^n."""
+    moved a tenth of the way: of what it was itself n steps ago it then keeps 0.9^n."""
     if step == 1 or (kind == "lagged" and step % 10 == 1):
         return copy.deepcopy(model)
     for weight, target in zip(teacher.parameters(), model.parameters()):
@@ -271,7 +271,7 @@ def check(words, config):
         for setting, value in NEEDS.get(name, {}).items():
             was = getattr(config, setting)
             needs = f"{name} needs {sdar.flag(setting)} {value}"
-            sdar.require(was == value, f"{needs}, --method {config.method} has {was}")
+            sdar.require(was == value, f"{needs}, and here it is {was}")
     for one, others in ("advantage", {"gate", "divergence"}), ("practice", {"std"}):
         alone = one not in kinds or not others & {*kinds}
         sdar.require(alone, f"{one}: not with {' or '.join(sorted(others))}")

@@ -9,10 +9,10 @@ TRL brings accelerate (DDP, FSDP, DeepSpeed) and PEFT. From sdar.py come the epi
 of them before the update, and the gated loss. At the end --out has checkpoint/, which sdar.py
 loads, and TRL's log as metrics.jsonl.
 
-What is another than in sdar.py: the KL is not clamped; weight decay spares biases and norms; with
-several optimiser steps a batch each divides by the mean number of tokens of a step (there by its
-own), so that neither processes nor accumulation change the gradient. --micro-batch cuts scoring
-alone: an optimiser step's share of episodes is one pass, unless --set per_device_train_batch_size,
+What differs from sdar.py: the KL is not clamped; weight decay spares biases and norms; with several
+optimiser steps per batch each divides by their mean number of tokens (in sdar.py by its own), so
+that neither processes nor accumulation change the gradient. --micro-batch cuts scoring alone: an
+optimiser step's share of episodes is one pass, unless --set per_device_train_batch_size,
 gradient_accumulation_steps and steps_per_generation cut it.
 """
 
