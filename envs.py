@@ -84,7 +84,7 @@ def naming(what, kind=UserError):
         yield
     except EnvUnavailable:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a module may exit while it is imported
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}"
@@ -131,7 +131,7 @@ class SkillBank:
         with naming("a skill has a name and a text"):
             self.skills = [Skill(**row) for row in rows]
             for skill in self.skills:
-                lists = [skill.task_types, skill.keywords]
+                lists = [skill.task_types, skill.keywords]  # a str passes as a list of letters
                 texts = [skill.name, skill.text, *skill.task_types, *skill.keywords]
                 fine = {*map(type, texts)} == {str} and str not in map(type, lists)
                 require(fine, f"the skill {skill.name!r:.50}")
@@ -141,7 +141,7 @@ class SkillBank:
     def retrieve(self, task, task_type, seed):
         """The skills of a task, a list; the same for all episodes of a group."""
         found = [skill for skill in self.skills if skill.matches(task, task_type)]
-        rng = random.Random(f"{task}/{seed}".encode(errors="replace"))
+        rng = random.Random(f"{task}/{seed}".encode(errors="replace"))  # half a character: ?
         if self.strategy == "keyword":
             return found
         if self.strategy == "full":
@@ -161,7 +161,7 @@ class SkillBank:
         plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
         if plays == 0:
             return math.inf
-        total = sum(plays for plays, _ in self.arms.values())
+        total = sum(tried for tried, _ in self.arms.values())
         return rewards / plays + math.sqrt(math.log(total) / plays)
 
     def learn(self, episodes, advantages, gaps):
@@ -194,8 +194,8 @@ TEXTS = json.loads(TEXTS.read_text("utf-8")) if TEXTS.exists() else {}
 
 
 class TextEnv:
-    """Time limit, tasks of a split, what a language model is told each turn, keys of `info`: what
-    is the same for every environment.
+    """What is the same for every environment: the time limit, the tasks of a split, what a language
+    model is told each turn, the keys of `info`.
 
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
@@ -210,7 +210,7 @@ class TextEnv:
     name = ""  # if TEXTS has this name, its texts win over the class's
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
-    reminder = "Your next action, in <action></action>:"  # read every turn, not by the plain
+    reminder = "Your next action, in <action></action>:"  # every turn, but not to a `plain` policy
     closing_tags = ("</action>",)  # a response ends with one of these; in small letters here
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
@@ -234,7 +234,7 @@ class TextEnv:
     def reset(self, task, seed=0):
         """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same
         episode. Returns (observation, info); the first observation states the task."""
-        self.kind = self.goals[task][0]
+        self.kind = self.goals[task][0]  # the task's type
         self.turns = 0
         self.listed = []
         with naming(f"{self.name} failed at {task!r}", EnvUnavailable):
@@ -242,7 +242,7 @@ class TextEnv:
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
-        1.0 on the step that wins, else 0.0."""
+        1.0 on the step that wins, else 0.0. After the end a step means nothing."""
         self.turns += 1
         with naming(f"{self.name} failed at {action!r}", EnvUnavailable):
             observation, info = self._result(*self._step(action))
@@ -262,7 +262,7 @@ class TextEnv:
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
         its tags in small or capital letters; from a plain policy, which writes no tags, any text of
-        one line without a tag."""
+        one line without a tag ("< " begins none: WebShop has a button "< prev")."""
         found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
         text = found[1] if found else ""
         if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
@@ -284,7 +284,7 @@ class TextEnv:
         for i in range(episodes):  # a task of each label; after its last one its first again
             lap, place = divmod(i, len(pools))
             pool = pools[sorted(pools)[place]]
-            panel.append((pool[lap % len(pool)], 10**6 + lap))
+            panel.append((pool[lap % len(pool)], 10**6 + lap))  # seeds of training are below
         return panel
 
     def _result(self, observation, state):
@@ -318,7 +318,7 @@ class TextEnv:
 
 CLOSABLE = tuple(f"{kind} {n}" for kind in ("cabinet", "drawer") for n in range(1, 9))
 SURFACES = ("desk 1", "shelf 1", "sofa 1", "countertop 1")
-APPLIANCES = {  # {what it does: those of its kind, of which one works}
+APPLIANCES = {  # {verb: its three appliances, of which one works}
     "clean": ("sinkbasin 1", "sinkbasin 2", "sinkbasin 3"),
     "heat": ("microwave 1", "microwave 2", "microwave 3"),
     "cool": ("fridge 1", "fridge 2", "fridge 3"),
@@ -336,7 +336,7 @@ TASK_TEXT = {  # {task type: sentence}
 
 @dataclass(frozen=True)
 class Household:
-    """What a newcomer cannot know: the home of each class, the appliance that works, the lamp's."""
+    """What a newcomer cannot know: where each class and the lamp are, which appliances work."""
 
     home: dict  # {class of object: place}
     appliance: dict  # {verb: the one that works}
@@ -372,8 +372,8 @@ class ToyEnv(TextEnv):
     """The toy household.
 
     A task id is the task's sentence; `seed` chooses which other objects are about. A well-formed
-    action that cannot be done here is valid and answered "Nothing happens."; its place (`take O
-    [from P]`, `put O [in/on P]`, `heat O [with P]`) may be left out. Splits: train 3/5 of each
+    action that cannot be done here is valid and answered "Nothing happens."; the place in it (`take
+    O [from P]`, `put O [in/on P]`, `heat O [with P]`) may be left out. Splits: train 3/5 of each
     type's tasks, dev (to choose settings) and eval 1/5.
 
     An episode, without and with the skill "The mug is kept in cabinet 3.":
@@ -405,7 +405,7 @@ class ToyEnv(TextEnv):
         self.places = self.storages + sum(APPLIANCES.values(), ())
         self.goals = {}  # {sentence: (task type, (split,), class of object, target)}
 
-        # Every type, object and target, but for targets where the object is already.
+        # Every type, object and target where the object is not yet; of look a task an object.
         found = {}
         for kind, text in TASK_TEXT.items():
             for c in CLASSES:
@@ -447,9 +447,9 @@ class ToyEnv(TextEnv):
         wanted = [self.goal_class] * (2 if self.kind == "two" else 1)
         self.contents = {place: [] for place in self.places}
         for c in sorted(others + wanted):
-            place = self.contents[self.household.home[c]]
-            number = 1 + sum(is_a(thing, c) for thing in place)
-            place.append(f"{c} {number}")
+            things = self.contents[self.household.home[c]]
+            number = 1 + sum(is_a(thing, c) for thing in things)
+            things.append(f"{c} {number}")
         self.contents[self.household.lamp].append("desklamp 1")
         observation = f"You are in the middle of a room. Your task is to: {task}."
         return observation, {"admissible": self._admissible()}
@@ -544,8 +544,7 @@ def is_a(text, start):
 # --- The paper's three environments: thin shims, the real engines are imported when used --
 #
 # Each translates between the engine's calls and the signatures above. What an engine raises becomes
-# EnvUnavailable. The texts for the model and the skills are data, in
-# .assets/environments.json.
+# EnvUnavailable. The texts for the model and the skills are data, in .assets/environments.json.
 
 
 # ALFWorld's engine is slow, and not safe in threads: some processes play it.
@@ -580,10 +579,11 @@ def play_game(number, path, action):
 
     signal.alarm(120)
     if action is None:
-        if number not in GAMES:
+        if number in GAMES:  # a new one would load the planner's library again, and keep it
+            GAMES[number].load(path)
+        else:
             wanted = textworld.EnvInfos(won=True, admissible_commands=True)
             GAMES[number] = textworld.start(path, wanted, [AlfredDemangler])
-        GAMES[number].load(path)  # a new one would load the planner's library again, and keep it
         state = GAMES[number].reset()
     else:
         state = GAMES[number].step(action)[0]
@@ -595,8 +595,8 @@ class AlfworldEnv(TextEnv):
     """ALFWorld's text games, in `data` (or ALFWORLD_DATA, or where alfworld-download puts them). A
     task id is a game's path below it; `seed` changes nothing. An action that cannot be done is
     valid and answered "Nothing happens.", as in the official code. Splits: train, eval (the data
-    set's valid_seen, as in the paper), dev (valid_unseen); a folder without the data set's split
-    folders is every split."""
+    set's valid_seen, as in the paper), dev (valid_unseen); a folder in which no game lies in one of
+    these three folders is every split."""
 
     name = "alfworld"
     default_turns = 50
@@ -726,14 +726,15 @@ class SearchEnv(TextEnv):
     """Questions to answer with a search server, as in Search-R1.
 
     data: a JSON-lines file; a row has id, question, golden_answers (a list of texts), and perhaps
-    data_source and split; without a split a hash of the id puts 3/5 into train, 1/5 into dev and
-    1/5 into eval. Other formats: .lab/convert.py. url: of the server. Won: a golden answer but for
-    case, punctuation, articles and blanks. At the last turn a search is not executed."""
+    data_source and split (any name); without a split a hash of the id puts 3/5 into train, 1/5 into
+    dev and 1/5 into eval. Other formats: .lab/convert.py. url: of the server. An answer wins if it
+    is a golden one but for case, punctuation, articles and blanks. At the last turn a search is not
+    executed."""
 
     name = "search"
     default_turns = 4
     closing_tags = ("</search>", "</answer>")
-    TYPES = {  # {task type: words in a question that tell it}, the first that fits
+    TYPES = {  # {task type: words that tell it, in question or data set}, the first that fits
         "compare": r"\b(both|same|older|younger|earlier|later|first|more|larger|longer|higher)\b"
         r".*\b(or|and)\b",
         "multi_hop": r"hotpot|2wiki|musique|bamboogle"
@@ -790,7 +791,7 @@ class SearchEnv(TextEnv):
     def step_all(self, envs, actions):
         """As in TextEnv, with one request for all queries of the turn."""
         queries = re.findall("<search>(.*)</search>", "\n".join(actions))
-        if queries and self.turns + 1 < self.max_turns:
+        if queries and self.turns + 1 < self.max_turns:  # all of `envs` are at the same turn
             found = ask(self.url, *queries)
             for env in envs:
                 env.found = found
@@ -820,7 +821,7 @@ class SearchEnv(TextEnv):
 
 def normalized(text):
     """The words of an answer as the official exact match compares them: in lower case, without
-    ASCII punctuation and articles; an answer of only articles keeps them."""
+    ASCII punctuation and articles. Unlike there, an answer of nothing else keeps them."""
     text = text.lower()
     letters = re.sub(r"[!-/:-@[-`{-~]", "", text)
     return re.sub(r"\b(a|an|the)\b", " ", letters).split() or letters.split() or text.split()
@@ -836,7 +837,7 @@ def ask(url, *queries):
 
     # Search-R1's server reads `queries`, SDAR's `query`. The time limit grows with what is asked.
     body = {"query": queries[0], "queries": queries, "topk": 3, "return_scores": True}
-    for pause in (1, 5, 0):
+    for pause in (1, 5, 0):  # seconds until the next try; 0: this is the last
         try:
             request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
             with ASKING, urlopen(request, timeout=20 + 10 * len(queries)) as response:
@@ -850,7 +851,7 @@ def ask(url, *queries):
                     ".lab/search_server.py CORPUS.jsonl starts a server"
                 ) from error
             time.sleep(pause)
-    if len(found) == len(queries):
+    if len(found) == len(queries):  # else the server has read the first query alone
         return dict(zip(queries, found))
     one_by_one = call_all([partial(ask, url, query) for query in queries], in_threads=True)
     return {query: texts for one in one_by_one for query, texts in one.items()}

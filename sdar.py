@@ -89,7 +89,7 @@ from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, 
 
 PRESETS = {
     "toy": {},
-    "paper": {  # ALFWorld's published values (not the batches, not minibatches); for all but tiny
+    "paper": {  # ALFWorld's published values but for micro_batch, rollout_batch and minibatches
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -258,7 +258,7 @@ class Chat:
         # break). The longer is taken, and the shorter must be its beginning.
         short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
         alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
-        require(alike, "its chat template frames a second turn otherwise than the first")
+        require(alike, "its chat template frames a second turn otherwise, or its generation prompt")
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
@@ -640,7 +640,7 @@ def group_advantages(rewards, eps=1e-6):
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
     # Dividing by the deviation makes all groups equally loud: one with a single win, and one whose
     # episodes are all lost and differ only in a penalty.
-    rewards = rewards.double()  # else equal rewards may miss their mean by 1e-8, and eps is 1e-6
+    rewards = rewards.double()  # else equal rewards may miss their mean by 1e-7, and eps is 1e-6
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)  # with G - 1
     return ((rewards - mean) / (std + eps)).float()
@@ -747,7 +747,7 @@ def rewards_of(episodes, config):
     return torch.tensor(rewards).view(-1, config.group_size)
 
 
-DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # nats per token by which two passes may differ
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # mean nats per token by which two passes may differ
 
 
 def step_batch(model, start_policy, teacher, episodes, config, step, score=score):
@@ -758,8 +758,8 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     of the teacher, who reads the skill, if the method has one; advantages."""
     # The sampler has log-probs, too. They are scored again, since the ratio must compare two
     # policies, not two ways of computing. It is also a check for faults that no curve shows: a
-    # shift by one, a text that was tokenised again, another temperature, or weights that an earlier
-    # step has ruined.
+    # shift by one, a text that was tokenised again, another temperature. Weights that an earlier
+    # step has made nan are refused here, too.
     old = score(model, episodes, config)
     sampled = sum([episode.logprobs for episode in episodes], [])
     drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
@@ -852,7 +852,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
             terms = {name: values.expand_as(tokens["old"]) for name, values in terms.items()}
             (terms["loss"].sum() / total).backward()
             for name, values in terms.items():
-                metrics[name] += values.sum().item() / len(batch["old"])
+                metrics[name] += values.float().sum().item() / len(batch["old"])
         model.eval()
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -876,7 +876,7 @@ def evaluate(model, chat, envs, config):
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of answers without the skill that are valid."""
     # The panel, and the random numbers it is played with, are the same at every call, and for every
-    # run: two runs differ only in their policies. Plain i would do: 64 is of older results.
+    # run: two runs differ only in their policies. (i alone would do; 64 keeps older numbers.)
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
@@ -1006,6 +1006,7 @@ def check_config(config):
             setattr(config, f.name, typed)
 
     require(config.group_size > 1, "--group-size: at least 2, an advantage compares")
+    require(config.lr <= 1, "--lr: at most 1, every weight moves by about so much a step")
     require(not (config.resume and config.overwrite), "--resume or --overwrite? not both")
     if config.distil == "none":
         require(config.retrieval != "ucb", "--retrieval ucb learns from a teacher: there is none")
@@ -1152,7 +1153,7 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
         model.save_pretrained(folder / "checkpoint")
         chat.tokenizer.save_pretrained(folder / "checkpoint")
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
-        torch.save(state, folder / "state.new")  # last: a run killed before it writes all again
+        torch.save(state, folder / "state.new")  # last: a run killed before this writes all again
         os.replace(folder / "state.new", folder / "state.pt")
 
 
@@ -1170,7 +1171,7 @@ def log_step(config, step, episodes, metrics, result, clock):
     seconds = np.diff(clock).tolist()
     line = {
         "step": step,
-        **metrics,  # an experiment's term takes no name of what follows
+        **metrics,  # an experiment's term takes no name of what follows; none may be called step
         "success": success,
         "reward": reward,
         "turns": turns,
@@ -1299,9 +1300,11 @@ def run(command, *arguments):
         # These words of a CPU, MPS, a card and its libraries: memory ran out. All else is a fault.
         if not re.search("allocate|out of memory|ALLOC_FAILED|Invalid buffer size", str(error)):
             raise
-        learning = "where it learns, --gradient-checkpointing, then a lower --micro-batch"
-        playing = "where it plays, a lower --rollout-batch, then a lower --max-new-tokens"
-        message = f"out of memory: {learning}; {playing}; or a smaller --model"
+        message = (
+            "out of memory: where it learns, --gradient-checkpointing, then a lower --micro-batch; "
+            "where it plays, a lower --rollout-batch, then a lower --max-new-tokens; "
+            "or a smaller --model"
+        )
     except KeyboardInterrupt:
         message, code = "stopped; a run that trains goes on with --resume", 130
     print(f"{Path(sys.argv[0]).name}:", *str(message).splitlines(), file=sys.stderr)

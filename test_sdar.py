@@ -363,7 +363,7 @@ def test_a_group_shares_its_start_and_draws_depend_on_their_numbers_alone(tiny):
 
 def test_an_episode_has_the_reward_of_its_own_environment(tiny):
     played = play(tiny, configure(group_size=2), with_skill=True, max_turns=9)
-    assert {(episode.reward, episode.won) for episode in played} == {(0, False), (1, True)}
+    assert {(episode.reward, episode.env._won()) for episode in played} == {(0, False), (1, True)}
 
 
 def test_draws_follow_the_log_probs_that_they_report(tiny):
@@ -474,7 +474,7 @@ def test_the_gradient_goes_through_the_student_alone(kind):
 
 
 def test_docstring_examples_are_true():
-    failed, tried = doctest.testmod(sdar, extraglobs={"torch": torch})
+    failed, tried = doctest.testmod(sdar)
     assert failed == 0 < tried
 
 
@@ -494,7 +494,7 @@ def one_update(policy, objective=sdar.objective, step=1, **changes):
     batch = sdar.step_batch(model, start_policy, teacher, episodes, config, step)
     sgd, rng = torch.optim.SGD(model.parameters(), lr=1.0), np.random.default_rng(0)
     metrics = sdar.update(model, sgd, episodes, batch, config, rng, objective)
-    assert {weight.grad for weight in model.parameters()} == {None}, "it would be added to"
+    assert {weight.grad for weight in model.parameters()} == {None}, "no zero_grad"
     change = vector(model.parameters()) - vector(policy[0].parameters())
     return change.detach(), metrics, episodes, batch, start_policy
 
@@ -554,7 +554,7 @@ def test_every_mini_batch_is_a_step_over_other_episodes(tiny, monkeypatch):
     _, metrics, episodes, *_ = one_update(tiny, noting, **how)
     assert (metrics["clipped"], metrics["half"]) == approx((0, 0.5))
     assert seen == [str(episodes[row].ids) for row in np.random.default_rng(0).permutation(8)]
-    assert max(moved[:3]) < 1e-4 < max(moved[3:6])
+    assert max(moved[:3]) < 1e-4 < min(moved[3:])
     assert {*sizes} == {1}
 
 
@@ -574,7 +574,7 @@ def test_without_a_skill_the_gap_is_0_and_the_gate_a_half(teacher, tiny, monkeyp
     _, _, episodes, batch, _ = one_update(tiny, teacher=teacher)
     gate = sdar.sdar_loss(batch["old"], batch["teacher"])["gate"]
     taught = sum(len(episode.logprobs) for episode in episodes[:4])
-    assert {*gate[taught:].tolist()} == {0.5} < {*gate[:taught].tolist()} | {0.5}
+    assert {*gate[taught:].tolist()} == {0.5} != {*gate[:taught].tolist()}
 
 
 def test_rlsds_teacher_sizes_the_advantage_less_and_less(tiny):
@@ -594,13 +594,13 @@ def test_the_bandit_learns_from_each_episodes_mean_gap(tiny, monkeypatch):
 
 @mark.parametrize("fault", ["shifted mask", "other temperature", "padding"])
 def test_ids_sampled_that_are_not_ids_scored_stop_the_step(fault, policy):
-    """The last: a layer that carries a sum along, padding included; no config tells."""
+    """The last: a layer that sums along the row, padding and all; no setting shows that."""
     config, model, layer = configure(group_size=4), policy[0], policy[0].model.layers[0]
     if fault == "padding":
         layer.mlp.register_forward_hook(lambda _, args, output: output + args[0].cumsum(1))
     episodes = play(policy, config)
     if fault == "shifted mask":
-        config.dtype = "bfloat16"
+        config.dtype = "bfloat16"  # even its looser limit
         episodes[0].mask = episodes[0].mask[1:] + [0]
     if fault == "other temperature":
         config.temperature = 0.9
@@ -727,7 +727,7 @@ def test_a_language_model_trains_in_bfloat16_and_is_warned_of(checkpoint, tmp_pa
     with ThreadPoolExecutor(1) as pool:
         row = pool.submit(sdar.train, config).result()
     assert row["turns"] == row["invalid_rate"] == 1
-    assert row["gap"] * row["loss"] not in (0, math.inf, math.nan)
+    assert 0 < abs(row["gap"] * row["loss"]) < math.inf
     first, *printed = capsys.readouterr().out.splitlines()
     assert re.search(r"[\d,]+ parameters.* cpu", first)
     assert sum("Warning" in line for line in printed) == 3

@@ -6,8 +6,8 @@
     python .lab/compare.py --sweep "variant=none,divergence:forward" --gate none
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
-so a comparison that was stopped goes on with the same command. After a change of code they are old:
-then add --overwrite. All other flags go to every run.
+so a comparison that was stopped goes on with the same command. After a change of code they are
+old, also with --overwrite: take another --out. All other flags go to every run.
 What the table was made from is kept in rows.json in the folder of each run: experiments/results.py
 joins such files, makes the tables of pages from them, and draws them.
 """

@@ -203,10 +203,10 @@ def show_run(folder, page):
     histogram, and means by turn and by place in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
     # The run may be another machine's, of an own method or gate, and with an experiment's settings.
-    settings = {name: settings[name] for name in vars(sdar.Config())}
-    settings |= {"device": "", "kernel": False, "method": "sdar", "gate": "gap"}
+    settings = {name: settings[name] for name in vars(sdar.Config()) if name in settings}
+    here = {"device": "", "kernel": False, "method": "sdar", "gate": "gap"}
     with naming(f"--run {folder}"):
-        config = sdar.configure(**settings)
+        config = sdar.configure(**settings | here)
     envs = sdar.make_envs(config)
     starts = sdar.draw_starts(envs[0], config, 0, np.random.default_rng([4, config.seed]))
     texts = {"run": html.escape(folder)}

@@ -361,7 +361,7 @@ def main(argv):
     sdar.require(fine, f"--env {config.env}: the scripted player knows only the toy")
     sdar.require(config.steps, "--steps 0: nothing would be learned")
     sdar.require(
-        "out" in given or config.env == "toy" or not tiny, "--out FOLDER, not the toy's policy"
+        "out" in given or config.env == "toy" or not tiny, "--out: else the toy's policy is lost"
     )
     if not tiny:
         imitate(config, envs, plain, enough)

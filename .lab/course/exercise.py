@@ -92,7 +92,7 @@ def start(name, *, answers="answers"):
     says = {"begin": f'{text}{EMPTY} {name}")'} | TEXTS[name]
     path = Path(answers, f"{name}.py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(f"{path} is there: edit or delete it"), path.open("x", encoding="utf-8") as file:
+    with path.open("x", encoding="utf-8") as file:
         file.write(ANSWER.format(name=name, purpose="\n".join(says["aim"]), **says))
     return f"{path} says what to write. Then: python .lab/course/exercise.py check {name}"
 
