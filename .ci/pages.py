@@ -35,7 +35,7 @@ TRAINS = re.compile(r" sdar\.py|variants\.py|bug \d --")
 SIZE = "--tasks-per-step 2 --group-size 2 --eval-episodes 6 --eval-every 0 --overwrite --steps 1"
 RUN = re.compile(
     TRAINS.pattern + r"|microscope|plots\.py"
-    r"|exercise\.py (start|hint|solution|log|compare|gradient \S)|oracles|on_cpu"
+    r"|exercise\.py (start|hint|solution|log|compare|gradient \S)|oracles"
 )
 NOT_RUN = re.compile(
     r"\b[A-Z]+\b|\.\.\."  # a form
@@ -116,7 +116,8 @@ def check_settings():
 def check_example():
     """The library example runs, and scores the tokens of the response."""
     (code,) = re.findall("```python\n(.*?)```", MODELS, re.DOTALL)
-    table, ids = torch.randn(9, 9), torch.randint(9, (2, 8))
+    table = torch.randn(9, 9)
+    ids = torch.randint(9, (2, 8))
     names = {
         "model": lambda ids: SimpleNamespace(logits=table[ids]),
         "student_ids": ids,

@@ -22,7 +22,8 @@ import sdar
 def main(argv):
     """Train for two steps, of which the first one warms up, and print the parts of the second."""
     parser = sdar.make_parser("python .lab/bench.py [flags]", description=__doc__)
-    given, seconds = vars(parser.parse_args(argv)), {"teacher": 0.0}
+    given = vars(parser.parse_args(argv))
+    seconds = {"teacher": 0.0}
 
     def timed(model, episodes, config, with_skill=False):
         begun = time.perf_counter()

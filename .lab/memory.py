@@ -30,13 +30,12 @@ def sizes(config, tokens, weights, layers, width, keys):
     # What goes into each layer is kept, in float32; of a chunk of logits there are six copies.
     inputs = 4 * config.micro_batch * tokens * layers * width / 1e9
     a_pass = inputs + 6 * 4 * sdar.LOGITS_AT_ONCE / 1e9 + cast
-    step = 4 * weights  # AdamW's own step takes the weights' size once more
-    gradient = 4 * weights
-    learning = state + gradient + max(a_pass, step)
+    copy = 4 * weights  # the gradient; AdamW's own step; what a rollout casts to bfloat16
+    learning = state + copy + max(a_pass, copy)
 
     cache = 2 * 2 * config.rollout_batch * tokens * layers * keys / 1e9  # keys, values: two bytes
-    copied = 4 * weights  # before a rollout's copy is cast
-    return state, a_pass, learning, cache, state + max(cast + cache, copied)
+    playing = state + max(cast + cache, copy)
+    return state, a_pass, learning, cache, playing
 
 
 def main(argv):
@@ -44,7 +43,8 @@ def main(argv):
     parser = sdar.make_parser("python .lab/memory.py [flags]", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2000, help="of the longest episode [2000]")
     given = vars(parser.parse_args(argv))
-    tokens, config = given.pop("tokens"), sdar.configure(**{"model": ""} | given)
+    tokens = given.pop("tokens")
+    config = sdar.configure(**{"model": ""} | given)
     print(f"{'':<12}   state  a pass learning  cache playing")
     for line in MODELS.strip().splitlines():
         name, *numbers = line.split()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE / "experiments")]  # a run may be in its households
 import player
 import plots
 
@@ -133,7 +133,8 @@ def describe(chat, group, number):
     """The texts around the tokens of an episode: {name: text}."""
     decode = chat.tokenizer.decode
     episode = group[number]
-    at, begin = episode.skill_at, episode.mask.index(1)
+    at = episode.skill_at
+    begin = episode.mask.index(1)
     outcome = "won" if episode.won else "lost"
     won = sum(other.won for other in group)
     return {
@@ -249,7 +250,8 @@ def means_of(name, places, gaps, beta):
     width = math.ceil(places.max() / 12)
     for first in range(1, places.max() + 1, width):
         chosen = gaps[(places - first) // width == 0]
-        gap, gate = chosen.mean(), (0.5 + 0.5 * np.tanh(beta * chosen / 2)).mean()
+        gap = chosen.mean()
+        gate = (0.5 + 0.5 * np.tanh(beta * chosen / 2)).mean()
         table += row.format(first, len(chosen), gap, gate, "▪" * round(2 * min(3, abs(gap))))
     return table
 

@@ -100,7 +100,8 @@ def print_curves(curves):
     on the lowest value below it, and at the same steps in all lines."""
     means = [curve.mean(0) for curve in curves.values()]
     steps, values = np.concatenate(means).T
-    low, high = min(0, *values), max(1e-9, *values)
+    low = min(0, *values)
+    high = max(1e-9, *values)
     steps = np.unique(steps)
     steps = steps[:: math.ceil(len(steps) / 14)]
     for (label, curve), mean in zip(curves.items(), means):

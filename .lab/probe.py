@@ -136,7 +136,8 @@ def main(argv):
 
     if not config.resume:  # asks whether --out may be written, before anything is kept
         sdar.load_checkpoint(config, None, None, None)
-    settings, made = vars(config) | {"variant": []}, compare.origin(config.device)
+    settings = vars(config) | {"variant": []}
+    made = compare.origin(config.device)
     runs[name] = {"settings": settings, "made": made, "looks": looks}
     left = sorted(steps - {of_step["step"] for of_step in looks})
     for _ in looks_at(left, config, env, looks):

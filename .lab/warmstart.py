@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
-from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, SkillBank, ToyEnv, is_a
+from envs import APPLIANCES, CLASSES, TASK_TEXT, Household, SkillBank, ToyEnv, is_a, require
 
 # --- 1. The scripted player --------------------------------------------------------------
 
@@ -124,7 +124,8 @@ class Library(SkillBank):
 
     def retrieve(self, task, task_type, seed):
         """The skills of a task, none, or others among them."""
-        rng, relevant = self.rng, super().retrieve(task, task_type, seed)
+        rng = self.rng
+        relevant = super().retrieve(task, task_type, seed)
         skills = relevant if rng.random() < SKILLED else []
         if rng.random() < DISTRACTED:
             others = [skill for skill in self.skills if skill not in relevant]
@@ -146,20 +147,24 @@ def demonstration(chat, rng, world=TOY, observations=0.0):
     household = Household.random(rng, world.household.closable)
     env = ToyEnv(world.max_turns + 2 * chat.plain, household)
     env.bank = Library(env.skills, rng)
-    kind, tasks = rng.choice(sorted(TASK_TEXT)), {}  # a dict: some are the same
+    kind = rng.choice(sorted(TASK_TEXT))
+    tasks = {}  # a dict: some are the same
     for name in CLASSES:
         for target in env.storages:
             tasks[TASK_TEXT[kind].format(object=name, target=target)] = None
-    task, seed = rng.choice([task for task in tasks if task in env.goals]), rng.random()
+    task = rng.choice([task for task in tasks if task in env.goals])
+    seed = rng.random()
     observation, info = begun = env.reset(task, seed)
     episode = sdar.start_episode(chat, env, (task, seed, 0), begun, with_skill=True)
-    known, explored_turns = {skill.name for skill in episode.skills}, 0
+    known = {skill.name for skill in episode.skills}
+    explored_turns = 0
     if known and rng.random() < TAKEOVER:
         explored_turns = rng.randint(1, max(1, world.max_turns - 2))
 
     player = Player(env, rng)
     while True:
-        explores, noisy = env.turns < explored_turns, rng.random() < NOISE
+        explores = env.turns < explored_turns
+        noisy = rng.random() < NOISE
         action = player.act(observation, set() if explores else known)
         if noisy:
             action = rng.choice(info["admissible"])
@@ -171,7 +176,8 @@ def demonstration(chat, rng, world=TOY, observations=0.0):
         episode.add(chat.encode(said) + [chat.end_id], sampled=float(not (explores or noisy)))
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
-            episode.turns, episode.won = env.turns, info["won"]
+            episode.turns = env.turns
+            episode.won = info["won"]
             return episode
         prompt = chat.next(sdar.as_read(chat, observation, info), chat.end_id)
         episode.add(prompt, sampled=observations)
@@ -247,7 +253,8 @@ def new_policy(tokenizer):
 def learn(model, optimizer, config, chat, *what):
     """A step of imitation, of as many demonstrations as the config's tasks times its group size.
     what: as for demonstration. Returns the Episodes, and metrics."""
-    episodes, weights = [], []
+    episodes = []
+    weights = []
     for _ in range(config.tasks_per_step * config.group_size):
         episode = demonstration(chat, *what)
         episodes.append(episode)
@@ -272,7 +279,8 @@ def warmstart(config, world):
     Muon for the layers' matrices, AdamW for the rest. It matters: with AdamW alone the policy needs
     several times the steps before it reads the skill."""
     torch.manual_seed(config.seed)
-    chat, rng = sdar.Chat(toy_tokenizer(world)), random.Random(config.seed)
+    chat = sdar.Chat(toy_tokenizer(world))
+    rng = random.Random(config.seed)
     model = new_policy(chat.tokenizer)
     matrices = [weights for weights in model.model.layers.parameters() if weights.ndim == 2]
     rest = [weights for weights in model.parameters() if not any(weights is m for m in matrices)]
@@ -312,7 +320,8 @@ def imitate(config, envs, plain, enough):
         episodes, metrics = learn(model, optimizer, config, chat, rng, envs[0])
         clock.append(time.perf_counter())
 
-        last, result = step == config.steps, {}
+        last = step == config.steps
+        result = {}
         if last or (config.eval_every and step % config.eval_every == 0):
             result = sdar.evaluate(model, chat, envs, config)
             tqdm.write(f"{result['valid']:.1%} of the answers are valid")
@@ -353,14 +362,15 @@ def main(argv):
         help="a language model imitates, and from then on reads, the tiny policy's view",
     )
     given = vars(parser.parse_args(argv))
-    enough, plain = given.pop("enough"), given.pop("plain")
+    enough = given.pop("enough")
+    plain = given.pop("plain")
     tiny = given.get("model", "tiny") == "tiny"
     config = sdar.configure(**(TINY if tiny else IMITATION) | given)
     envs = sdar.make_envs(config)
     fine = isinstance(envs[0], ToyEnv)
-    sdar.require(fine, f"--env {config.env}: the scripted player knows only the toy")
-    sdar.require(config.steps, "--steps 0: nothing would be learned")
-    sdar.require(
+    require(fine, f"--env {config.env}: the scripted player knows only the toy")
+    require(config.steps, "--steps 0: nothing would be learned")
+    require(
         "out" in given or config.env == "toy" or not tiny, "--out: else the toy's policy is lost"
     )
     if not tiny:

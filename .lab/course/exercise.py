@@ -32,7 +32,6 @@ import subprocess
 import sys
 import textwrap
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -102,21 +101,17 @@ def hint(name, level="1"):
     return about(name)["formula" if level == "2" else "question"]
 
 
-def check(*names, answers="answers"):
-    """Judge some answers, or all: what is wrong, and what that means. Returns the exit code."""
-    if not names:  # each by itself: one that cannot be used stops no other
-        each = [partial(check, path.stem, answers=answers) for path in handed_in(answers)]
-        return max(map(sdar.run, each))
-    code = 0
-    for path in (Path(answers, f"{name}.py") for name in names):
-        said = f"Right. {about(path.stem)['learned']}"
-        wrong = f"{path}: it is still empty, or still ends with its line `raise`"
-        if is_written(path):
-            wrong = graders.verdict(path)
-        if wrong:
-            said, code = f"Not yet: {wrong}", 1
-        print(said)
-    return code
+def check(name="", *, answers="answers"):
+    """Judge an answer: what is wrong, and what that means. Without a name, all of them."""
+    if not name:  # each by itself: one that cannot be used stops no other
+        each = [["check", path.stem, "--answers", answers] for path in handed_in(answers)]
+        return max(sdar.run(call, words) for words in each)
+    path = Path(answers, f"{name}.py")
+    right = f"Right. {about(name)['learned']}"
+    wrong = f"{path}: it is still empty, or still ends with its line `raise`"
+    if is_written(path):
+        wrong = graders.verdict(path)
+    return f"Not yet: {wrong}" if wrong else right
 
 
 def handed_in(folder):
@@ -155,8 +150,10 @@ def run(*flags, answers="answers"):
 
 def grade(folder):
     """A table of a class, a row a student, and below it what is said of each answer."""
-    marks = "R right, n not yet, e still empty, x cannot be used, . not handed in"
-    rows = [marks, "  ".join([*TEXTS, "student"])]
+    rows = [
+        "R right, n not yet, e still empty, x cannot be used, . not handed in",
+        "  ".join([*TEXTS, "student"]),
+    ]
     why = [""]
     for student in tqdm(sorted(filter(Path.is_dir, Path(folder).iterdir())), "grading"):
         marks = dict.fromkeys(TEXTS, ".")
@@ -224,7 +221,8 @@ def bug(number, *flags):
 def launch(flags):
     """Train with flags, or call microscope or gradient with them. Returns the exit code."""
     words = [flag for flag in flags if flag != "--"]
-    name, rest = words[:1], words[1:]
+    name = words[:1]
+    rest = words[1:]
     if name == ["microscope"]:
         return microscope.main(rest)
     if name == ["gradient"]:
@@ -234,8 +232,7 @@ def launch(flags):
 
 def compare(right, other):
     """The columns in which the logs of two runs differ, at the first step where they do."""
-    logs = [plots.read_run(folder)[1] for folder in (right, other)]
-    for one, two in zip(*logs):
+    for one, two in zip(plots.read_run(right)[1], plots.read_run(other)[1]):
         rows = [f"step {one['step']}: first, second"]
         for name in sorted(one.keys() & two.keys() - {"eval_by_type"}):
             if one[name] != two[name] and "second" not in name:
@@ -262,7 +259,8 @@ def gradient(path="gate.svg"):
     plots.check_file("gradient", path, plots.PICTURES)
     title = "push on log pi of a sampled token, over its gap in nats (+: up)"
     rows = [title, f"{'gap':30}  -2.0  -1.5  -1.0  -0.5   0.0   0.5   1.0   1.5   2.0"]
-    gap, curves = torch.arange(-20, 21) / 10, {}
+    gap = torch.arange(-20, 21) / 10
+    curves = {}
     for label, loss in losses.items():
         student = torch.zeros(41, requires_grad=True)
         loss(student, gap)["sdar_loss"].sum().backward()

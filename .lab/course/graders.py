@@ -145,7 +145,8 @@ def shared_state():
 @lru_cache  # of the originals: called while no answer is in place
 def smoke():
     """Metrics of a small training step, after it and a look through the microscope."""
-    quiet, temporary = io.StringIO(), tempfile.TemporaryDirectory()
+    quiet = io.StringIO()
+    temporary = tempfile.TemporaryDirectory()
     with temporary as folder, redirect_stdout(quiet), redirect_stderr(quiet):
         words = [*SMOKE, "--out", f"{folder}/run"]
         metrics = sdar.train(sdar.configure(**vars(sdar.make_parser().parse_args(words))))

@@ -25,7 +25,8 @@ def log(name, number):
     """A stored log as a table."""
     with naming("it is log ill 1 to 3, or log alarm 1 to 10"):
         lines = stored(name)[number]
-    names, rows = [*lines[-1]], []
+    names = [*lines[-1]]
+    rows = []
     for line in [dict(zip(names, names)), *lines]:
         cells = [str(line.get(name, "")).rjust(max(10, len(name) + 2)) for name in names]
         rows.append("".join(cells))
@@ -49,10 +50,13 @@ def alarm(file="answers/alarm.py"):
         with naming(f"{file} fails on log {number}"):
             rung = min((step for step in steps if function(lines[:step])), default=99)
         if lost != (rung <= fine):
-            missed = f"no alarm up to step {fine}, and its student dies"
-            said = missed if lost else f"a false alarm after step {rung}"
-            look = f"Look: python .lab/course/exercise.py log alarm {number}"
-            return f"Not yet. Log {number}: {said}. {look}"
+            said = f"a false alarm after step {rung}"
+            if lost:
+                said = f"no alarm up to step {fine}, and its student dies"
+            return (
+                f"Not yet. Log {number}: {said}. "
+                f"Look: python .lab/course/exercise.py log alarm {number}"
+            )
         spare += [fine - rung] * lost
     return (
         f"Right: no false alarm, and {spare} steps to spare. Gap and gate look best in runs "
@@ -69,7 +73,8 @@ def late(*flags):
     given = sdar.make_parser("exercise.py late [flags of sdar.py]").parse_args(flags)
     config = sdar.configure(**vars(given))
     config.rollout_batch = config.eval_episodes  # all at once: each has an environment of its own
-    envs, policy = sdar.make_envs(config), sdar.load_policy(config)
+    envs = sdar.make_envs(config)
+    policy = sdar.load_policy(config)
     panel = enumerate(envs[0].panel(config.eval_split, config.eval_episodes))
     starts = [(*start, (1, 0, i)) for i, start in panel]
     play = partial(sdar.rollout, *policy, envs, config=config, temperature=config.eval_temperature)

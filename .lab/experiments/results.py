@@ -30,7 +30,7 @@ import plots
 import probe
 
 import sdar
-from envs import make_env
+from envs import make_env, naming, require
 
 ASSETS = LAB.parent / ".assets"
 DATA = LAB / "experiments/results"
@@ -56,29 +56,29 @@ def main(argv):
         filled = MARK.sub(lambda mark: f"{mark[1]}{mark[2]}\n{make_table(mark[1])}\n", text)
         if given.write:
             path.write_text(filled, "utf-8")
-        same = given.write or filled == text
-        sdar.require(same, f"{path}: its data say something else, --write it anew")
+        else:
+            require(filled == text, f"{path}: its data say something else, --write it anew")
 
 
 def join(name, *files):
     """Make a file of results/ from others."""
-    with sdar.naming("these files do not go together"):
+    with naming("these files do not go together"):
         rows = compare.join(sum(map(read, map(Path, files)), []))
         labels = {(row["label"], row["made"]) for row in rows}
-        sdar.require(len(labels) == len(rows) > 0, "no rows, or two of one label that differ")
+        require(len(labels) == len(rows) > 0, "no rows, or two of one label that differ")
     Path(DATA, f"{name}.json").write_text(compare.as_json(rows), "utf-8")
 
 
 def read(path):
     """What a file of results holds. UserError if it is no JSON."""
-    with sdar.naming(f"{path} holds no results"):
+    with naming(f"{path} holds no results"):
         return json.loads(path.read_text("utf-8"))
 
 
 def make_table(mark):
     """The text of a table, as a mark asks for it, and below it what made the rows."""
     file, _, words = mark.partition(": ")
-    with sdar.naming(f"the table {mark!r} cannot be made"):
+    with naming(f"the table {mark!r} cannot be made"):
         if file == "gains":
             return gains(words)
         columns = words.split(", ")
@@ -87,7 +87,7 @@ def make_table(mark):
             return probed(file.replace(kind, "probe"), LOOKS[kind], columns)
         rows = read(DATA / f"{file}.json")
         for column in columns:
-            sdar.require(any(compare.success(row, column) for row in rows), f"no run has {column}")
+            require(any(compare.success(row, column) for row in rows), f"no run has {column}")
         return compare.tables(rows, columns)
 
 
@@ -121,7 +121,7 @@ def probed(file, part, names):
         for run, seen in zip(seeds, looks):
             steps = [str(look["step"]) for look in seen]
             heads.append([run["made"], f"steps; seeds: {len(seeds)}", *steps])
-        sdar.require(heads.count(heads[0]) == len(heads), "they differ in commit, seeds or steps")
+        require(heads.count(heads[0]) == len(heads), "they differ in commit, seeds or steps")
         for what in (what for what in looks[0][0][part] if what != "percent"):
             values = np.mean([[look[part][what] for look in seen] for seen in looks], 0)
             cells.append([f"{name}, {what}", *map("{:.2f}".format, values)])

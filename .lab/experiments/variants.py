@@ -40,6 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sdar
+from envs import require
 
 sdar.GATES["reverse_kl"] = lambda gap, entropy, beta: gap  # the signed gradient of that KL
 sdar.GATES["beta"] = lambda gap, entropy, beta: beta + 0 * gap  # what is handed in as beta
@@ -258,9 +259,9 @@ def practice(kind, batch, episodes, config, step):
 def parse(words):
     """{variant: its kind}. UserError for words that are none."""
     for word in words:
-        sdar.require(WORD.fullmatch(word), f"{word!r} is no variant: variants.py --help names them")
+        require(WORD.fullmatch(word), f"{word!r} is no variant: variants.py --help names them")
     kinds = dict(word.split(":") for word in words)
-    sdar.require(len(kinds) == len(words), f"{' '.join(words)}: each variant once")
+    require(len(kinds) == len(words), f"{' '.join(words)}: each variant once")
     return kinds
 
 
@@ -271,16 +272,17 @@ def check(words, config):
         for setting, value in NEEDS.get(name, {}).items():
             was = getattr(config, setting)
             needs = f"{name} needs {sdar.flag(setting)} {value}"
-            sdar.require(was == value, f"{needs}, and here it is {was}")
+            require(was == value, f"{needs}, and here it is {was}")
     for one, others in ("advantage", {"gate", "divergence"}), ("practice", {"std"}):
         alone = one not in kinds or not others & {*kinds}
-        sdar.require(alone, f"{one}: not with {' or '.join(sorted(others))}")
+        require(alone, f"{one}: not with {' or '.join(sorted(others))}")
 
 
 def hooks(words):
     """What sdar.train takes to run these variants, a dict; for one run, since copies of models are
     kept in it."""
-    kinds, copies = parse(words), {}
+    kinds = parse(words)
+    copies = {}
 
     def step_batch(model, start_policy, teacher, episodes, config, step, *rest):
         if "teacher" in kinds:

@@ -1,25 +1,21 @@
-"""The CUDA kernel's own source, run by the threads of a CPU: python .lab/kernel/on_cpu.py
+"""The CUDA kernel's own source, run by the threads of a CPU, and compared with float64:
 
-For whoever has no GPU and wants to see, or change, what logprobs.cu computes. g++ compiles it with
-stand-ins for CUDA's words (cuda_on_cpu.cpp), and the numbers are compared with float64. It says
-nothing about speed.
+    python -m pytest -q .lab/tests/test_kernel.py
+
+For whoever has no GPU and wants to change what logprobs.cu computes. g++ compiles it with stand-ins
+for CUDA's words (cuda_on_cpu.cpp). It says nothing about speed.
 """
 
 import ctypes
 import subprocess
-import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import kernel
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-import kernel
-
-import sdar
-
 COMPILER = "g++ -std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread -o"
 
 
@@ -57,16 +53,3 @@ def largest_errors(logits, temperature):
     (gradient,) = torch.autograd.grad(found, logits, weights)
     apart = (gradient - slope).norm() / slope.norm()
     return error.max().item(), apart.item()
-
-
-def main():
-    """Print the largest errors of both dtypes."""
-    kernel.launch = launch
-    torch.manual_seed(0)
-    for dtype in kernel.DEFINES:
-        values, slope = largest_errors(3 * torch.randn(8, 1003).to(dtype), 0.7)
-        print(f"{dtype}: log-probs and entropies {values:.1e}, gradient {slope:.1e}")
-
-
-if __name__ == "__main__":
-    sys.exit(sdar.run(main))

@@ -9,7 +9,8 @@ from pathlib import Path
 from pytest import fixture
 
 HERE = Path(__file__).resolve().parent
-LAB, ROOT = HERE.parent, HERE.parent.parent
+LAB = HERE.parent
+ROOT = LAB.parent
 for folder in (HERE, LAB / "trl", LAB / "kernel", LAB / "course", LAB / "experiments", LAB, ROOT):
     sys.path.insert(0, str(folder))
 
@@ -21,7 +22,7 @@ test_sdar.TURNS = 0  # small runs play whole episodes here
 from test_sdar import DATA, checkpoint, hub, policy, tiny
 
 FEW = "--steps 1 --tasks-per-step 2 --group-size 2 --eval-episodes 6 --max-turns 2".split()
-QUESTIONS = str(DATA / "questions.jsonl")
+QUESTIONS = DATA / "questions.jsonl"
 
 
 def call(script, *words):
@@ -32,7 +33,8 @@ def call(script, *words):
 def refused(capsys, script, *words):
     """The one line with which a script refuses a command line."""
     capsys.readouterr()
-    code, said = call(script, *words), capsys.readouterr().err.splitlines()
+    code = call(script, *words)
+    said = capsys.readouterr().err.splitlines()
     assert (code, len(said)) == (2, 1), said
     return said[0]
 

@@ -4,11 +4,10 @@ import json
 from urllib.request import urlopen
 
 import search_server
-from conftest import DATA, LAB, call, refused
+from conftest import DATA, LAB, call
 from pytest import approx, importorskip, mark, raises
 
 import envs
-from test_sdar import table
 
 ROWS = DATA / "public_rows.jsonl"
 
@@ -18,7 +17,7 @@ def test_rows_of_the_public_data_sets_become_questions(tmp_path, capsys):
     assert call("convert", "questions", ROWS, out) == 0
     assert capsys.readouterr().out == "5 of 8 lines are rows with a question and an answer\n"
     assert out.read_text().endswith("}\n")  # files are joined
-    world = envs.make_env("search", data=str(out))
+    world = envs.make_env("search", data=out)
     assert [*world.goals] == ["test_0", "nq/test_0", "hotpotqa/0", "popqa/4", "7"]
     assert world.tasks("test") == ["nq/test_0", "hotpotqa/0"]
     assert all(goal[3] == ["a"] for goal in world.goals.values())
@@ -37,31 +36,17 @@ def test_parquet_is_read_like_json_lines(tmp_path):
     parquet = importorskip("pyarrow.parquet")
     from pyarrow import Table
 
-    file, out = tmp_path / "rows.parquet", tmp_path / "out.jsonl"
+    file = tmp_path / "rows.parquet"
+    out = tmp_path / "out.jsonl"
     parquet.write_table(Table.from_pylist(json.loads(TWO_SETS)), file)
     assert call("convert", "questions", file, out) == 0
-    assert [*envs.make_env("search", data=str(out)).goals] == ["x", "2"]
-
-
-BAD_ANSWERS = """
-"\\"['a', 'b']\\""  "Expecting value"
-'["a", 3]'          "no attribute"
-"1998"              "not iterable"
-"""
-
-
-@mark.parametrize("answers, message", table(BAD_ANSWERS))
-def test_answers_that_are_no_texts_are_named_with_their_line(answers, message, tmp_path, capsys):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"question": "q", "golden_answers": %s}' % answers, "utf-8-sig")
-    error = refused(capsys, "convert", "questions", file, tmp_path / "out.jsonl")
-    assert f"{file}, line 1: not a row of questions" in error
-    assert message in error
+    assert [*envs.make_env("search", data=out).goals] == ["x", "2"]
 
 
 @mark.parametrize("env", ["alfworld", "webshop"])
 def test_official_skills_are_a_bank(env, tmp_path):
-    out, official = tmp_path / "skills.json", DATA / "official_skills"
+    out = tmp_path / "skills.json"
+    official = DATA / "official_skills"
     assert call("convert", "skills", official / "skill_mapping.json", out, "--env", env) == 0
     assert envs.load_skills(out) == json.loads((official / f"{env}.json").read_text())
 

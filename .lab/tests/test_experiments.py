@@ -32,9 +32,8 @@ VALUES = """
 def test_what_a_variant_changes_in_a_step_by_hand(word, check, policy):
     config = configure(group_size=4, policy_coef=3, sdar_coef=2, invalid_penalty=0)
     episodes = play(policy, config)
-    episodes[0].reward = 1.0
-    episodes[5].reward = 1.0
-    episodes[6].reward = 1.0
+    for row in (0, 5, 6):
+        episodes[row].reward = 1.0
     model = policy[0]
     start = copy.deepcopy(model)
     plain = sdar.step_batch(model, model, model, episodes, config, 1)
@@ -73,7 +72,8 @@ def test_a_divergence_is_that_of_the_two_readers(kind, formula, policy):
         sampled = torch.tensor(mask[1:]) > 0
         return (logits[sampled] / 0.7).softmax(-1)
 
-    student, teacher = shares(model, False), shares(other, True)
+    student = shares(model, False)
+    teacher = shares(other, True)
     names = {"student": student, "teacher": teacher, "middle": (student + teacher) / 2}
     names["kl"] = lambda p, q: (p * (p / q).log()).sum(-1)
     expected = eval(formula, names).float()
@@ -104,7 +104,8 @@ def test_a_run_has_its_teacher_and_skills_in_any_order(tmp_path):
     words = ["divergence:forward", "gate:shuffled", "std:off", "teacher:ema", "skills:0.5"]
 
     def run(*words):
-        name, hooks = "-".join(["run", *words]), variants.hooks(words)
+        name = "-".join(["run", *words])
+        hooks = variants.hooks(words)
         _, lines = trained(tmp_path, name, hooks, lr=3e-3, tasks_per_step=3)
         return lines
 

@@ -14,7 +14,7 @@ from conftest import call
 from pytest import fixture, mark
 
 import sdar
-from test_sdar import lines, table, trained
+from test_sdar import lines, noted, table, trained
 
 
 def test_bench_names_the_parts_of_a_step(capsys):
@@ -54,7 +54,8 @@ def compared(out, *flags):
 @fixture(scope="module")
 def sweep(tmp_path_factory):
     """(folder, flags) of three runs."""
-    out, flags = tmp_path_factory.mktemp("all"), ["--sweep", "variant=none,divergence:forward"]
+    out = tmp_path_factory.mktemp("all")
+    flags = ["--sweep", "variant=none,divergence:forward"]
     assert compared(out, *flags) == (0, ROWS)
     return out, flags
 
@@ -70,13 +71,8 @@ def test_compare_trains_what_train_trains_and_keeps_the_counts(sweep, tmp_path):
 
 
 def test_compare_goes_on_with_what_is_not_there(sweep, monkeypatch):
-    (out, flags), real, launched = sweep, compare.launch, []
-
-    def launch(run, **more):
-        launched.append(run.label)
-        real(run, **more)
-
-    monkeypatch.setattr(compare, "launch", launch)
+    out, flags = sweep
+    launched = noted(monkeypatch, compare, "launch", lambda run: run.label)
     (out / "sdar-s3/rows.json").unlink()  # killed before it was whole
     assert compared(out, *flags) == (0, ROWS)
     assert launched == ["sdar"]

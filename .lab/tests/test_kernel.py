@@ -53,7 +53,8 @@ def test_it_agrees_with_float64(dtype, rows, width, temperature, runs):
 
 
 def test_token_logprobs_learn_through_it(runs):
-    hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    head = torch.randn(50, 8)
     slopes = []
     for function in (kernel.RowLogprobs.apply, None):
         logprobs, _ = sdar.token_logprobs(hidden, head, torch.arange(5), 0.7, function)

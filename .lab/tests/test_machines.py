@@ -66,7 +66,8 @@ def test_a_checkout_with_windows_line_ends_trains_the_same(tmp_path):
     """On a machine without a home."""
     for file in ("sdar.py", "envs.py", ".assets/environments.json", ".assets/tiny-policy/*"):
         for path in ROOT.glob(file):
-            copy, raw = tmp_path / "checkout" / path.relative_to(ROOT), path.read_bytes()
+            copy = tmp_path / "checkout" / path.relative_to(ROOT)
+            raw = path.read_bytes()
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(raw if b"\0" in raw else raw.replace(b"\n", b"\r\n"))
     command = [sys.executable, "checkout/sdar.py", *FEW, "--rollout-batch=8", "--out=a"]

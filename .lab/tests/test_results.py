@@ -1,45 +1,14 @@
 """Tests of experiments/results.py: data, tables in pages, pictures."""
 
-import json
+import shutil
 from pathlib import Path
 
 import results
-from conftest import call, refused
+from conftest import DATA, call, refused
 from pytest import fixture, importorskip, mark
 
 from test_sdar import pytestmark, table  # noqa: F401
 
-
-def row_of(label, wins, made="commit 1, a"):
-    """A row as compare keeps it: of the seeds that win so many of 10 games at the end, 1 before,
-    and all with the skill."""
-    runs = {seed: {"0": [[10, 1, 10]], "20": [[10, won, 10]]} for seed, won in wins.items()}
-    settings = {"steps": 20, "eval_episodes": 10}
-    return {"label": label, "made": made, "settings": settings, "runs": runs}
-
-
-GRPO = {"0": 2, "1": 3, "2": 4}
-ROWS = [row_of("grpo", GRPO), row_of("sdar", {"0": 6}), row_of("opsd", {"0": 0})]
-MORE = [row_of("sdar", {"2": 7, "1": 8}), row_of("sdar", GRPO, "commit 1, b")]
-DATA = """
-{"when": [
-["live", "short", "sdar", "grpo", "20"],
-["before", "short", "sdar", "grpo", "0"],
-["not measured yet", "short", "rlsd", "grpo", "20"],
-["long ago", [-0.2, -0.3, -0.1], 5, "commit 0"],
-["not sure", [0.2, -0.1, 0.5], 5, "commit 0"]
-],
-"probe": {
-"sdar-s0": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.2, "blind": 0.1}}]},
-"sdar-s1": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.4, "blind": 0.1}}]},
-"sdar-s10": {"made": "commit 1", "looks": [{"step": 0, "alone": {"home": 0.0, "blind": 0.1}}]}
-},
-"probe_b": {
-"rlsd-s0": {"made": "commit 2", "looks": [{"step": 7, "alone": {"home": 0.1, "blind": 0.1}}]},
-"opsd-s0": {"made": "commit 2", "looks": [{"step": 0}, {"step": 5, "learning": {"gap": -0.2},
-"skill": {"home": 0.6, "blind": 0.2}, "alone": {"home": 0.1, "blind": 0.1}}]}
-}}
-"""
 PAGE = """# A page
 
 <!-- table: short: 0 steps, 20 with the skill, 20 steps -->
@@ -86,11 +55,9 @@ FILLED = """
 
 @fixture
 def page(tmp_path, monkeypatch):
-    """A page with three tables; its data lie beside it."""
-    monkeypatch.chdir(tmp_path)
+    """A page, and beside it its data: of 10 games each run won 1 at first, all with the skill."""
+    monkeypatch.chdir(shutil.copytree(DATA / "results", tmp_path, dirs_exist_ok=True))
     monkeypatch.setattr(results, "DATA", tmp_path)
-    for name, value in {"rows": ROWS, "more": MORE, **json.loads(DATA)}.items():
-        Path(f"{name}.json").write_text(json.dumps(value))
     page = Path("PAGE.md")
     page.write_text(PAGE)
     monkeypatch.setattr(results, "PAGES", [page])

@@ -66,8 +66,16 @@ def test_the_first_steps_are_those_of_the_version_before(tmp_path):
 
 
 def test_the_largest_and_smallest_settings_run(tmp_path):
-    odd = {"minibatches": 99, "micro_batch": 1, "rollout_batch": 1, "max_new_tokens": 1}
-    odd |= {"temperature": 9, "eval_temperature": 0, "clip_eps": 0, "gate_beta": 1e4}
+    odd = {
+        "minibatches": 99,
+        "micro_batch": 1,
+        "rollout_batch": 1,
+        "max_new_tokens": 1,
+        "temperature": 9,
+        "eval_temperature": 0,
+        "clip_eps": 0,
+        "gate_beta": 1e4,
+    }
     assert math.isfinite(trained(tmp_path, steps=1, **odd)[0]["loss"])
 
 
@@ -84,7 +92,8 @@ def test_a_rollout_has_a_bar_that_moves(tiny, monkeypatch):
 def test_only_little_waits_for_the_backward_pass_and_nothing_is_dropped_out():
     """Logits, and with gradient checkpointing the inside of a layer, are computed again. With
     dropout the first ratio would not be 1."""
-    policy, widths = sdar.load_policy(sdar.configure(gradient_checkpointing=True)), set()
+    policy = sdar.load_policy(sdar.configure(gradient_checkpointing=True))
+    widths = set()
     model = policy[0]
     model.model.layers[0].self_attn.attention_dropout = 0.5
 

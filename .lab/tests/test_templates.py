@@ -68,7 +68,8 @@ def test_a_template_is_read_as_it_is_written_or_refused(template, reason):
         with raises(Exception, match=reason):  # its own, where the template raises one
             sdar.Chat(tokenizer)
         return
-    chat, texts = sdar.Chat(tokenizer), [message["content"] for message in TALK]
+    chat = sdar.Chat(tokenizer)
+    texts = [message["content"] for message in TALK]
     ids, _ = chat.first(SimpleNamespace(instructions=texts[0], examples=[texts[1:3]]), texts[3])
     ids += chat.encode(texts[4]) + chat.next(texts[5], last_id=-1)
     read = tokenizer.decode(ids)

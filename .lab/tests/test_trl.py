@@ -54,13 +54,14 @@ def test_trl_takes_the_steps_of_update(model, method, changes, checkpoint, tmp_p
     one there is a ratio, a clip and a KL. Weights and metrics are equal to 1e-5. Of the tiny
     policy, and of a random Qwen2 in the toy's own prompts, with instructions and hints."""
     if model == "qwen2":
-        changes = {"model": str(checkpoint), "preset": "toy", "device": "cpu", **changes}
+        changes = {"model": checkpoint, "preset": "toy", "device": "cpu", **changes}
     changes |= {"minibatches": 1, "lr": 1, "grad_clip": 0.1, "clip_eps": 0.01, "temperature": 0.8}
     config = small(tmp_path, method=method, max_turns=3, sdar_coef=0.5, **changes)
     theirs = Lucky(config, "num_iterations=2 max_steps=2")
 
     model, _ = sdar.load_policy(config)
-    start, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=config.lr)
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
     batch = sdar.step_batch(model, start, start, theirs.episodes, config, 1)
     for logged in theirs.state.log_history[:2]:
         metrics = sdar.update(model, optimizer, theirs.episodes, batch, config, np.random)

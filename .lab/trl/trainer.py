@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import sdar
+from envs import naming, require
 
 try:
     from datasets import Dataset
@@ -54,12 +55,12 @@ FIXED = """scale_rewards=none loss_type=dapo use_bias_correction_kl=false weight
 
 def make_arguments(config, changes):
     """TRL's GRPOConfig. changes: texts NAME=VALUE, which win. UserError for what it refuses."""
-    sdar.require(GRPOTrainer is not object, "pip install trl==1.16.0 peft==0.21.2")  # as tested
+    require(GRPOTrainer is not object, "pip install trl==1.16.0 peft==0.21.2")  # as tested
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     tasks = config.tasks_per_step
     share, rest = divmod(tasks * config.group_size, processes * config.minibatches)
     message = f"{tasks} tasks do not fit {processes} processes, {config.minibatches} --minibatches"
-    sdar.require(not rest and tasks % processes == 0, message)
+    require(not rest and tasks % processes == 0, message)
     given = {
         "max_steps": config.steps * config.minibatches,
         "per_device_train_batch_size": share,
@@ -72,12 +73,12 @@ def make_arguments(config, changes):
         given[theirs] = getattr(config, ours)
     for change in [*FIXED.split(), *changes]:
         name, equals, value = change.partition("=")
-        sdar.require(equals, f"--set {change}: must be NAME=VALUE")
-        sdar.require(name not in NOT_HERE, f"--set {name}: not on TRL with sdar.py")
+        require(equals, f"--set {change}: must be NAME=VALUE")
+        require(name not in NOT_HERE, f"--set {name}: not on TRL with sdar.py")
         with suppress(ValueError):  # a word stays one
             value = json.loads(value)
         given[name] = value
-    with sdar.naming("TRL's GRPOConfig"):
+    with naming("TRL's GRPOConfig"):
         return GRPOConfig(**given)
 
 
@@ -98,7 +99,7 @@ class SDARTrainer(GRPOTrainer):
         self.sums = Counter()  # of the gated term's values since the last line of the log
 
         adapters = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
-        with sdar.naming("TRL's GRPOTrainer"):  # several cards, no torchrun, say
+        with naming("TRL's GRPOTrainer"):  # several cards, no torchrun, say
             super().__init__(
                 self.policy,
                 advantage,
@@ -167,7 +168,8 @@ def gated_terms(output, inputs, config):
     names the sampler's log-probs, it has the teacher's."""
     mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
     width = mask.shape[1]
-    logprobs, entropy = output.log_probs[:, -width:][mask], output.entropy[:, -width:][mask]
+    logprobs = output.log_probs[:, -width:][mask]
+    entropy = output.entropy[:, -width:][mask]
     teacher = inputs["sampling_per_token_logps"][mask]
     old = inputs["old_per_token_logps"][mask] if "old_per_token_logps" in inputs else logprobs
     terms = sdar.sdar_loss(logprobs, teacher, entropy, config.gate, config.gate_beta)
@@ -232,11 +234,11 @@ def main(argv):
     given = {"out": "runs/trl", **vars(parser.parse_args(argv))}
     lora = given.pop("lora")
     changes = given.pop("set")
-    sdar.require(not NOT_HERE & {*given}, "--resume, --save-every, --eval-every: not on TRL")
+    require(not NOT_HERE & {*given}, "--resume, --save-every, --eval-every: not on TRL")
     config = sdar.configure(**given)
-    sdar.require(config.distil in ("gate", "none"), f"--method {config.method}: not on TRL")
-    sdar.require(config.steps, "--steps 0: sdar.py evaluates, this trains")
-    sdar.require(lora >= 0, f"--lora {lora}: must be a rank, or 0")
+    require(config.distil in ("gate", "none"), f"--method {config.method}: not on TRL")
+    require(config.steps, "--steps 0: sdar.py evaluates, this trains")
+    require(lora >= 0, f"--lora {lora}: must be a rank, or 0")
     arguments = make_arguments(config, changes)
     sdar.load_checkpoint(config, None, None, None)  # asks whether --out may be written
 
