@@ -53,7 +53,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -112,7 +112,7 @@ class Skill:
         if self.task_types and task_type not in self.task_types:
             return False
         words = "|".join(map(re.escape, self.keywords)) or ".*"
-        return re.search(rf"(?<!\w)({words})(?!\w)", task, re.IGNORECASE) is not None
+        return re.search(rf"(?i)(?<!\w)({words})(?!\w)", task) is not None
 
 
 class SkillBank:
@@ -133,8 +133,10 @@ class SkillBank:
             for skill in self.skills:
                 lists = [skill.task_types, skill.keywords]  # a str passes as a list of letters
                 texts = [skill.name, skill.text, *skill.task_types, *skill.keywords]
-                fine = {*map(type, texts)} == {str} and str not in map(type, lists)
-                require(fine, f"the skill {skill.name!r:.50}")
+                require(
+                    {*map(type, texts)} == {str} and str not in map(type, lists),
+                    f"the skill {skill.name!r:.50}",
+                )
         self.strategy = strategy
         self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
 
@@ -142,12 +144,13 @@ class SkillBank:
         """The skills of a task, a list; the same for all episodes of a group."""
         found = [skill for skill in self.skills if skill.matches(task, task_type)]
         rng = random.Random(f"{task}/{seed}".encode(errors="replace"))  # half a character: ?
-        if self.strategy == "keyword":
-            return found
-        if self.strategy == "full":
-            return self.skills
-        if self.strategy == "random":
-            return rng.sample(self.skills, len(found or self.skills[:1]))
+        match self.strategy:
+            case "keyword":
+                return found
+            case "full":
+                return self.skills
+            case "random":
+                return rng.sample(self.skills, len(found or self.skills[:1]))
 
         shuffled = rng.sample(self.skills, len(self.skills))  # breaks ties
         return sorted(shuffled, key=lambda skill: -self.index(skill, task, task_type))[:3]
@@ -172,8 +175,9 @@ class SkillBank:
             reward = correlation(its_advantages, its_gaps)
             for skill in first.skills:
                 arm = self.arm(skill, first.task, first.task_type)
-                plays, rewards = self.arms.get(arm, (0, 0.0))
-                self.arms[arm] = [plays + 1, rewards + reward]
+                tried = self.arms.setdefault(arm, [0, 0.0])
+                tried[0] += 1
+                tried[1] += reward
 
 
 def load_skills(file):
@@ -187,6 +191,8 @@ def load_skills(file):
 
 
 # --- What every environment shares -------------------------------------------------------
+
+SPLITS = ("eval", "dev", "train", "train", "train")  # of the fifths of an environment's tasks
 
 # What environments tell their players: {environment: attributes that its objects get}.
 TEXTS = HERE / ".assets/environments.json"
@@ -256,14 +262,15 @@ class TextEnv:
     def step_all(self, envs, actions):
         """Play an action in each of many environments of this kind. Returns a list of what step
         returns."""
-        steps = [partial(env.step, action) for env, action in zip(envs, actions)]
-        return call_all(steps, self.slow)
+        return call_all(
+            [partial(env.step, action) for env, action in zip(envs, actions)], self.slow
+        )
 
     def parse(self, response):
         """Text of the model -> (action, valid): what the first complete <action>...</action> holds,
         its tags in small or capital letters; from a plain policy, which writes no tags, any text of
         one line without a tag ("< " begins none: WebShop has a button "< prev")."""
-        found = re.search(r"<action>((?:(?!<action>).)*?)</action>", response, re.DOTALL | re.I)
+        found = re.search(r"(?is)<action>((?:(?!<action>).)*?)</action>", response)
         text = found[1] if found else ""
         if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
             text = response
@@ -284,13 +291,14 @@ class TextEnv:
         for i in range(episodes):  # a task of each label; after its last one its first again
             lap, place = divmod(i, len(pools))
             pool = pools[sorted(pools)[place]]
-            panel.append((pool[lap % len(pool)], 10**6 + lap))  # seeds of training are below
+            panel.append((pool[lap % len(pool)], 1_000_000 + lap))  # seeds of training are below
         return panel
 
     def _result(self, observation, state):
         # A language model is told what it can do, the turn, and the form of an answer. Of the
         # actions only those that the turn before did not list: most are still there.
-        hint, admissible = state.get("tail", ""), list(state.get("admissible", []))
+        hint = state.get("tail", "")
+        admissible = list(state.get("admissible", []))
         news = [action for action in admissible if action not in self.listed]
         if news:
             hint += "\nNew admissible" if self.listed else "\nAdmissible"
@@ -354,15 +362,16 @@ class Household:
 
     def skills(self):
         """The household's skill bank: an entry per class of objects, per verb, and for the lamp."""
-        rows = []
-        for c, place in self.home.items():
-            rows.append({"name": c, "text": f"The {c} is kept in {place}.", "keywords": [c]})
-        for verb, place in self.appliance.items():
-            text = f"{verb.capitalize()} with {place}."
-            rows.append({"name": verb, "text": text, "task_types": [verb]})
+        rows = [
+            {"name": c, "text": f"The {c} is kept in {place}.", "keywords": [c]}
+            for c, place in self.home.items()
+        ]
+        rows += [
+            {"name": verb, "text": f"{verb.capitalize()} with {place}.", "task_types": [verb]}
+            for verb, place in self.appliance.items()
+        ]
         text = f"The desklamp 1 is on {self.lamp}."
-        rows.append({"name": "lamp", "text": text, "task_types": ["look"]})
-        return rows
+        return rows + [{"name": "lamp", "text": text, "task_types": ["look"]}]
 
 
 HOME = Household.random(random.Random(2605))  # the household of every training and evaluation task
@@ -420,8 +429,7 @@ class ToyEnv(TextEnv):
             kind, c, target = found[task]
             fifth = seen[kind] // (of_kind[kind] // 5)
             seen[kind] += 1
-            split = ("eval", "dev", "train")[min(2, fifth)]
-            self.goals[task] = (kind, (split,), c, target)
+            self.goals[task] = (kind, (SPLITS[min(4, fifth)],), c, target)
 
     def tasks(self, split):
         """Task ids of a split, in a fixed order mixed over types. There are few tasks of type look:
@@ -444,15 +452,18 @@ class ToyEnv(TextEnv):
         # The goal's class is at home, and so are four others, to fill the cupboards.
         rng = random.Random(f"{task}/{seed}")
         others = rng.sample([c for c in CLASSES if c != self.goal_class], 4)
-        wanted = [self.goal_class] * (2 if self.kind == "two" else 1)
+        things = [f"{c} 1" for c in (*others, self.goal_class)]
+        if self.kind == "two":
+            things.append(f"{self.goal_class} 2")
         self.contents = {place: [] for place in self.places}
-        for c in sorted(others + wanted):
-            things = self.contents[self.household.home[c]]
-            number = 1 + sum(is_a(thing, c) for thing in things)
-            things.append(f"{c} {number}")
+        for thing in sorted(things):
+            c = thing.split()[0]
+            self.contents[self.household.home[c]].append(thing)
         self.contents[self.household.lamp].append("desklamp 1")
-        observation = f"You are in the middle of a room. Your task is to: {task}."
-        return observation, {"admissible": self._admissible()}
+        return (
+            f"You are in the middle of a room. Your task is to: {task}.",
+            {"admissible": self._admissible()},
+        )
 
     def _step(self, action):
         # Understood, but perhaps impossible: then nothing happens, as in ALFWorld, and no penalty.
@@ -463,8 +474,11 @@ class ToyEnv(TextEnv):
             short = match["short"] or match["alone"]
             if any(is_a(one, short) for one in self._admissible()):
                 observation = self._act(match["verb"] or short, match["what"])
-        state = {"admissible": self._admissible(), "won": self._won(), "valid": match is not None}
-        return observation, state
+        return observation, {
+            "admissible": self._admissible(),
+            "won": self._won(),
+            "valid": match is not None,
+        }
 
     def _act(self, verb, what):
         """Play an action that is admissible. Returns the observation."""
@@ -495,22 +509,24 @@ class ToyEnv(TextEnv):
         return self._view()
 
     def _view(self):
-        if self.where is None:
+        where = self.where
+        if where is None:
             return "You are in the middle of a room."
-        if self.where not in self.opened:
-            return f"The {self.where} is closed."
-        if self.where not in self.storages:
-            return f"You arrive at {self.where}."
-        here = " and ".join(f"a {thing}" for thing in self.contents[self.where]) or "nothing"
-        side = "On" if self.where in SURFACES else "In"
-        return f"{side} the {self.where} you see {here}."
+        if where not in self.opened:
+            return f"The {where} is closed."
+        if where not in self.storages:
+            return f"You arrive at {where}."
+        here = " and ".join(f"a {thing}" for thing in self.contents[where]) or "nothing"
+        side = "On" if where in SURFACES else "In"
+        return f"{side} the {where} you see {here}."
 
     def _won(self):
         # Look: the lamp is lit, here, and the object is in the hand. Else the target must hold
         # the object, two of them for "two", heated, cooled or cleaned where the task says so.
         if self.kind == "look":
-            holds_it = is_a(self.hand, self.goal_class)
-            return self.lit and holds_it and self.where == self.household.lamp
+            return (
+                self.lit and is_a(self.hand, self.goal_class) and self.where == self.household.lamp
+            )
         there = [thing for thing in self.contents[self.target] if is_a(thing, self.goal_class)]
         if self.kind in APPLIANCES:
             there = [thing for thing in there if (self.kind, thing) in self.done_to]
@@ -519,18 +535,20 @@ class ToyEnv(TextEnv):
     def _admissible(self):
         # Everywhere one can go; what is here can be opened, taken, put down or used. The list
         # does not say what is broken (a microwave): that must be tried, or read in the skill.
-        actions = [f"go to {place}" for place in self.places if place != self.where]
-        here = self.contents[self.where] if self.where in self.opened else []
-        if self.where and self.where not in self.opened:
-            actions.append(f"open {self.where}")
+        where = self.where
+        actions = [f"go to {place}" for place in self.places if place != where]
+        here = []
+        if where in self.opened:
+            here = self.contents[where]
+        elif where:
+            actions.append(f"open {where}")
         if self.hand is None:
-            things = [thing for thing in here if thing != "desklamp 1"]
-            actions += [f"take {thing} from {self.where}" for thing in things]
-        elif self.where in self.storages and self.where in self.opened:
-            actions.append(f"put {self.hand} in/on {self.where}")
+            actions += [f"take {thing} from {where}" for thing in here if thing != "desklamp 1"]
+        elif where in self.storages and where in self.opened:
+            actions.append(f"put {self.hand} in/on {where}")
         for verb, places in APPLIANCES.items():
-            if self.hand and self.where in places:
-                actions.append(f"{verb} {self.hand} with {self.where}")
+            if self.hand and where in places:
+                actions.append(f"{verb} {self.hand} with {where}")
         if "desklamp 1" in here:
             actions.append("use desklamp 1")
         return actions + ["look", "inventory"]
@@ -552,7 +570,7 @@ CORES = min(8, os.cpu_count())
 GAMES = {}  # in such a process, {number of an environment: its game}
 
 
-@lru_cache(maxsize=None)
+@cache
 def game_process(core):
     """The executor of one core's process. Libraries of macOS do not survive a fork."""
     kind = "fork" if sys.platform == "linux" else "spawn"
@@ -616,7 +634,7 @@ class AlfworldEnv(TextEnv):
         self.process.submit(int).result()  # forks now, and not in a thread
 
     @classmethod
-    @lru_cache(maxsize=None)
+    @cache
     def games(cls, folder):
         """{path: (task type, splits)} of the games in a folder, without those that the official
         loader leaves out: not solvable, with a movable receptacle, with something sliced."""
@@ -649,8 +667,7 @@ class AlfworldEnv(TextEnv):
             text, won, commands = self.process.submit(
                 play_game, self.number, self.path, action
             ).result()
-        admissible = [command for command in commands if command != "help"]
-        return text, {"won": won, "admissible": admissible}
+        return text, {"won": won, "admissible": [line for line in commands if line != "help"]}
 
 
 class WebShopEnv(TextEnv):
@@ -685,7 +702,7 @@ class WebShopEnv(TextEnv):
         held = max(1, min(500, len(goals) // 5))
         self.goals = {}
         for i, goal in enumerate(goals):
-            split = ("eval", "dev", "train")[min(2, i // held)]
+            split = SPLITS[min(2, i // held)]
             text = goal["instruction_text"].strip()
             self.goals[str(i)] = (goal.get("category", "other"), (split,), text)
 
@@ -713,8 +730,9 @@ class WebShopEnv(TextEnv):
 
     def _page(self):
         page = self.shop.get_available_actions()
-        offered = [text for text in page["clickables"] if text != "search"]  # that one is dead
-        self.clickable = {" ".join(text.split()): text for text in offered}
+        self.clickable = {  # without "search", which is dead
+            " ".join(text.split()): text for text in page["clickables"] if text != "search"
+        }
         actions = [f"click[{text}]" for text in self.clickable]
         if page["has_search_bar"]:
             actions.insert(0, "search[<query>]")
@@ -742,8 +760,8 @@ class SearchEnv(TextEnv):
         "attribute": r"\b(when|where|how (many|much|old|long|tall)|what (year|date|city|number))\b",
         "direct": "",
     }
-    ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-    TAG = re.compile(r"<(?=\s*(?:/\s*)?(?:search|answer|information|think|action)\b)", re.I)
+    ACTION = re.compile(r"(?is)<(search|answer)>(.*?)</\1>")
+    TAG = re.compile(r"(?i)<(?=\s*(?:/\s*)?(?:search|answer|information|think|action)\b)")
 
     def __init__(self, max_turns=0, data="(no data named)", url="http://127.0.0.1:8000/retrieve"):
         super().__init__(max_turns)
@@ -751,7 +769,7 @@ class SearchEnv(TextEnv):
         self.goals = self.questions(data)
 
     @classmethod
-    @lru_cache(maxsize=None)
+    @cache
     def questions(cls, file):
         """{task id: (task type, (split,), question, golden answers, data set or "")} of a file."""
         goals = {}
@@ -761,17 +779,20 @@ class SearchEnv(TextEnv):
                 continue
             with naming(f"{file}, line {number}: not a row with id, question, golden_answers"):
                 row = json.loads(line)
-                question, golden = row["question"].strip(), row["golden_answers"]
-                fine = question and isinstance(golden, list) and "".join(golden).strip()
-                require(fine, "an empty one, or no list of texts")
+                question = row["question"].strip()
+                golden = row["golden_answers"]
+                require(
+                    question and isinstance(golden, list) and "".join(golden).strip(),
+                    "an empty one, or no list of texts",
+                )
                 source = str(row.get("data_source") or "")
                 task = f"{source}/{row['id']}" if source else str(row["id"])
                 require(task not in goals, "its id is that of another line")
             text = f"{question[:2000]} {source}"
             kind = next(k for k, words in cls.TYPES.items() if re.search(words, text, re.I))
             draw = random.Random(task.encode(errors="replace"))
-            of_hash = draw.choice(("eval", "dev", "train", "train", "train"))
-            goals[task] = (kind, (row.get("split") or of_hash,), question, golden, source)
+            split = row.get("split") or draw.choice(SPLITS)
+            goals[task] = (kind, (split,), question, golden, source)
         return goals
 
     def label(self, task):
@@ -853,8 +874,10 @@ def ask(url, *queries):
             time.sleep(pause)
     if len(found) == len(queries):  # else the server has read the first query alone
         return dict(zip(queries, found))
-    one_by_one = call_all([partial(ask, url, query) for query in queries], in_threads=True)
-    return {query: texts for one in one_by_one for query, texts in one.items()}
+    one_by_one = {}
+    for one in call_all([partial(ask, url, query) for query in queries], in_threads=True):
+        one_by_one |= one
+    return one_by_one
 
 
 def passages(rows):
@@ -888,8 +911,10 @@ def make_env(name, **options):
         with naming(f"--env {name} cannot be imported"):
             found = importlib.import_module(module)
             kind = getattr(found, attribute, None)
-            own = isinstance(kind, type) and issubclass(kind, TextEnv)
-            require(own, f"{found} has no class {attribute} made from envs.TextEnv")
+            require(
+                isinstance(kind, type) and issubclass(kind, TextEnv),
+                f"{found} has no class {attribute} made from envs.TextEnv",
+            )
     with naming(f"--env {name}"):
         return kind(**options)
 

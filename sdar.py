@@ -54,18 +54,18 @@ one after the other, V vocabulary, H width of the model, G episodes of a group.
 """
 
 import argparse
-import copy
 import inspect
 import json
-import math
 import os
 import re
 import sys
-import time
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import sqrt
 from pathlib import Path
+from time import perf_counter
 
 # Threads that wait must sleep: on cores that do something else, busy waiting takes several times as
 # long. OpenMP reads this when torch is imported.
@@ -78,7 +78,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from envs import SkillBank, UserError, call_all, load_skills, make_env, naming, require
+from envs import HERE, SkillBank, UserError, call_all, load_skills, make_env, naming, require
 
 # =================================== PART I: THE PAPER ===================================
 
@@ -187,10 +187,8 @@ METHODS = {  # the trained rows of the paper's Table 1, by what they change
     "rlsd": {"distil": "rlsd"},
 }
 METHOD_SETTINGS = {  # what a method changes in a preset; the toy's were chosen on the split `dev`
-    ("toy", "grpo"): {"lr": 1e-3},
-    ("toy", "opsd"): {"lr": 3e-4},
-    ("toy", "skill_sd"): {"sdar_coef": 0.1},
-    ("paper", "skill_sd"): {"sdar_coef": 0.001},
+    "toy": {"grpo": {"lr": 1e-3}, "opsd": {"lr": 3e-4}, "skill_sd": {"sdar_coef": 0.1}},
+    "paper": {"skill_sd": {"sdar_coef": 0.001}},
 }
 
 
@@ -200,7 +198,7 @@ def configure(**given):
     tiny = given.get("model", "tiny") == "tiny"
     method = given.get("method", "sdar")
     preset = given.get("preset") or ("toy" if tiny else "paper")
-    chosen = METHODS.get(method, {}) | METHOD_SETTINGS.get((preset, method), {})
+    chosen = METHODS.get(method, {}) | METHOD_SETTINGS.get(preset, {}).get(method, {})
     config = Config(**PRESETS.get(preset, {}) | chosen | given | {"preset": preset})
 
     config.out = config.out or f"runs/{config.env.split(':')[-1]}-{method}-s{config.seed}"
@@ -245,8 +243,10 @@ class Chat:
         )
         parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
         kept = parts[1::2]
-        whole = kept == marks or (self.plain and kept == marks[1:])  # tiny has no system message
-        require(whole, "its chat template moves, repeats or drops a message, or changes its text")
+        require(
+            kept == marks or (self.plain and kept == marks[1:]),  # tiny has no system message
+            "its chat template moves, repeats or drops a message, or changes its text",
+        )
 
         # The frames, in order. `begin`: before the system message, before the first observation.
         # `after`: from an observation to its answer. `between`: from an answer to the next
@@ -257,15 +257,19 @@ class Chat:
         # That may be longer than the others (Qwen3: an empty thought) or shorter (GLM: no line
         # break). The longer is taken, and the shorter must be its beginning.
         short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
-        alike = (after, self._between, self._after[: len(short)]) == (after_2, between_2, short)
-        require(alike, "its chat template frames a second turn otherwise, or its generation prompt")
+        require(
+            (after, self._between, self._after[: len(short)]) == (after_2, between_2, short),
+            "its chat template frames a second turn otherwise, or its generation prompt",
+        )
 
         # A response is finished by the template's end of turn, or by another end of the checkpoint.
         self.end_id = self._between[0]
         self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
-        fine = self.end_id in self._added.values()
-        require(fine, "its chat template closes a turn with no control token")
+        require(
+            self.end_id in self._added.values(),
+            "its chat template closes a turn with no control token",
+        )
 
     def _encode(self, text):
         """Ids of a text from outside. Whatever it contains, none of them is a control token."""
@@ -285,9 +289,11 @@ class Chat:
         The environment's examples stand before it, as turns of this conversation. A plain policy
         reads at most a line of instructions, no examples, and answers with the bare action.
         """
-        instructions, examples = env.instructions.strip(), env.examples
+        instructions = env.instructions.strip()
+        examples = env.examples
         if self.plain:
-            instructions, examples = instructions.split("\n")[0], ()
+            instructions = instructions.split("\n")[0]
+            examples = ()
         ids = list(self._begin[0])
         for frame in self._begin[1:]:  # one, or none where there is no system message
             ids += self.encode(instructions) + frame
@@ -321,7 +327,6 @@ class Episode:
     invalid: int = 0  # turns whose answer held no action that could be read
     reward: float = 0.0  # raw: 0 or 1
     won: bool = False
-    running: bool = True
 
     def add(self, ids, sampled):
         """Append ids to the conversation. sampled: 1 if the policy chose them, else 0."""
@@ -359,8 +364,11 @@ class Episode:
 
 def padded(rows, device="cpu", side="right"):
     """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows],
+        batch_first=True,
+        padding_side=side,
+    ).to(device)
 
 
 def forward_dtype(model, config):
@@ -394,11 +402,10 @@ class Sampler:
             episode.read = len(episode.ids)
         new = padded([[1] * len(row) for row in rows], device, "left")
         self.real = new if self.real is None else torch.cat([self.real, new], 1)
-        positions = self.real.cumsum(1)[:, -new.shape[1] :] - 1  # holes do not count
         output = self.model(
             input_ids=padded(rows, device, "left"),
             attention_mask=self.real,
-            position_ids=positions.clamp(min=0),
+            position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],  # skip holes
             use_cache=True,
             logits_to_keep=1,
             **self.cache,  # under the name that this transformers gives the argument
@@ -412,14 +419,14 @@ class Sampler:
         neighbours, as it would with one generator for the batch."""
         logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
         cdf = logprobs.exp().cumsum(-1)
-        uniform = torch.tensor(uniform, device=logits.device)[:, None]
+        uniform = logits.new_tensor(uniform)[:, None]
         chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)  # its end: 1, rounded
         chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
-        return chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
+        return chosen.flatten().tolist(), logprobs.gather(1, chosen).flatten().tolist()
 
     def keep(self, rows):
         """The batch becomes these rows of it."""
-        rows = torch.tensor(rows, device=self.real.device)
+        rows = self.real.new_tensor(rows)
         for cache in self.cache.values():
             cache.reorder_cache(rows)
         self.real = self.real[rows]
@@ -434,17 +441,17 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
     """
     if config.dtype == "bfloat16":  # a copy, cast once: autocast would cast at every token
-        model = copy.deepcopy(model)
+        model = deepcopy(model)
         for weight in model.parameters():
             weight.data = weight.data.bfloat16()
     episodes = []
     progress = tqdm(desc="playing", delay=2, leave=False)
-    for first in range(0, len(starts), len(envs)):
-        now = starts[first : first + len(envs)]
+    for now in in_parts(starts, len(envs)):
         resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, now)]
-        playing = []
-        for env, start, result in zip(envs, now, call_all(resets, envs[0].slow)):
-            playing.append(start_episode(chat, env, start, result, with_skill))
+        playing = [
+            start_episode(chat, env, start, result, with_skill)
+            for env, start, result in zip(envs, now, call_all(resets, envs[0].slow))
+        ]
         episodes += playing
         longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
         room = model.config.max_position_embeddings - config.max_new_tokens  # later turns: see act
@@ -454,8 +461,7 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         sampler = Sampler(model, temperature)
         while playing:
             responses = answer(sampler, chat, playing, config)
-            act(chat, playing, responses, model.config.max_position_embeddings, config)
-            rows = [row for row, episode in enumerate(playing) if episode.running]
+            rows = act(chat, playing, responses, model.config.max_position_embeddings, config)
             progress.update(len(responses))
             playing = [playing[row] for row in rows]
             if playing:
@@ -465,7 +471,8 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
 
 def start_episode(chat, env, start, result, with_skill):
     """The Episode after its first observation. result: what env.reset returned."""
-    (_, seed, numbers), (observation, info) = start, result
+    _, seed, numbers = start
+    observation, info = result
     env.plain = chat.plain
     skills = env.bank.retrieve(info["task"], info["task_type"], seed)
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
@@ -498,12 +505,11 @@ def as_read(chat, observation, info):
 def answer(sampler, chat, episodes, config):
     """Sample a response to each conversation, and append it. Who has finished waits for the
     slowest. Returns the responses' texts."""
-    size = config.max_new_tokens
-    uniforms = np.stack([episode.random.random(size, dtype=np.float32) for episode in episodes])
+    draws = [episode.random.random(config.max_new_tokens, np.float32) for episode in episodes]
     for episode in episodes:
         episode.begin = len(episode.ids)
-    talking = list(range(len(episodes)))  # rows
-    for uniform in uniforms.T:
+    talking = range(len(episodes))  # rows
+    for uniform in np.transpose(draws):
         ids, logprobs = sampler.draw(sampler.feed(episodes), uniform)
         for row in talking:
             episodes[row].add([ids[row]], sampled=1)
@@ -530,12 +536,14 @@ def has_answered(chat, episode):
 
 def act(chat, episodes, responses, context, config):
     """The environments read an action out of each response and reply. The reply becomes the next
-    prompt. An episode that would fill the model's context ends."""
+    prompt. An episode that would fill the model's context ends. Returns the rows of those that go
+    on."""
     envs = [episode.env for episode in episodes]
     actions, readable = zip(*[env.parse(text) for env, text in zip(envs, responses)])
     results = envs[0].step_all(envs, actions)
 
-    for episode, could_read, result in zip(episodes, readable, results):
+    running = []  # rows
+    for row, (episode, could_read, result) in enumerate(zip(episodes, readable, results)):
         observation, reward, terminated, truncated, info = result
         episode.turns += 1
         episode.invalid += not (could_read and info["valid"])  # for parse, for the environment
@@ -544,10 +552,11 @@ def act(chat, episodes, responses, context, config):
 
         # The reply is all that is added to the conversation here. It is not sampled: its mask is 0.
         prompt = chat.next(as_read(chat, observation, info), episode.ids[-1])
-        needed = len(episode.ids) + len(prompt) + len(episode.skill_ids) + config.max_new_tokens
-        episode.running = not (terminated or truncated or needed > context)
-        if episode.running:
+        needed = len(episode.ids + prompt + episode.skill_ids) + config.max_new_tokens
+        if not (terminated or truncated or needed > context):
             episode.add(prompt, sampled=0)
+            running.append(row)
+    return running
 
 
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) ------------------------------
@@ -575,12 +584,13 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
             return kernel(logits, ids, temperature)
         logprobs = torch.log_softmax(logits.float() / temperature, -1)  # (rows, V)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, ids[:, None])[:, 0], entropy
+        return logprobs.gather(1, ids[:, None]).flatten(), entropy
 
-    rows = max(1, LOGITS_AT_ONCE // len(head_weight))
-    chunks = []
-    for part in zip(hidden.split(rows), ids.split(rows)):
-        chunks.append(checkpoint(chunk, *part, use_reentrant=False))
+    rows = LOGITS_AT_ONCE // len(head_weight)
+    chunks = [
+        checkpoint(chunk, *part, use_reentrant=False)
+        for part in zip(hidden.split(rows), ids.split(rows))
+    ]
     logprobs, entropy = zip(*chunks)
     return torch.cat(logprobs), torch.cat(entropy)
 
@@ -617,8 +627,12 @@ def in_parts(rows, size):
 @torch.no_grad()
 def score(model, episodes, config, with_skill=False):
     """Log-probs (N,) of all sampled tokens of a step's episodes, without a graph."""
-    parts = in_parts(episodes, config.micro_batch)
-    return torch.cat([response_logprobs(model, part, config, with_skill)[0] for part in parts])
+    return torch.cat(
+        [
+            response_logprobs(model, part, config, with_skill)[0]
+            for part in in_parts(episodes, config.micro_batch)
+        ]
+    )
 
 
 # --- 5. Objectives (paper, sections 2.2 to 2.4): pure functions on (N,) tensors ----------
@@ -743,8 +757,9 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 def rewards_of(episodes, config):
     """Rewards less the penalties, (groups, G). Rows are groups, since the episodes of a group stand
     one after the other and none is dropped."""
-    rewards = [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
-    return torch.tensor(rewards).view(-1, config.group_size)
+    return torch.tensor(
+        [episode.reward - config.invalid_penalty * episode.invalid for episode in episodes]
+    ).view(-1, config.group_size)
 
 
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}  # mean nats per token by which two passes may differ
@@ -762,9 +777,11 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     # step has made nan are refused here, too.
     old = score(model, episodes, config)
     sampled = sum([episode.logprobs for episode in episodes], [])
-    drift = (old - torch.tensor(sampled, device=old.device)).abs().mean()
-    message = f"ids sampled are not ids scored ({drift:.2g} nats apart); or --lr was too large"
-    require(drift < DRIFT[config.dtype], message)
+    drift = (old - old.new_tensor(sampled)).abs().mean()
+    require(
+        drift < DRIFT[config.dtype],
+        f"ids sampled are not ids scored ({drift:.2g} nats apart); or --lr was too large",
+    )
     batch = {"old": old}
     if config.kl_coef:
         batch["ref"] = score(start_policy, episodes, config)
@@ -787,9 +804,9 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
         batch["advantages"] = rlsd_advantages(batch["advantages"], gap, mix)
     if config.retrieval == "ucb":  # what the skills were worth; all environments share one bank
-        gaps = torch.stack([of_episode.mean() for of_episode in gap.split(lengths.tolist())])
-        gaps = gaps.view(-1, config.group_size)
-        episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps.tolist())
+        gaps = [of_episode.mean().item() for of_episode in gap.split(lengths.tolist())]
+        gaps = in_parts(gaps, config.group_size)  # rows are groups
+        episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps)
     return batch
 
 
@@ -834,8 +851,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
     # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
     # group.
-    order = rng.permutation(len(episodes))
-    parts = np.array_split(order, min(config.minibatches, len(order)))
+    parts = np.array_split(rng.permutation(len(episodes)), min(config.minibatches, len(episodes)))
     for chosen in parts:
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
@@ -843,16 +859,15 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         for layer in model.modules():  # those that checkpoint do so only in training; no dropout
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
-            micro = [episodes[row] for row in rows]
             tokens = {}
             for name, values in by_episode.items():
                 tokens[name] = torch.cat([values[row] for row in rows])
-            terms = objective(model, micro, tokens, config)
-            # A term has a value for each token; an experiment's may be one for all, a mean.
-            terms = {name: values.expand_as(tokens["old"]) for name, values in terms.items()}
+            terms = objective(model, [episodes[row] for row in rows], tokens, config)
+            for name in terms:
+                # A term has a value for each token; an experiment's may be one for all, a mean.
+                terms[name] = terms[name].expand_as(tokens["old"])
+                metrics[name] += terms[name].float().sum().item() / len(batch["old"])
             (terms["loss"].sum() / total).backward()
-            for name, values in terms.items():
-                metrics[name] += values.float().sum().item() / len(batch["old"])
         model.eval()
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -880,7 +895,8 @@ def evaluate(model, chat, envs, config):
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
-    alone, skilled = play(with_skill=False), play(with_skill=True)
+    alone = play()
+    skilled = play(with_skill=True)
 
     by_type = {}
     for (task, _), unaided, helped in zip(panel, alone, skilled):
@@ -902,10 +918,11 @@ def evaluate(model, chat, envs, config):
 def draw_starts(env, config, step, rng):
     """A step's starts (task, seed, numbers), group after group: each task that is drawn is played
     group_size times, from one state."""
-    tasks, n = env.tasks("train"), config.tasks_per_step
+    tasks = env.tasks("train")
+    n = config.tasks_per_step
     starts = []
     for index in rng.choice(len(tasks), n, replace=len(tasks) < n):
-        seed = int(rng.integers(10**6))
+        seed = int(rng.integers(1_000_000))
         for _ in range(config.group_size):
             starts.append((tasks[index], seed, (3, config.seed, step, len(starts))))
     return starts
@@ -919,42 +936,44 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     stopped and resumed: nothing is drawn from a generator that lives longer than a step. The other
     arguments are for experiments: .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
+    env = envs[0]  # they all have the same tasks, and share one skill bank
     model, chat = load_policy(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    start_policy = copy.deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
+    start_policy = deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
     teacher = start_policy if config.teacher == "frozen" else model
     room = getattr(model.config, "max_position_embeddings", 0)
-    fits = envs[0].max_turns * config.max_new_tokens < room
+    fits = env.max_turns * config.max_new_tokens < room
     require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {room}")
 
-    done = load_checkpoint(config, model, optimizer, envs[0].bank)
+    done = load_checkpoint(config, model, optimizer, env.bank)
     if done == 0:
-        began = time.perf_counter()
+        began = perf_counter()
         metrics = evaluate(model, chat, envs, config)
-        say_before(config, metrics, time.perf_counter() - began)
+        say_before(config, metrics, perf_counter() - began)
     for step in tqdm(range(done + 1, config.steps + 1), config.method):
         # Play: the tasks of this step, each by a group of episodes.
-        clock = [time.perf_counter()]
+        clock = [perf_counter()]
         rng = np.random.default_rng([2, config.seed, step])
-        starts = draw_starts(envs[0], config, step, rng)
+        starts = draw_starts(env, config, step, rng)
         episodes = rollout(model, chat, envs, starts, config, config.temperature, config.skilled)
 
         # Score: the sampled tokens as the student and, with the skill, the teacher read them.
-        clock.append(time.perf_counter())
+        clock.append(perf_counter())
         batch = step_batch(model, start_policy, teacher, episodes, config, step, score)
 
         # Learn: some optimiser steps on this one batch.
-        clock.append(time.perf_counter())
+        clock.append(perf_counter())
         metrics = update(model, optimizer, episodes, batch, config, rng, objective)
-        clock.append(time.perf_counter())
+        clock.append(perf_counter())
 
         # Look: the held-out panel, the log, a checkpoint.
-        last, result = step == config.steps, {}
+        last = step == config.steps
+        result = {}
         if last or (config.eval_every and step % config.eval_every == 0):
             result = evaluate(model, chat, envs, config)
         metrics = log_step(config, step, episodes, metrics, result, clock)
         if last or step % config.save_every == 0:
-            save_checkpoint(config, model, chat, optimizer, envs[0].bank, step)
+            save_checkpoint(config, model, chat, optimizer, env.bank, step)
     return metrics
 
 
@@ -964,7 +983,6 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
 #
 # Bad input ends here, in one line that names the thing and the fix, before anything is written.
 
-HERE = Path(__file__).resolve().parent
 TINY_FOLDER = HERE / ".assets/tiny-policy"
 CHOICES = {
     "preset": PRESETS,
@@ -990,20 +1008,22 @@ def flag(name):
 def check_config(config):
     """Make every setting a value of its own type. UserError for one that no run could use, or for
     two that make no sense together."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        with naming(f"{flag(f.name)} {value!r}"):
-            typed = f.type(value)
-            if f.type is str:
+    for name, kind in Config.__annotations__.items():
+        value = getattr(config, name)
+        with naming(f"{flag(name)} {value!r}"):
+            typed = kind(value)
+            if kind is str:
                 require(typed.isprintable(), "it holds a character that cannot be written")
                 typed = os.path.expanduser(typed)
             else:
-                least = 1e-9 if f.name in POSITIVE else 0
-                fine = float(value) == typed and least <= typed <= 1e9
-                require(fine, f"must be {f.type.__name__}, from {least:g} to 1e9")
-            choices = CHOICES.get(f.name, [typed])
+                least = 1e-9 if name in POSITIVE else 0
+                require(
+                    float(value) == typed and least <= typed <= 1e9,
+                    f"must be {kind.__name__}, from {least:g} to 1e9",
+                )
+            choices = CHOICES.get(name, [typed])
             require(typed in choices, f"known are {', '.join(map(str, choices))}")
-            setattr(config, f.name, typed)
+            setattr(config, name, typed)
 
     require(config.group_size > 1, "--group-size: at least 2, an advantage compares")
     require(config.lr <= 1, "--lr: at most 1, every weight moves by about so much a step")
@@ -1012,14 +1032,18 @@ def check_config(config):
         require(config.retrieval != "ucb", "--retrieval ucb learns from a teacher: there is none")
     else:
         require(not config.skilled, "--skilled: the teacher would read what the student reads")
-    distils = config.sdar_coef and config.distil in ("gate", "skill_sd")
     require(
-        config.policy_coef or distils, "--policy-coef 0 and no distillation: nothing is learned"
+        config.policy_coef or config.sdar_coef and config.distil in ("gate", "skill_sd"),
+        "--policy-coef 0 and no distillation: nothing is learned",
     )
-    there = getattr(torch, config.device).is_available()
-    require(there, f"--device: there is no {config.device.upper()} device here")
-    may_compile = config.device == "cuda" or not config.kernel
-    require(may_compile, "--kernel is for CUDA: it needs --device cuda")
+    require(
+        getattr(torch, config.device).is_available(),
+        f"--device: there is no {config.device.upper()} device here",
+    )
+    require(
+        config.device == "cuda" or not config.kernel,
+        "--kernel is for CUDA: it needs --device cuda",
+    )
 
 
 def make_envs(config, skill_bank=SkillBank):
@@ -1031,8 +1055,10 @@ def make_envs(config, skill_bank=SkillBank):
         envs[0].tasks("train")  # there are none? say so now
     envs[0].tasks(config.eval_split)
     skills = load_skills(config.skills) if config.skills else envs[0].skills
-    fine = skills or config.distil == "none" and not config.skilled
-    require(fine, f"{config.env} has no skills, so nobody knows more: --skills FILE, or grpo")
+    require(
+        skills or config.distil == "none" and not config.skilled,
+        f"{config.env} has no skills, so nobody knows more: --skills FILE, or grpo",
+    )
     bank = skill_bank(skills, config.retrieval)
     for env in envs:
         env.bank = bank
@@ -1044,32 +1070,36 @@ def load_policy(config):
 
     Weights are float32, whatever the files hold: small steps would be lost in bfloat16. --dtype
     chooses what forward passes compute in."""
-    import transformers  # here, since it takes seconds
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, since it takes seconds
+    from transformers.utils import logging
 
     # Attention on a card: cuDNN's makes a new plan for every new length, and so for every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    transformers.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     path = config.model
     if path == "tiny":
         path = str(TINY_FOLDER)
         torch.set_num_threads(1)  # a second one is no faster, and on busy cores much slower
-        transformers.utils.logging.disable_progress_bar()
+        logging.disable_progress_bar()
     with naming(f"--model {path} cannot be used"):
         require(
             not Path(path, "adapter_config.json").exists(),
             "merge its LoRA adapter first, peft: merge_and_unload",
         )
         for file in Path(path).glob("*.[js]*"):
-            pointer = file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()
-            require(not pointer, f"{file.name} is a pointer of git-lfs, not the file: git lfs pull")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            require(
+                file.stat().st_size >= 1000 or b"git-lfs" not in file.read_bytes(),
+                f"{file.name} is a pointer of git-lfs, not the file: git lfs pull",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path)
         require(tokenizer.tokenize("go"), "copy the tokenizer's files into it, too")
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         missing = report["missing_keys"]  # the library would draw them at random
         require(not missing, f"its files lack the tensor {min(missing, default='')}")
-        ids, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+        ids = max(tokenizer.get_vocab().values())
+        rows = len(model.get_input_embeddings().weight)
         require(ids < rows, f"its tokenizer has {ids + 1} ids, its embedding only {rows} rows")
         chat = Chat(tokenizer, model.generation_config.eos_token_id)
         model.generation_config.do_sample = True  # else some are not saved: transformers 5.17
@@ -1112,12 +1142,17 @@ def load_checkpoint(config, model, optimizer, bank):
     if not (config.steps or config.resume):
         return 0
     folder = Path(config.out)
-    log, path = folder / "metrics.jsonl", folder / "state.pt"
+    log = folder / "metrics.jsonl"
+    path = folder / "state.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    kept = Path(config.model).resolve() != (folder / "checkpoint").resolve()
-    require(kept, "--out would overwrite --model: take another folder")
-    free = (config.resume or config.overwrite) and log.exists() or not any(folder.iterdir())
-    require(free, f"--out {folder} is not empty: --resume or --overwrite the run in it")
+    require(
+        Path(config.model).resolve() != (folder / "checkpoint").resolve(),
+        "--out would overwrite --model: take another folder",
+    )
+    require(
+        (config.resume or config.overwrite) and log.exists() or not any(folder.iterdir()),
+        f"--out {folder} is not empty: --resume or --overwrite the run in it",
+    )
     if not (config.resume and path.exists()):
         return 0
 
@@ -1126,10 +1161,13 @@ def load_checkpoint(config, model, optimizer, bank):
         step = state["step"]
         require(step < config.steps, f"all of its {step} steps are done, raise --steps")
         for name in vars(config) | state["config"]:  # an experiment may have written more into it
-            value, was = vars(config).get(name), state["config"].get(name)
-            same = os.path.realpath(f"{value}") == os.path.realpath(f"{was}")  # as paths
-            message = f"{flag(name)} was {was!r}, now it is {value!r}"
-            require(same or name in MAY_DIFFER, message)
+            value = vars(config).get(name)
+            was = state["config"].get(name)
+            require(
+                name in MAY_DIFFER
+                or os.path.realpath(f"{value}") == os.path.realpath(f"{was}"),  # as paths
+                f"{flag(name)} was {was!r}, now it is {value!r}",
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         bank.arms = state["arms"]
@@ -1154,7 +1192,7 @@ def save_checkpoint(config, model, chat, optimizer, bank, step):
         chat.tokenizer.save_pretrained(folder / "checkpoint")
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         torch.save(state, folder / "state.new")  # last: a run killed before this writes all again
-        os.replace(folder / "state.new", folder / "state.pt")
+        (folder / "state.new").replace(folder / "state.pt")
 
 
 def log_step(config, step, episodes, metrics, result, clock):
@@ -1177,7 +1215,7 @@ def log_step(config, step, episodes, metrics, result, clock):
         "turns": turns,
         "invalid_rate": invalid / turns,
         "response_tokens": tokens,
-        "flat_groups": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+        "flat_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "seconds_rollout": seconds[0],
         "seconds_score": seconds[1],
         "seconds_update": seconds[2],
@@ -1200,7 +1238,7 @@ def wilson(wins, n, z=1.96):
     is right near 0 and 1, where a trained policy ends (Wilson, JASA 22, 1927)."""
     total = n + z * z
     middle = (wins + z * z / 2) / total
-    half = z / total * math.sqrt(wins * (n - wins) / n + z * z / 4)
+    half = z / total * sqrt(wins * (n - wins) / n + z * z / 4)
     return max(0.0, middle - half), middle + half
 
 
@@ -1215,7 +1253,8 @@ def say_success(title, result):
 def say_before(config, result, seconds):
     """Say what the evaluation before training, which took so many seconds, tells of the run."""
     say_success("before", result)
-    alone, valid = result["success"], result["valid"]
+    alone = result["success"]
+    valid = result["valid"]
     an_episode = seconds / result["episodes"] / 2
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
     tqdm.write(
@@ -1277,11 +1316,16 @@ def make_parser(usage="python sdar.py [flags]", **more):
         **more,
     )
     help = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
-    for f in fields(Config):
-        names = [flag(f.name), *SYMBOLS.get(f.name, "").split()]
-        on_off = argparse.BooleanOptionalAction  # --resume, and --no-resume
-        kind = {"action": on_off} if f.type is bool else {"metavar": "VALUE"}
-        parser.add_argument(*names, dest=f.name, help=f"{help[f.name]} [{f.default}]", **kind)
+    for name, kind in Config.__annotations__.items():
+        # A switch is --resume or --no-resume.
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": "VALUE"}
+        parser.add_argument(
+            flag(name),
+            *SYMBOLS.get(name, "").split(),
+            dest=name,
+            help=f"{help[name]} [{getattr(Config, name)}]",
+            **how,
+        )
     return parser
 
 
@@ -1306,7 +1350,8 @@ def run(command, *arguments):
             "or a smaller --model"
         )
     except KeyboardInterrupt:
-        message, code = "stopped; a run that trains goes on with --resume", 130
+        message = "stopped; a run that trains goes on with --resume"
+        code = 130
     print(f"{Path(sys.argv[0]).name}:", *str(message).splitlines(), file=sys.stderr)
     return code
 

@@ -107,8 +107,8 @@ def check_settings():
     versions = (ROOT / "requirements.txt").read_text()
     for name, low, high in re.findall("(torch|transformers)>=(.*),<=(.*)", versions):
         assert f"{name} {low} to {high}" in FRONT.replace("PyTorch", "torch")
-    for field in sdar.fields(sdar.Config):
-        assert f"`{field.name}`" in MODELS, field.name
+    for name in vars(sdar.Config()):
+        assert f"`{name}`" in MODELS, name
     said = dict(re.findall(r"(\w+): .* paper: (.*)", inspect.getsource(sdar.Config)))
     assert said == {name: str(value) for name, value in sdar.PRESETS["paper"].items()}
 
