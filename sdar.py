@@ -454,8 +454,10 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         ]
         episodes += playing
         longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
-        room = model.config.max_position_embeddings - config.max_new_tokens  # later turns: see act
-        require(longest <= room, f"a first prompt of {longest} ids fills the model's context")
+        require(  # of later turns: see act
+            longest + config.max_new_tokens <= model.config.max_position_embeddings,
+            f"a first prompt of {longest} ids fills the model's context",
+        )
 
         # One cache for these episodes: a row leaves it when its episode has ended.
         sampler = Sampler(model, temperature)
@@ -942,8 +944,10 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     start_policy = deepcopy(model)  # before a checkpoint is loaded; the KL pulls to it
     teacher = start_policy if config.teacher == "frozen" else model
     room = getattr(model.config, "max_position_embeddings", 0)
-    fits = env.max_turns * config.max_new_tokens < room
-    require(fits, f"--max-turns x --max-new-tokens do not fit the model's context of {room}")
+    require(
+        env.max_turns * config.max_new_tokens < room,
+        f"--max-turns x --max-new-tokens do not fit the model's context of {room}",
+    )
 
     done = load_checkpoint(config, model, optimizer, env.bank)
     if done == 0:
@@ -1257,20 +1261,18 @@ def say_before(config, result, seconds):
     valid = result["valid"]
     an_episode = seconds / result["episodes"] / 2
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
-    tqdm.write(
+    print(
         f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode, some {hours:.2g} "
         f"hours to play {config.steps} steps, and up to four times that to learn"
     )
     taught = config.distil != "none"
     helps = result["success_skill"] > alone and (taught or config.skilled)
     if valid < 0.5:
-        tqdm.write(
-            "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
-        )
+        print("Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format")
     if taught and not helps:
-        tqdm.write("Warning: the skill does not help: nobody knows better; take other --skills")
+        print("Warning: the skill does not help: nobody knows better; take other --skills")
     if alone in (0, 1) and not helps:
-        tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
+        print("Warning: all episodes end alike; take other tasks, or more --max-turns")
 
 
 # --- 10. Command line --------------------------------------------------------------------
