@@ -362,6 +362,11 @@ class Episode:
 # All this is for speed: at a first reading go on to `rollout`.
 
 
+def in_parts(rows, size):
+    """The list cut into parts of at most `size`."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def padded(rows, device="cpu", side="right"):
     """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
     return pad_sequence(
@@ -619,11 +624,6 @@ def response_logprobs(model, episodes, config, with_skill=False):
             config.temperature,
             load_kernel(config.dtype) if config.kernel else None,
         )
-
-
-def in_parts(rows, size):
-    """The list cut into parts of at most `size`."""
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 @torch.no_grad()
