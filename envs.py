@@ -192,7 +192,7 @@ def load_skills(file):
 
 # --- What every environment shares -------------------------------------------------------
 
-SPLITS = ("eval", "dev", "train", "train", "train")  # of the fifths of an environment's tasks
+SPLITS = ("eval", "dev", "train", "train", "train")  # a fifth of the tasks each, WebShop apart
 
 # What environments tell their players: {environment: attributes that its objects get}.
 TEXTS = HERE / ".assets/environments.json"
@@ -702,7 +702,7 @@ class WebShopEnv(TextEnv):
         held = max(1, min(500, len(goals) // 5))
         self.goals = {}
         for i, goal in enumerate(goals):
-            split = SPLITS[min(2, i // held)]
+            split = SPLITS[min(2, i // held)]  # all behind the first two parts: train
             text = goal["instruction_text"].strip()
             self.goals[str(i)] = (goal.get("category", "other"), (split,), text)
 

@@ -410,7 +410,8 @@ class Sampler:
         output = self.model(
             input_ids=padded(rows, device, "left"),
             attention_mask=self.real,
-            position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],  # skip holes
+            # A position is how many tokens stand before: holes do not count.
+            position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
             **self.cache,  # under the name that this transformers gives the argument
@@ -459,7 +460,7 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         ]
         episodes += playing
         longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
-        require(  # of later turns: see act
+        require(  # here of the first turn; act looks at the later ones
             longest + config.max_new_tokens <= model.config.max_position_embeddings,
             f"a first prompt of {longest} ids fills the model's context",
         )
@@ -573,7 +574,7 @@ def act(chat, episodes, responses, context, config):
 # nothing else: student and teacher stand at different places of different sequences, but token n of
 # the one is token n of the other.
 
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32
+LOGITS_AT_ONCE = 2**26  # 256 MB in float32; more than any vocabulary
 
 
 def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
@@ -865,11 +866,11 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
             for name, values in by_episode.items():
                 tokens[name] = torch.cat([values[row] for row in rows])
             terms = objective(model, [episodes[row] for row in rows], tokens, config)
-            for name in terms:
-                # A term has a value for each token; an experiment's may be one for all, a mean.
-                terms[name] = terms[name].expand_as(tokens["old"])
-                metrics[name] += terms[name].float().sum().item() / len(batch["old"])
+            # A term has a value for each token; an experiment's may be one for all, a mean.
+            terms = {name: values.expand_as(tokens["old"]) for name, values in terms.items()}
             (terms["loss"].sum() / total).backward()
+            for name, values in terms.items():
+                metrics[name] += values.float().sum().item() / len(batch["old"])
         model.eval()
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -1037,7 +1038,7 @@ def check_config(config):
     else:
         require(not config.skilled, "--skilled: the teacher would read what the student reads")
     require(
-        config.policy_coef or config.sdar_coef and config.distil in ("gate", "skill_sd"),
+        config.policy_coef or (config.sdar_coef and config.distil in ("gate", "skill_sd")),
         "--policy-coef 0 and no distillation: nothing is learned",
     )
     require(
@@ -1060,7 +1061,7 @@ def make_envs(config, skill_bank=SkillBank):
     envs[0].tasks(config.eval_split)
     skills = load_skills(config.skills) if config.skills else envs[0].skills
     require(
-        skills or config.distil == "none" and not config.skilled,
+        skills or (config.distil == "none" and not config.skilled),
         f"{config.env} has no skills, so nobody knows more: --skills FILE, or grpo",
     )
     bank = skill_bank(skills, config.retrieval)
@@ -1074,8 +1075,7 @@ def load_policy(config):
 
     Weights are float32, whatever the files hold: small steps would be lost in bfloat16. --dtype
     chooses what forward passes compute in."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, since it takes seconds
-    from transformers.utils import logging
+    from transformers.utils import logging  # here, since it takes seconds
 
     # Attention on a card: cuDNN's makes a new plan for every new length, and so for every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1086,6 +1086,8 @@ def load_policy(config):
         torch.set_num_threads(1)  # a second one is no faster, and on busy cores much slower
         logging.disable_progress_bar()
     with naming(f"--model {path} cannot be used"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         require(
             not Path(path, "adapter_config.json").exists(),
             "merge its LoRA adapter first, peft: merge_and_unload",
@@ -1154,7 +1156,7 @@ def load_checkpoint(config, model, optimizer, bank):
         "--out would overwrite --model: take another folder",
     )
     require(
-        (config.resume or config.overwrite) and log.exists() or not any(folder.iterdir()),
+        ((config.resume or config.overwrite) and log.exists()) or not any(folder.iterdir()),
         f"--out {folder} is not empty: --resume or --overwrite the run in it",
     )
     if not (config.resume and path.exists()):
@@ -1261,18 +1263,20 @@ def say_before(config, result, seconds):
     valid = result["valid"]
     an_episode = seconds / result["episodes"] / 2
     hours = an_episode * config.steps * config.tasks_per_step * config.group_size / 3600
-    print(
+    tqdm.write(
         f"{valid:.0%} of the answers are valid; {an_episode:.2g} s an episode, some {hours:.2g} "
         f"hours to play {config.steps} steps, and up to four times that to learn"
     )
     taught = config.distil != "none"
     helps = result["success_skill"] > alone and (taught or config.skilled)
     if valid < 0.5:
-        print("Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format")
+        tqdm.write(
+            "Warning: most answers are not valid; .lab/warmstart.py teaches the toy's format"
+        )
     if taught and not helps:
-        print("Warning: the skill does not help: nobody knows better; take other --skills")
+        tqdm.write("Warning: the skill does not help: nobody knows better; take other --skills")
     if alone in (0, 1) and not helps:
-        print("Warning: all episodes end alike; take other tasks, or more --max-turns")
+        tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
 
 
 # --- 10. Command line --------------------------------------------------------------------

@@ -37,7 +37,7 @@ def budget():
     part_1, part_2 = source.split("PART II")
     yield "nodes of sdar.py, Part I", nodes(ast.parse(part_1)), 3400
     # 4,600, and what busy cores, paths, cards and templates took.
-    yield "nodes of sdar.py", size("sdar.py"), 4610
+    yield "nodes of sdar.py", size("sdar.py"), 4620
     yield "nodes of envs.py", size("envs.py"), 3500
     yield "nodes of test_sdar.py", size("test_sdar.py"), 6500
     tests = size(".lab/tests/*.py")

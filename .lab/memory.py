@@ -30,11 +30,11 @@ def sizes(config, tokens, weights, layers, width, keys):
     # What goes into each layer is kept, in float32; of a chunk of logits there are six copies.
     inputs = 4 * config.micro_batch * tokens * layers * width / 1e9
     a_pass = inputs + 6 * 4 * sdar.LOGITS_AT_ONCE / 1e9 + cast
-    copy = 4 * weights  # the gradient; AdamW's own step; what a rollout casts to bfloat16
-    learning = state + copy + max(a_pass, copy)
+    gradient = step = copied = 4 * weights  # AdamW's own step; a rollout's copy before it is cast
+    learning = state + gradient + max(a_pass, step)
 
     cache = 2 * 2 * config.rollout_batch * tokens * layers * keys / 1e9  # keys, values: two bytes
-    playing = state + max(cast + cache, copy)
+    playing = state + max(cast + cache, copied)
     return state, a_pass, learning, cache, playing
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "experiments")]  # a run may be in its households
+sys.path[:0] = [str(HERE.parent), str(HERE / "experiments")]  # a run's env may be households:...
 import player
 import plots
 

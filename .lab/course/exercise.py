@@ -102,7 +102,8 @@ def hint(name, level="1"):
 
 
 def check(name="", *, answers="answers"):
-    """Judge an answer: what is wrong, and what that means. Without a name, all of them."""
+    """Judge an answer: returns what is wrong, and what that means. Without a name it prints that
+    of all of them, and returns the exit code."""
     if not name:  # each by itself: one that cannot be used stops no other
         each = [["check", path.stem, "--answers", answers] for path in handed_in(answers)]
         return max(sdar.run(call, words) for words in each)

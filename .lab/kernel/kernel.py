@@ -2,7 +2,8 @@
 
 A row of Qwen's logits holds 151,936 numbers; PyTorch reads and writes it several times for
 log-softmax, entropy and their gradient. The kernel reads it once forward and once backward: what
-limits it is reading. Its source, logprobs.cu, explains how. on_cpu.py runs it without a GPU.
+limits it is reading. Its source, logprobs.cu, explains how. With on_cpu.py the tests run it without
+a GPU.
 """
 
 from functools import lru_cache

@@ -1,6 +1,6 @@
 """The CUDA kernel's own source, run by the threads of a CPU, and compared with float64:
 
-    python -m pytest -q .lab/tests/test_kernel.py
+    python -m pytest -q -rs .lab/tests/test_kernel.py
 
 For whoever has no GPU and wants to change what logprobs.cu computes. g++ compiles it with stand-ins
 for CUDA's words (cuda_on_cpu.cpp). It says nothing about speed.

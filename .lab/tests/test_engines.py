@@ -115,6 +115,7 @@ def test_a_shop_does_what_its_page_offers_and_half_a_score_is_no_win():
     world, other = (make_env("webshop", data=DATA / "webshop") for _ in "ab")
     assert [world.tasks(split)[0] for split in ("train", "dev", "eval")] == ["20", "10", "0"]
     assert world.shop.server is other.shop.server
+    assert world.longest > 3000
     assert world.shop.server.goals[0]["price"] == random.Random(233).random()
     world.reset("1")
     for action, expected in table(SHOPPING):

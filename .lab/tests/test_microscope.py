@@ -74,10 +74,10 @@ def test_hostile_text_is_shown_as_text(tmp_path, capsys):
     assert "<script" not in (tmp_path / "page.html").read_text()
 
 
-def test_a_runs_start_and_end_have_one_scale(look, tmp_path):
-    sdar.GATES["own"] = sdar.GATES["gap"]
-    trained(tmp_path, max_turns=10, gate="own")
-    del sdar.GATES["own"]  # the instrument does not know it
+def test_a_runs_start_and_end_have_one_scale(look, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # the instrument does not know it
+        patch.setitem(sdar.GATES, "own", sdar.GATES["gap"])
+        trained(tmp_path, max_turns=10, gate="own")
     printed, page = look(f"--run {tmp_path}/run")
     said = r"(start|end): won \d of 8 \(\d+\.\d%\), mean gap -\d\.\d{3} nats\n"
     assert re.findall(said, printed) == ["start", "end"]
