@@ -42,7 +42,7 @@ def budget():
     yield "nodes of test_sdar.py", size("test_sdar.py"), 6500
     tests = size(".lab/tests/*.py")
     # 6,500, and tests of what is named below.
-    yield "nodes of .lab/tests", tests, 7000
+    yield "nodes of .lab/tests", tests, 7010
     rest = size(".lab/**/*.py") + size(".ci/*.py") - tests
     # 15,000, and what came later: probe, tables from data, a language model's imitation, practice.
     yield "nodes of .lab and .ci, without tests", rest, 15850

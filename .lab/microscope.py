@@ -203,7 +203,7 @@ def show_run(folder, page):
     """Gaps of a batch of tasks, played by a run's start policy and by its last one: their
     histogram, and means by turn and by place in a turn; as text and as a page."""
     settings, _ = plots.read_run(folder)
-    # The run may be another machine's, of an own method or gate, and with an experiment's settings.
+    # The run may be another machine's, and have a method, a gate or settings of its own.
     settings = {name: settings[name] for name in vars(sdar.Config()) if name in settings}
     here = {"device": "", "kernel": False, "method": "sdar", "gate": "gap"}
     with naming(f"--run {folder}"):

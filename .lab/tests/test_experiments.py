@@ -100,6 +100,11 @@ def test_a_copied_teacher_follows_when_it_should(kind, step, moved, policy):
     assert torch.allclose(found.lm_head.weight, before + moved, atol=1e-6)
 
 
+def test_a_term_of_ones_own_replaces_no_number_of_the_run(tmp_path):
+    hooks = {"objective": lambda *args: sdar.objective(*args) | {"success": args[2]["old"]}}
+    assert trained(tmp_path, hooks=hooks, steps=1, max_turns=1)[0]["success"] == 0
+
+
 def test_a_run_has_its_teacher_and_skills_in_any_order(tmp_path):
     words = ["divergence:forward", "gate:shuffled", "std:off", "teacher:ema", "skills:0.5"]
 
