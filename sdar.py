@@ -213,98 +213,9 @@ def configure(**given):
 # An episode is one growing list of ids: system message, task and first observation, then response,
 # observation, response ... What the policy sampled is kept as ids and never turned into text and
 # back, so what is scored later is what was sampled, id by id. The mask remembers which ids these
-# are. The teacher reads the same list with the skill's ids put in at one place. At a first reading
-# go on to Episode: Chat is about the forms of chat templates.
-
-
-class Chat:
-    """Turns texts into the ids of one growing conversation, in the chat template's own frames.
-
-    Ids are only ever appended. Rendering the conversation again each turn would not do: Qwen3's
-    template drops earlier reasoning, and text that is tokenised again may give other ids than the
-    policy sampled. So the template is rendered once, around marks, and its frames are kept."""
-
-    def __init__(self, tokenizer, eos=None):
-        """eos: the checkpoint's own ends of a generation, an id or several."""
-        self.tokenizer = tokenizer
-        self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
-        # Plain: no hints, examples or tags. So for the tiny policy, and after warmstart.py --plain.
-        self.plain = tokenizer.init_kwargs.get("plain", False)
-        roles = "system user assistant user assistant user".split()
-        # Marks hold < and, inside, a line break: a template that escapes or rewraps is found out.
-        marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-            date_string="26 Jul 2024",  # else Llama 3.2 reads another prompt every day
-        )
-        parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
-        kept = parts[1::2]
-        require(
-            kept == marks or (self.plain and kept == marks[1:]),  # tiny has no system message
-            "its chat template moves, repeats or drops a message, or changes its text",
-        )
-
-        # The frames, in order. `begin`: before the system message, before the first observation.
-        # `after`: from an observation to its answer. `between`: from an answer to the next
-        # observation, in Qwen2.5 "<|im_end|>\n<|im_start|>user\n"; `after` is the same with
-        # assistant. The policy answers behind the last `after`, the generation prompt.
-        frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
-        *self._begin, after, self._between, after_2, between_2, self._after = frames
-        # That may be longer than the others (Qwen3: an empty thought) or shorter (GLM: no line
-        # break). The longer is taken, and the shorter must be its beginning.
-        short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
-        require(
-            (after, self._between, self._after[: len(short)]) == (after_2, between_2, short),
-            "its chat template frames a second turn otherwise, or its generation prompt",
-        )
-
-        # A response is finished by the template's end of turn, or by another end of the checkpoint.
-        self.end_id = self._between[0]
-        self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
-        self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
-        require(
-            self.end_id in self._added.values(),
-            "its chat template closes a turn with no control token",
-        )
-
-    def _encode(self, text):
-        """Ids of a text from outside. Whatever it contains, none of them is a control token."""
-        text = text.encode(errors="replace").decode()  # half a character becomes a ?
-
-        # The tokenizer can be told not to see special tokens. But Qwen3's <think> is added and not
-        # special: each added token in the text is cut after its first character.
-        for token in filter(str.strip, self._added):  # Gemma's has runs of line breaks
-            text = text.replace(token, f"{token[0]}\0{token[1:]}")
-        parts = self.tokenizer(
-            text.split("\0"), add_special_tokens=False, split_special_tokens=True
-        )
-        return sum(parts["input_ids"], [])
-
-    def first(self, env, prompt):
-        """Ids of the first prompt, and where in it the skill goes: before the first observation.
-        The environment's examples stand before it, as turns of this conversation. A plain policy
-        reads at most a line of instructions, no examples, and answers with the bare action.
-        """
-        instructions = env.instructions.strip()
-        examples = env.examples
-        if self.plain:
-            instructions = instructions.split("\n")[0]
-            examples = ()
-        ids = list(self._begin[0])
-        for frame in self._begin[1:]:  # one, or none where there is no system message
-            ids += self.encode(instructions) + frame
-        for seen, said in examples:
-            ids += self.encode(seen) + self._after + self.encode(said) + self._between
-        return ids + self.encode(prompt) + self._after, len(ids)
-
-    def next(self, prompt, last_id):
-        """Ids between two responses. The response before may already end with an end of turn."""
-        frame = self._between[1:] if last_id == self.end_id else self._between
-        return frame + self.encode(prompt) + self._after
+# are. The teacher reads the same list with the skill's ids put in at one place. The ids of texts
+# come from Chat, in Part II, with the frames of the model's chat template: first() makes the first
+# prompt, next() what stands between two responses.
 
 
 @dataclass
@@ -348,94 +259,13 @@ class Episode:
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
 #
 # Many episodes are played in lockstep: all answer, all environments reply, all answer again. Those
-# that have ended leave the batch. Between turns the model keeps what it has read in a KV cache. An
-# id gets its column when it is read, one pass after it was sampled. So the last one of the longest
-# answer is read with the next observation. Here two conversations have prompts of five and three
-# ids. They answer "a b e" and "e" (e: the end of turn), and then read observations of three and two
-# ids. These are the columns of the cache:
-#
-#              prompts     answers   turn 2
-#     row 1    p p p p p   a b       e o o o
-#     row 2    . . p p p   e .       . . o o
-#
-# A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
-# All this is for speed: at a first reading go on to `rollout`.
+# that have ended leave the batch. Sampler, at the end of this section, reads what is new in each
+# conversation (feed), and draws the next id of each (draw).
 
 
 def in_parts(rows, size):
     """The list cut into parts of at most `size`."""
     return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def padded(rows, device="cpu", side="right"):
-    """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows],
-        batch_first=True,
-        padding_side=side,
-    ).to(device)
-
-
-def forward_dtype(model, config):
-    """Context of every pass that scores or learns: with --dtype bfloat16 it computes in that;
-    weights stay float32."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-
-class Sampler:
-    """Samples from a batch of conversations, and keeps their KV cache between turns.
-
-    The library's generate() does not keep the cache of a batch whose rows go on at different
-    lengths, and its draws depend on the rest of the batch. Here what is new is padded on the left.
-    That leaves holes in the cache. The mask hides them and positions skip them, so log-probs are
-    those of an unpadded pass over the conversation."""
-
-    def __init__(self, model, temperature):
-        from transformers import DynamicCache  # imported here, since it takes seconds
-
-        self.model = model
-        self.temperature = max(temperature, 1e-4)  # 0: greedy
-        renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
-        self.cache = {"cache" if renamed else "past_key_values": DynamicCache(config=model.config)}
-        self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
-
-    def feed(self, episodes):
-        """Read what is new in each conversation -> logits (B, V) after its newest token."""
-        device = self.model.device
-        rows = [episode.ids[episode.read :] for episode in episodes]
-        for episode in episodes:
-            episode.read = len(episode.ids)
-        new = padded([[1] * len(row) for row in rows], device, "left")
-        self.real = new if self.real is None else torch.cat([self.real, new], 1)
-        output = self.model(
-            input_ids=padded(rows, device, "left"),
-            attention_mask=self.real,
-            # A position is how many tokens stand before: holes do not count.
-            position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
-            use_cache=True,
-            logits_to_keep=1,
-            **self.cache,  # under the name that this transformers gives the argument
-        )
-        return output.logits[:, -1].float()
-
-    def draw(self, logits, uniform):
-        """An id for each row and its log-prob, lists, from uniform (B,) in [0, 1).
-
-        By inverting the row's own cumulative distribution: what a row draws cannot depend on its
-        neighbours, as it would with one generator for the batch."""
-        logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
-        cdf = logprobs.exp().cumsum(-1)
-        uniform = logits.new_tensor(uniform)[:, None]
-        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)  # its end: 1, rounded
-        chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
-        return chosen.flatten().tolist(), logprobs.gather(1, chosen).flatten().tolist()
-
-    def keep(self, rows):
-        """The batch becomes these rows of it."""
-        rows = self.real.new_tensor(rows)
-        for cache in self.cache.values():
-            cache.reorder_cache(rows)
-        self.real = self.real[rows]
 
 
 @torch.no_grad()
@@ -567,6 +397,84 @@ def act(chat, episodes, responses, context, config):
     return running
 
 
+# Sampler is about speed: at a first reading go on to section 4. Between turns the model keeps what
+# it has read in a KV cache. An id gets its column when it is read, one pass after it was sampled.
+# So the last one of the longest answer is read with the next observation. Here two conversations
+# have prompts of five and three ids. They answer "a b e" and "e" (e: the end of turn), and then
+# read observations of three and two ids. These are the columns of the cache:
+#
+#              prompts     answers   turn 2
+#     row 1    p p p p p   a b       e o o o
+#     row 2    . . p p p   e .       . . o o
+#
+# A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
+
+
+def padded(rows, device="cpu", side="right"):
+    """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows],
+        batch_first=True,
+        padding_side=side,
+    ).to(device)
+
+
+class Sampler:
+    """Samples from a batch of conversations, and keeps their KV cache between turns.
+
+    The library's generate() does not keep the cache of a batch whose rows go on at different
+    lengths, and its draws depend on the rest of the batch. Here what is new is padded on the left.
+    That leaves holes in the cache. The mask hides them and positions skip them, so log-probs are
+    those of an unpadded pass over the conversation."""
+
+    def __init__(self, model, temperature):
+        from transformers import DynamicCache  # imported here, since it takes seconds
+
+        self.model = model
+        self.temperature = max(temperature, 1e-4)  # 0: greedy
+        renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
+        self.cache = {"cache" if renamed else "past_key_values": DynamicCache(config=model.config)}
+        self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
+
+    def feed(self, episodes):
+        """Read what is new in each conversation -> logits (B, V) after its newest token."""
+        device = self.model.device
+        rows = [episode.ids[episode.read :] for episode in episodes]
+        for episode in episodes:
+            episode.read = len(episode.ids)
+        new = padded([[1] * len(row) for row in rows], device, "left")
+        self.real = new if self.real is None else torch.cat([self.real, new], 1)
+        output = self.model(
+            input_ids=padded(rows, device, "left"),
+            attention_mask=self.real,
+            # A position is how many tokens stand before: holes do not count.
+            position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
+            use_cache=True,
+            logits_to_keep=1,
+            **self.cache,  # under the name that this transformers gives the argument
+        )
+        return output.logits[:, -1].float()
+
+    def draw(self, logits, uniform):
+        """An id for each row and its log-prob, lists, from uniform (B,) in [0, 1).
+
+        By inverting the row's own cumulative distribution: what a row draws cannot depend on its
+        neighbours, as it would with one generator for the batch."""
+        logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
+        cdf = logprobs.exp().cumsum(-1)
+        uniform = logits.new_tensor(uniform)[:, None]
+        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)  # its end: 1, rounded
+        chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
+        return chosen.flatten().tolist(), logprobs.gather(1, chosen).flatten().tolist()
+
+    def keep(self, rows):
+        """The batch becomes these rows of it."""
+        rows = self.real.new_tensor(rows)
+        for cache in self.cache.values():
+            cache.reorder_cache(rows)
+        self.real = self.real[rows]
+
+
 # --- 4. Log-probs of the sampled ids (Delta_t's two halves) ------------------------------
 #
 # The same function scores for the student, the teacher, the start policy and the training pass.
@@ -601,6 +509,12 @@ def token_logprobs(hidden, head_weight, ids, temperature=1.0, kernel=None):
     ]
     logprobs, entropy = zip(*chunks)
     return torch.cat(logprobs), torch.cat(entropy)
+
+
+def forward_dtype(model, config):
+    """Context of every pass that scores or learns: with --dtype bfloat16 it computes in that;
+    weights stay float32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def response_logprobs(model, episodes, config, with_skill=False):
@@ -1128,7 +1042,103 @@ def load_kernel(dtype):
         return row_logprobs(dtype)
 
 
-# --- 9. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
+# --- 9. Chat: texts become ids, in a chat template's frames ------------------------------
+#
+# Models differ in what stands around a message: Qwen opens one with "<|im_start|>user\n" and closes
+# it with "<|im_end|>\n". Chat finds such frames by rendering a conversation of marks.
+
+
+class Chat:
+    """Turns texts into the ids of one growing conversation, in the chat template's own frames.
+
+    Ids are only ever appended. Rendering the conversation again each turn would not do: Qwen3's
+    template drops earlier reasoning, and text that is tokenised again may give other ids than the
+    policy sampled. So the template is rendered once, around marks, and its frames are kept."""
+
+    def __init__(self, tokenizer, eos=None):
+        """eos: the checkpoint's own ends of a generation, an id or several."""
+        self.tokenizer = tokenizer
+        self.encode = lru_cache(256)(self._encode)  # environments repeat themselves
+        # Plain: no hints, examples or tags. So for the tiny policy, and after warmstart.py --plain.
+        self.plain = tokenizer.init_kwargs.get("plain", False)
+        roles = "system user assistant user assistant user".split()
+        # Marks hold < and, inside, a line break: a template that escapes or rewraps is found out.
+        marks = "<RULES>\nx <FIRST>\nx <SAID>\nx <NEXT>\nx <SAID>\nx <NEXT>\nx".split(" ")
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            date_string="26 Jul 2024",  # else Llama 3.2 reads another prompt every day
+        )
+        parts = re.split(f"({'|'.join(marks)})", rendered)  # frame, mark, frame, mark, ..., frame
+        kept = parts[1::2]
+        require(
+            kept == marks or (self.plain and kept == marks[1:]),  # tiny has no system message
+            "its chat template moves, repeats or drops a message, or changes its text",
+        )
+
+        # The frames, in order. `begin`: before the system message, before the first observation.
+        # `after`: from an observation to its answer. `between`: from an answer to the next
+        # observation, in Qwen2.5 "<|im_end|>\n<|im_start|>user\n"; `after` is the same with
+        # assistant. The policy answers behind the last `after`, the generation prompt.
+        frames = tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
+        *self._begin, after, self._between, after_2, between_2, self._after = frames
+        # That may be longer than the others (Qwen3: an empty thought) or shorter (GLM: no line
+        # break). The longer is taken, and the shorter must be its beginning.
+        short, self._after = sorted((after, self._after))  # a prefix sorts before the whole list
+        require(
+            (after, self._between, self._after[: len(short)]) == (after_2, between_2, short),
+            "its chat template frames a second turn otherwise, or its generation prompt",
+        )
+
+        # A response is finished by the template's end of turn, or by another end of the checkpoint.
+        self.end_id = self._between[0]
+        self.end_ids = {self.end_id, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
+        self._added = tokenizer.get_added_vocab()  # {text: id}, special or not
+        require(
+            self.end_id in self._added.values(),
+            "its chat template closes a turn with no control token",
+        )
+
+    def _encode(self, text):
+        """Ids of a text from outside. Whatever it contains, none of them is a control token."""
+        text = text.encode(errors="replace").decode()  # half a character becomes a ?
+
+        # The tokenizer can be told not to see special tokens. But Qwen3's <think> is added and not
+        # special: each added token in the text is cut after its first character.
+        for token in filter(str.strip, self._added):  # Gemma's has runs of line breaks
+            text = text.replace(token, f"{token[0]}\0{token[1:]}")
+        parts = self.tokenizer(
+            text.split("\0"), add_special_tokens=False, split_special_tokens=True
+        )
+        return sum(parts["input_ids"], [])
+
+    def first(self, env, prompt):
+        """Ids of the first prompt, and where in it the skill goes: before the first observation.
+        The environment's examples stand before it, as turns of this conversation. A plain policy
+        reads at most a line of instructions, no examples, and answers with the bare action.
+        """
+        instructions = env.instructions.strip()
+        examples = env.examples
+        if self.plain:
+            instructions = instructions.split("\n")[0]
+            examples = ()
+        ids = list(self._begin[0])
+        for frame in self._begin[1:]:  # one, or none where there is no system message
+            ids += self.encode(instructions) + frame
+        for seen, said in examples:
+            ids += self.encode(seen) + self._after + self.encode(said) + self._between
+        return ids + self.encode(prompt) + self._after, len(ids)
+
+    def next(self, prompt, last_id):
+        """Ids between two responses. The response before may already end with an end of turn."""
+        frame = self._between[1:] if last_id == self.end_id else self._between
+        return frame + self.encode(prompt) + self._after
+
+
+# --- 10. The run's folder: metrics.jsonl, state.pt, checkpoint/ ---------------------------
 #
 # A run that is killed at any moment goes on with --resume. On one CPU, with the same flags, its
 # metrics, the seconds apart, are then those of a run that was never killed. Two things make that
@@ -1279,7 +1289,7 @@ def say_before(config, result, seconds):
         tqdm.write("Warning: all episodes end alike; take other tasks, or more --max-turns")
 
 
-# --- 10. Command line --------------------------------------------------------------------
+# --- 11. Command line --------------------------------------------------------------------
 #
 # A field of Config is a flag: --group-size 4 sets group_size. Its help is the comment beside it.
 

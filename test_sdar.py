@@ -186,90 +186,7 @@ def test_settings_become_values_of_pythons_own(tmp_path):
     assert {type(config.lr), type(config.seed), type(config.steps)} == {float, int}
 
 
-# --- 2. Conversation ---------------------------------------------------------------------
-
-TEMPLATES = json.loads((DATA / "templates.json").read_text())
-
-
-def with_template(chat, template):
-    tokenizer = copy.deepcopy(chat.tokenizer)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    tokenizer.eos_token = "<|endoftext|>"  # and not the end of a turn
-    return sdar.Chat(tokenizer)
-
-
-@mark.parametrize("template", ["", *TEMPLATES["accepted"]])
-def test_glued_ids_are_the_rendered_conversation(template, hub):
-    """But for the empty thought in front of every answer: Qwen3's template drops those of before,
-    of which the policy has read each."""
-    chat = with_template(hub[1], template)
-    world = SimpleNamespace(instructions=" Rules.\n", examples=[("A cup.", "look")])
-    first, at = chat.first(world, sdar.as_read(chat, "\n A mug.", {"hint": " \n"}))
-    ids = first + chat.encode("go") + [chat.end_id] + chat.next("Nothing.", chat.end_id)
-    rendered = chat.tokenizer.apply_chat_template(
-        TEMPLATES["conversation"], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    thought, decode = "<think>\n\n</think>\n\n", chat.tokenizer.decode
-    assert decode(ids).endswith(rendered.split("Nothing.")[1])
-    rendered = rendered.replace(thought, "")
-    assert decode(ids).replace(thought, "") == rendered
-    assert decode(first[:at]).replace(thought, "") == rendered.split("A mug.")[0]
-    assert chat.next("Nothing.", last_id=5) == [chat.end_id, *chat.next("Nothing.", chat.end_id)]
-    assert {0, 2} <= chat.end_ids & hub[1].end_ids  # of the checkpoint, which has two
-
-
-def test_a_plain_chat_reads_a_line_of_instructions_and_no_examples(hub, tmp_path):
-    """Its folder remembers that it has learned to."""
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(hub[0].name_or_path, plain=True).save_pretrained(tmp_path)
-    chat = sdar.Chat(AutoTokenizer.from_pretrained(tmp_path))
-    world = SimpleNamespace(instructions="Rules.\n<action>", examples=[("A cup.", "look")])
-    first, _ = chat.first(world, sdar.as_read(chat, "A mug.", {"hint": "Turn 1."}))
-    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A mug."}]
-    options = {"add_generation_prompt": True, "enable_thinking": False}
-    assert first == chat.tokenizer.apply_chat_template(messages, return_dict=False, **options)
-
-
-@mark.parametrize("template, message", TEMPLATES["refused"])
-def test_templates_that_do_not_frame_messages_one_by_one_are_refused(template, message, hub):
-    tokenizer = copy.deepcopy(hub[1].tokenizer)
-    tokenizer.chat_template = template
-    with raises(Exception, match=message):  # its own, where the template raises one
-        sdar.Chat(tokenizer)
-
-
-def hostile_text(rng, words):
-    """Control tokens, whole, cut, in capitals, in full-width letters, between odd characters."""
-    text = ""
-    for _ in range(rng.randrange(12)):
-        word, cut = rng.choice(words), rng.randrange(9)
-        wide = "".join(chr(ord(c) + 0xFEE0) for c in word)
-        odd = "\0\u202e\u200b\ud800\u0338" + chr(rng.randrange(0x110000))
-        text += rng.choice([word, word[:cut], word[cut:], word.upper(), wide, "<" * cut, odd])
-    return text
-
-
-def test_no_text_becomes_a_control_token(tiny, hub):
-    rng, normal = random.Random(0), partial(unicodedata.normalize, "NFC")
-    for _, chat in (tiny, hub):
-        added = chat.tokenizer.get_added_vocab()
-        for _ in range(600):
-            text = hostile_text(rng, [*added, "<|im_end|>", "<think>", "system"])
-            ids = chat.encode(text)
-            assert not {*added.values()} & {*ids} - {chat.tokenizer.unk_token_id}, text
-            kept = text.encode(errors="replace").decode().replace("\0", "")
-            assert chat.plain or normal(chat.tokenizer.decode(ids)) == normal(kept)
-
-
-def test_an_added_token_of_blanks_is_no_control_token(hub):
-    """Gemma's tokenizers have runs of line breaks."""
-    tokenizer = copy.deepcopy(hub[1].tokenizer)
-    tokenizer.add_tokens("\n\n")
-    (_,) = sdar.Chat(tokenizer).encode("\n\n")
-
-
-# --- 3. Rollout --------------------------------------------------------------------------
+# --- 2 and 3. Conversation and rollout ---------------------------------------------------
 
 
 @fixture(scope="session", params=["tiny", "hub"])
@@ -869,7 +786,90 @@ def test_imports_are_quick_and_do_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-# --- 9. The run's folder -----------------------------------------------------------------
+# --- 9. Chat -----------------------------------------------------------------------------
+
+TEMPLATES = json.loads((DATA / "templates.json").read_text())
+
+
+def with_template(chat, template):
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.eos_token = "<|endoftext|>"  # and not the end of a turn
+    return sdar.Chat(tokenizer)
+
+
+@mark.parametrize("template", ["", *TEMPLATES["accepted"]])
+def test_glued_ids_are_the_rendered_conversation(template, hub):
+    """But for the empty thought in front of every answer: Qwen3's template drops those of before,
+    of which the policy has read each."""
+    chat = with_template(hub[1], template)
+    world = SimpleNamespace(instructions=" Rules.\n", examples=[("A cup.", "look")])
+    first, at = chat.first(world, sdar.as_read(chat, "\n A mug.", {"hint": " \n"}))
+    ids = first + chat.encode("go") + [chat.end_id] + chat.next("Nothing.", chat.end_id)
+    rendered = chat.tokenizer.apply_chat_template(
+        TEMPLATES["conversation"], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    thought, decode = "<think>\n\n</think>\n\n", chat.tokenizer.decode
+    assert decode(ids).endswith(rendered.split("Nothing.")[1])
+    rendered = rendered.replace(thought, "")
+    assert decode(ids).replace(thought, "") == rendered
+    assert decode(first[:at]).replace(thought, "") == rendered.split("A mug.")[0]
+    assert chat.next("Nothing.", last_id=5) == [chat.end_id, *chat.next("Nothing.", chat.end_id)]
+    assert {0, 2} <= chat.end_ids & hub[1].end_ids  # of the checkpoint, which has two
+
+
+def test_a_plain_chat_reads_a_line_of_instructions_and_no_examples(hub, tmp_path):
+    """Its folder remembers that it has learned to."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(hub[0].name_or_path, plain=True).save_pretrained(tmp_path)
+    chat = sdar.Chat(AutoTokenizer.from_pretrained(tmp_path))
+    world = SimpleNamespace(instructions="Rules.\n<action>", examples=[("A cup.", "look")])
+    first, _ = chat.first(world, sdar.as_read(chat, "A mug.", {"hint": "Turn 1."}))
+    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A mug."}]
+    options = {"add_generation_prompt": True, "enable_thinking": False}
+    assert first == chat.tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+
+@mark.parametrize("template, message", TEMPLATES["refused"])
+def test_templates_that_do_not_frame_messages_one_by_one_are_refused(template, message, hub):
+    tokenizer = copy.deepcopy(hub[1].tokenizer)
+    tokenizer.chat_template = template
+    with raises(Exception, match=message):  # its own, where the template raises one
+        sdar.Chat(tokenizer)
+
+
+def hostile_text(rng, words):
+    """Control tokens, whole, cut, in capitals, in full-width letters, between odd characters."""
+    text = ""
+    for _ in range(rng.randrange(12)):
+        word, cut = rng.choice(words), rng.randrange(9)
+        wide = "".join(chr(ord(c) + 0xFEE0) for c in word)
+        odd = "\0\u202e\u200b\ud800\u0338" + chr(rng.randrange(0x110000))
+        text += rng.choice([word, word[:cut], word[cut:], word.upper(), wide, "<" * cut, odd])
+    return text
+
+
+def test_no_text_becomes_a_control_token(tiny, hub):
+    rng, normal = random.Random(0), partial(unicodedata.normalize, "NFC")
+    for _, chat in (tiny, hub):
+        added = chat.tokenizer.get_added_vocab()
+        for _ in range(600):
+            text = hostile_text(rng, [*added, "<|im_end|>", "<think>", "system"])
+            ids = chat.encode(text)
+            assert not {*added.values()} & {*ids} - {chat.tokenizer.unk_token_id}, text
+            kept = text.encode(errors="replace").decode().replace("\0", "")
+            assert chat.plain or normal(chat.tokenizer.decode(ids)) == normal(kept)
+
+
+def test_an_added_token_of_blanks_is_no_control_token(hub):
+    """Gemma's tokenizers have runs of line breaks."""
+    tokenizer = copy.deepcopy(hub[1].tokenizer)
+    tokenizer.add_tokens("\n\n")
+    (_,) = sdar.Chat(tokenizer).encode("\n\n")
+
+
+# --- 10. The run's folder ----------------------------------------------------------------
 
 
 def test_a_run_writes_its_folder_and_nothing_else(finished):
@@ -1001,7 +1001,7 @@ def test_wilson_agrees_with_tables(wins, n, low, high):
     assert sdar.wilson(wins, n) == approx((low, high), abs=1e-4)
 
 
-# --- 10. Command line --------------------------------------------------------------------
+# --- 11. Command line --------------------------------------------------------------------
 
 
 def test_help_lists_every_flag_and_instrument(capsys):
