@@ -19,38 +19,36 @@ The algorithm on one screen. The order of the file is its order:
                        without and with the skill
         A = (reward - its group's mean) / its group's std       group_advantages
         for each part of the episodes:                          update
-            ratio = exp(logprobs - old)                         response_logprobs
-            L_GRPO = max(-A ratio, -A clip(ratio)) + beta_KL KL  policy_loss, kl_k3
-            gap = teacher - logprobs
-            gate = sigmoid(beta gap), without gradient          GATES
-            L_SDAR = gate gap (minimised: logprobs rise)        sdar_loss
-            L = L_GRPO + lambda L_SDAR                          objective
+            logprobs = those of now, with gradient              response_logprobs
+            ratio = exp(logprobs - old)                         policy_loss
+            L_GRPO = max(-A * ratio, -A * clip(ratio))
+                     + beta_KL * KL                             kl_k3
+            gap = teacher - logprobs                            sdar_loss
+            gate = sigmoid(beta * gap), without gradient        GATES
+            L_SDAR = gate * gap (minimised: logprobs rise)
+            L = L_GRPO + lambda * L_SDAR                        objective
             its mean over the tokens, backward, optimiser step  update
 
-    the paper's              is called               and stands in
+    the paper's              is called               in
     s_t, the student's view  Episode.ids             Episode.view(with_skill=False)
     c+, the skill (in s_t+)  Episode.skill_ids       Episode.view(with_skill=True)
-    y_t, a sampled token     Episode.mask == 1       answer
+    y_t, a sampled token     ids where mask is 1     answer
     pi_theta, the student    model                   rollout, update
     pi_T, the teacher        model, or a copy of it  train, score(with_skill=True)
     log pi                   logprobs                response_logprobs
-    A, G                     advantages, group_size  group_advantages
+    A, G                     advantages, group_size  step_batch, group_advantages
     epsilon, beta_KL         clip_eps, kl_coef       policy_loss, objective
     L_GRPO                   policy_loss, kl_k3      objective
     Delta_t, the gap         gap                     sdar_loss
     g_t, beta                gate, gate_beta         GATES
     L_SDAR, lambda           sdar_loss, sdar_coef    objective
 
-Where this differs from the paper's published run: an episode is one growing conversation, as in the
-paper's section 2.1 (the official code makes every turn a row of its own, and penalises an invalid
-action in that row only); the defaults are the toy's, and PRESETS has the paper's beside them; UCB
-retrieval has a reward and a constant of ours, since the paper gives neither; random retrieval takes
-as many skills as keyword retrieval finds, not one; the skill opens the task's message. Left out are
-three things of the official code that the paper's formulas do not have: a dual clip, an entropy
-bonus, group statistics by turn. The last table of .lab/READING.md has more.
+An episode is one growing conversation, as in the paper's section 2.1; the official code makes every
+turn a row of its own. The defaults are the toy's: PRESETS has the paper's. How paper, official code
+and this file differ is in the last table of .lab/READING.md.
 
-Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens, those of all episodes
-one after the other, V vocabulary, H width of the model, G episodes of a group.
+Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens of all episodes, one
+after the other, V vocabulary, H width of the model, G episodes of a group.
 """
 
 import argparse
@@ -89,7 +87,7 @@ from envs import HERE, SkillBank, UserError, call_all, load_skills, make_env, na
 
 PRESETS = {
     "toy": {},
-    "paper": {  # ALFWorld's published values but for micro_batch, rollout_batch and minibatches
+    "paper": {  # ALFWorld's published values, but for micro_batch and rollout_batch
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -119,7 +117,8 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset."""
+    """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset;
+    "published": the authors' value, where it is another."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
@@ -181,7 +180,7 @@ METHODS = {  # the trained rows of the paper's Table 1, by what they change
     "sdar": {},
     "grpo": {"distil": "none"},
     "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
-    "grpo_opsd": {"gate_beta": 0.0},  # a gate of 1/2 on every token: no teaching, see sdar_loss
+    "grpo_opsd": {"gate_beta": 0.0},  # as officially: a gate of 1/2, see sdar_loss
     "skill_grpo": {"distil": "none", "skilled": True},
     "skill_sd": {"distil": "skill_sd"},
     "rlsd": {"distil": "rlsd"},
@@ -215,7 +214,8 @@ def configure(**given):
 # back, so what is scored later is what was sampled, id by id. The mask remembers which ids these
 # are. The teacher reads the same list with the skill's ids put in at one place. The ids of texts
 # come from Chat, in Part II, with the frames of the model's chat template: first() makes the first
-# prompt, next() what stands between two responses.
+# prompt, next() what stands between two responses. A plain chat, the tiny network's, reads no hints
+# and writes no tags.
 
 
 @dataclass
@@ -253,7 +253,7 @@ class Episode:
         """
         skill = self.skill_ids if with_skill else []
         ids = self.ids[: self.skill_at] + skill + self.ids[self.skill_at :]
-        return ids, [0] * len(skill) + self.mask  # up to the skill's place the mask is all 0
+        return ids, [0] * len(skill) + self.mask  # in front will do: all is 0 up to the skill
 
 
 # --- 3. Rollout (paper, section 2.1 and appendix B) --------------------------------------
@@ -268,14 +268,22 @@ def in_parts(rows, size):
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
+def padded(rows, device="cpu", side="right"):
+    """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows],
+        batch_first=True,
+        padding_side=side,
+    ).to(device)
+
+
 @torch.no_grad()
 def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
     """Play an episode from each (task, seed, numbers) of `starts`, as many at once as there are
     environments. Returns Episodes, in the order of the starts.
 
-    numbers: ints that seed an episode's random numbers; the first says what for: 1 evaluation, 3
-    training (2: a step's tasks and order, see train). with_skill: the student reads the skill, too.
-    """
+    numbers: ints that seed an episode's random numbers; the first is 1 in evaluation, 3 in
+    training. with_skill: the student reads the skill, too."""
     if config.dtype == "bfloat16":  # a copy, cast once: autocast would cast at every token
         model = deepcopy(model)
         for weight in model.parameters():
@@ -286,11 +294,11 @@ def rollout(model, chat, envs, starts, config, temperature, with_skill=False):
         resets = [partial(env.reset, task, seed) for env, (task, seed, _) in zip(envs, now)]
         playing = [
             start_episode(chat, env, start, result, with_skill)
-            for env, start, result in zip(envs, now, call_all(resets, envs[0].slow))
+            for env, start, result in zip(envs, now, call_all(resets, in_threads=envs[0].slow))
         ]
         episodes += playing
         longest = max(len(episode.ids + episode.skill_ids) for episode in playing)
-        require(  # here of the first turn; act looks at the later ones
+        require(  # else a UserError; act looks at the later turns
             longest + config.max_new_tokens <= model.config.max_position_embeddings,
             f"a first prompt of {longest} ids fills the model's context",
         )
@@ -311,12 +319,12 @@ def start_episode(chat, env, start, result, with_skill):
     """The Episode after its first observation. result: what env.reset returned."""
     _, seed, numbers = start
     observation, info = result
-    env.plain = chat.plain
+    env.plain = chat.plain  # so its parse asks for no tags
     skills = env.bank.retrieve(info["task"], info["task_type"], seed)
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
     skill_ids = chat.encode(skill) if skills else []
     ids, at = chat.first(env, as_read(chat, observation, info))
-    if with_skill:  # a part of the conversation: student and teacher would read the same
+    if with_skill:  # the student reads it: a part of the conversation, and nothing for a teacher
         ids = ids[:at] + skill_ids + ids[at:]
         skill_ids = []
     return Episode(
@@ -346,8 +354,8 @@ def answer(sampler, chat, episodes, config):
     draws = [episode.random.random(config.max_new_tokens, np.float32) for episode in episodes]
     for episode in episodes:
         episode.begin = len(episode.ids)
-    talking = range(len(episodes))  # rows
-    for uniform in np.transpose(draws):
+    talking = range(len(episodes))  # rows that still answer
+    for uniform in np.transpose(draws):  # token by token, a number for each row
         ids, logprobs = sampler.draw(sampler.feed(episodes), uniform)
         for row in talking:
             episodes[row].add([ids[row]], sampled=1)
@@ -357,7 +365,7 @@ def answer(sampler, chat, episodes, config):
             break
     responses = [episode.ids[episode.begin :] for episode in episodes]
     for row in talking:
-        if chat.plain:  # the limit cut it, and without tags the environment could not tell
+        if chat.plain:  # cut by the limit: no answer. (With tags, parse sees that.)
             responses[row] = []
     return chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
@@ -384,7 +392,7 @@ def act(chat, episodes, responses, context, config):
     for row, (episode, could_read, result) in enumerate(zip(episodes, readable, results)):
         observation, reward, terminated, truncated, info = result
         episode.turns += 1
-        episode.invalid += not (could_read and info["valid"])  # for parse, for the environment
+        episode.invalid += not (could_read and info["valid"])  # to parse, and to the environment
         episode.reward += reward
         episode.won = info["won"]
 
@@ -397,26 +405,18 @@ def act(chat, episodes, responses, context, config):
     return running
 
 
-# Sampler is about speed: at a first reading go on to section 4. Between turns the model keeps what
-# it has read in a KV cache. An id gets its column when it is read, one pass after it was sampled.
-# So the last one of the longest answer is read with the next observation. Here two conversations
-# have prompts of five and three ids. They answer "a b e" and "e" (e: the end of turn), and then
-# read observations of three and two ids. These are the columns of the cache:
+# --- Sampler: for speed alone. At a first reading go on to section 4. ---
 #
-#              prompts     answers   turn 2
-#     row 1    p p p p p   a b       e o o o
-#     row 2    . . p p p   e .       . . o o
+# Between turns the model keeps attention's keys and values of what it has read: the KV cache, a
+# column for each id. A sampled id is read in the next pass. Here two conversations have prompts of
+# five and three ids. They answer "a b e" and "e" (e: the end of turn), and then get observations of
+# three and two ids:
+#
+#              read 1      read 2  read 3  read 4
+#     row 1    p p p p p   a       b       e o o o
+#     row 2    . . p p p   e       .       . . o o
 #
 # A dot is a hole: the row has nothing new to read, since it had less, or had finished its answer.
-
-
-def padded(rows, device="cpu", side="right"):
-    """Lists of numbers as one tensor (rows, longest), filled up with 0 on one side."""
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows],
-        batch_first=True,
-        padding_side=side,
-    ).to(device)
 
 
 class Sampler:
@@ -432,12 +432,14 @@ class Sampler:
 
         self.model = model
         self.temperature = max(temperature, 1e-4)  # 0: greedy
+        self.cache = DynamicCache(config=model.config)
         renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
-        self.cache = {"cache" if renamed else "past_key_values": DynamicCache(config=model.config)}
+        self.argument = "cache" if renamed else "past_key_values"
         self.real = None  # (B, columns of the cache) 1: a token, 0: a hole
 
     def feed(self, episodes):
-        """Read what is new in each conversation -> logits (B, V) after its newest token."""
+        """Read what is new in each conversation -> logits (B, V) after its newest token. Those of
+        a row without anything new mean nothing: it waits."""
         device = self.model.device
         rows = [episode.ids[episode.read :] for episode in episodes]
         for episode in episodes:
@@ -451,7 +453,7 @@ class Sampler:
             position_ids=(self.real.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
-            **self.cache,  # under the name that this transformers gives the argument
+            **{self.argument: self.cache},
         )
         return output.logits[:, -1].float()
 
@@ -463,15 +465,15 @@ class Sampler:
         logprobs = torch.log_softmax(logits / self.temperature, -1)  # (B, V)
         cdf = logprobs.exp().cumsum(-1)
         uniform = logits.new_tensor(uniform)[:, None]
-        chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)  # its end: 1, rounded
+        end = cdf[:, -1:]  # 1, but for rounding
+        chosen = torch.searchsorted(cdf, uniform * end, right=True)
         chosen = chosen.clamp(max=logits.shape[1] - 1)  # for logits that are NaN
         return chosen.flatten().tolist(), logprobs.gather(1, chosen).flatten().tolist()
 
     def keep(self, rows):
         """The batch becomes these rows of it."""
         rows = self.real.new_tensor(rows)
-        for cache in self.cache.values():
-            cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows)
         self.real = self.real[rows]
 
 
@@ -556,9 +558,9 @@ def score(model, episodes, config, with_skill=False):
 #
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
 # episode). Copy what you need into your own trainer, and give it logprobs[mask], and an episode's
-# advantage for each of its tokens. Only logprobs may carry a gradient (the teacher's and the
-# entropy's is cut here). What comes back as a dict is logged under its keys. The mean over the
-# tokens is taken in `update`, once: a long episode weighs more than a short one.
+# advantage for each of its tokens. The gradient goes through logprobs alone: the teacher's and the
+# gate's are cut here. What comes back as a dict is logged under its keys. The mean over the tokens
+# is taken in `update`, once: a long episode weighs more than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -569,8 +571,8 @@ def group_advantages(rewards, eps=1e-6):
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
     # The mean is what the policy can do at this task today: an episode is good or bad against it.
-    # Dividing by the deviation makes all groups equally loud: one with a single win, and one whose
-    # episodes are all lost and differ only in a penalty.
+    # Dividing by the deviation gives every group the same weight: one with a single win, and one
+    # whose episodes are all lost and differ only in a penalty. Where all are equal, all get 0.
     rewards = rewards.double()  # else equal rewards may miss their mean by 1e-7, and eps is 1e-6
     mean = rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)  # with G - 1
@@ -598,15 +600,16 @@ def kl_k3(logprobs, ref):
     code.
 
     Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
-    mean 0. With it added the mean stays, and no token is below 0. So much for the value. Its mean
-    gradient is that of the other KL, KL(reference || policy): on policy, and within the clamp."""
+    mean 0. With it added the mean stays, and no token is below 0. The mean of its gradient, though,
+    is that of the other KL, KL(reference || policy): on policy, and within the clamp."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
 # The gate g_t (section 2.4): how far the teacher is trusted on a token. The entropy is the same
 # whichever token was sampled: its gate weighs places, and says nothing for or against a token.
-# Soft-OR's argument is h + (1 - h) gap: at an entropy h above one nat the gap counts negatively.
+# Soft-OR's argument, with h for the entropy, is h + (1 - h) gap: above one nat the gap counts
+# negatively.
 GATES = {
     "gap": lambda gap, entropy, beta: torch.sigmoid(beta * gap),
     "entropy": lambda gap, entropy, beta: torch.sigmoid(beta * entropy),
@@ -619,22 +622,20 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    Why this sign: gate and teacher are constants here, so a smaller g_t gap is a larger log pi. The
-    gradient on a token is -g_t grad log pi: every sampled token is pushed up, and under the gap's
-    gate harder where the gap is larger. (The value says little: its mean is, for small gaps,
-    (beta - 1) / 2 times KL(student || teacher).) What does not depend on which token was sampled
-    cancels on average, since on policy E[grad log pi] = 0 (up to some 1 / B: the N that the mean
-    divides by is random, too): a constant gate teaches nothing, and the entropy's gate nothing,
-    either. Of the gap's gate
+    Gate and teacher are constants here, so a smaller g_t gap is a larger log pi: the gradient on a
+    token is -g_t grad log pi. Every sampled token is pushed up, under the gap's gate harder where
+    the gap is larger. On policy E[grad log pi] = 0: what does not depend on which token was sampled
+    cancels on average (up to some 1 / B: the N that the mean divides by is random, too). So a
+    constant gate teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
     only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. From the
-    second optimiser step on, no ratio corrects for the student's moves: what had cancelled pulls it
-    back to the policy that sampled. An episode without a skill has gap 0 when the step starts:
-    no gate depends on which token was sampled, and nothing is taught."""
+    second optimiser step on the constant part no longer cancels: it pulls the student back to the
+    policy that sampled. An episode without a skill has gap 0 when the step starts: a gate that does
+    not depend on the token, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
-    gate = GATES[kind](gap, entropy, beta).detach()  # in the gate gap is the paper's sg[...]
+    gate = GATES[kind](gap, entropy, beta).detach()  # the paper's sg[...]
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
 
 
@@ -647,7 +648,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
     gap = teacher_logprobs.detach() - logprobs
     k3 = gap.clamp(max=20).exp() - gap - 1
     rho = (logprobs - old).clamp(max=10).exp()
-    return {"sdar_loss": rho * k3}
+    return {"sdar_loss": rho * k3}  # under this name objective finds the term that lambda weighs
 
 
 def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
@@ -665,10 +666,6 @@ def rlsd_advantages(advantages, gap, mix=0.5, clip_eps=0.2):
 # student: it starts the step as that policy and moves with every optimiser step. The teacher: it
 # scores once, before the first optimiser step, so a live teacher has the weights of the start of
 # the step, and a frozen one those of the start of the run. The start policy: the KL pulls to it.
-#
-# An experiment hands its own score, step_batch, objective or skill bank to the loop, and leaves the
-# rest as it is: train(configure(seed=1), objective=mine). That is why they are arguments here.
-# --resume notices a changed setting, not changed code: write what you changed into the config.
 
 
 def rewards_of(episodes, config):
@@ -711,8 +708,7 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
         return batch
 
     # Where no skill fits the task there is no teacher: `old` stands in for it, so the gap begins at
-    # 0. Under a gate such tokens add only noise to this step's first optimiser step, and after that
-    # a pull back to where the step began.
+    # 0, and nothing is taught: see sdar_loss.
     taught = torch.tensor([bool(episode.skill_ids) for episode in episodes])
     taught = taught.repeat_interleave(lengths).to(old.device)
     batch["teacher"] = torch.where(taught, score(teacher, episodes, config, with_skill=True), old)
@@ -720,7 +716,7 @@ def step_batch(model, start_policy, teacher, episodes, config, step, score=score
     if config.distil == "rlsd":
         mix = 0.5 * max(0, 1 - step / config.rlsd_decay)
         batch["advantages"] = rlsd_advantages(batch["advantages"], gap, mix)
-    if config.retrieval == "ucb":  # what the skills were worth; all environments share one bank
+    if config.retrieval == "ucb":  # the bank, which all share, learns what its skills were worth
         gaps = [of_episode.mean().item() for of_episode in gap.split(lengths.tolist())]
         gaps = in_parts(gaps, config.group_size)  # rows are groups
         episodes[0].env.bank.learn(episodes, advantages.tolist(), gaps)
@@ -760,20 +756,21 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
     The first optimiser step is on policy: the student is the policy that sampled, every ratio is 1
     but for rounding, and PPO's clip does nothing. From the second one on it has moved. In the
     policy loss the ratio corrects for that, token by token, and the clip removes the reason to
-    move far: a good token that is already 20 % likelier than when it was sampled is not
-    pushed further by it."""
+    move far: a good token that is already 20 % likelier than when it was sampled is pushed no
+    further by the reward."""
     lengths = [len(episode.logprobs) for episode in episodes]
     by_episode = {name: values.split(lengths) for name, values in batch.items()}
     metrics = defaultdict(float)
 
     # Episodes are drawn into mini-batches at random, not by group: an advantage already knows its
     # group.
-    parts = np.array_split(rng.permutation(len(episodes)), min(config.minibatches, len(episodes)))
-    for chosen in parts:
+    n = min(config.minibatches, len(episodes))
+    for chosen in np.array_split(rng.permutation(len(episodes)), n):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        for layer in model.modules():  # those that checkpoint do so only in training; no dropout
+        # Training mode, without which no layer would checkpoint, is for these alone: no dropout.
+        for layer in model.modules():
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
             tokens = {}
@@ -789,7 +786,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         require(norm.isfinite(), "the gradient is not finite: lower --lr")
-        metrics["grad_norm"] += norm.item() / len(parts)
+        metrics["grad_norm"] += norm.item() / n
         optimizer.step()
         optimizer.zero_grad()
     return metrics
@@ -821,12 +818,12 @@ def evaluate(model, chat, envs, config):
         counts[0] += 1
         counts[1] += unaided.won
         counts[2] += helped.won
-    episodes, won, won_skill = map(sum, zip(*by_type.values()))
+    n, won, won_skill = map(sum, zip(*by_type.values()))
     invalid, turns = np.sum([(episode.invalid, episode.turns) for episode in alone], 0).tolist()
     return {
-        "success": won / episodes,
-        "success_skill": won_skill / episodes,
-        "episodes": episodes,
+        "success": won / n,
+        "success_skill": won_skill / n,
+        "episodes": n,
         "by_type": by_type,
         "valid": 1 - invalid / turns,
     }
@@ -850,8 +847,11 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     what evaluate returns.
 
     A step: play, score, learn, look. On one CPU the same seed gives the same run, even if it was
-    stopped and resumed: nothing is drawn from a generator that lives longer than a step. The other
-    arguments are for experiments: .lab/experiments/variants.py."""
+    stopped and resumed: nothing is drawn from a generator that lives longer than a step.
+
+    An experiment hands in its own step_batch, objective, score or skill bank, and leaves the rest
+    as it is: train(configure(seed=1), objective=mine). --resume notices a changed setting, not
+    changed code: write what you changed into the config. See .lab/experiments/variants.py."""
     envs = make_envs(config, skill_bank)
     env = envs[0]  # they all have the same tasks, and share one skill bank
     model, chat = load_policy(config)
@@ -872,7 +872,7 @@ def train(config, step_batch=step_batch, objective=objective, score=score, skill
     for step in tqdm(range(done + 1, config.steps + 1), config.method):
         # Play: the tasks of this step, each by a group of episodes.
         clock = [perf_counter()]
-        rng = np.random.default_rng([2, config.seed, step])
+        rng = np.random.default_rng([2, config.seed, step])  # 2: no episode's numbers begin so
         starts = draw_starts(env, config, step, rng)
         episodes = rollout(model, chat, envs, starts, config, config.temperature, config.skilled)
 
