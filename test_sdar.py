@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -41,7 +40,7 @@ from envs import EnvUnavailable, UserError, make_env
 from sdar import METHODS, configure, main
 
 ROOT = Path(__file__).resolve().parent
-DATA = ROOT / ".assets" / "test"
+DATA = ROOT / ".assets/test"
 TURNS = 6  # of an episode in small runs: too few for some tasks
 torch.set_num_threads(1)  # with tensors as small as these more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
@@ -148,6 +147,9 @@ SETTINGS = """
 {}                                          {"preset": "toy", "device": "cpu", "lr": 6e-4}
 {}                                          {"invalid_penalty": 0.01, "rlsd_decay": 40}
 {}                                          {"eval_split": "eval", "tasks_per_step": 8}
+{}                                          {"steps": 60, "eval_every": 10, "eval_episodes": 300}
+{}                                          {"save_every": 10, "micro_batch": 32}
+{}                                          {"rollout_batch": 64, "minibatches": 4, "group_size": 8}
 {"method": "grpo"}                          {"lr": 1e-3}
 {"method": "opsd"}                          {"lr": 3e-4, "policy_coef": 0}
 {"method": "opsd", "lr": 0.5}               {"lr": 0.5}
@@ -174,7 +176,7 @@ SETTINGS = """
 def test_what_is_given_wins_over_the_method_the_preset_and_the_default(
     given, expected, monkeypatch
 ):
-    """The preset `paper` is the published run."""
+    """The preset `paper` has the published values, but for how memory is shared out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vars(configure(**given)).items() >= expected.items()
 
@@ -205,15 +207,10 @@ def played(request, tiny, hub):
 def test_the_mask_covers_exactly_what_was_sampled_and_its_end(played):
     (_, chat), episodes, parsed = played
     for episode in episodes:
-        answers = []
-        pairs = zip(episode.mask, episode.ids)
-        for sampled, run in itertools.groupby(pairs, lambda pair: pair[0]):
-            if sampled:
-                answers.append([id for _, id in run])
+        runs = itertools.groupby(zip(episode.mask, episode.ids), lambda pair: pair[0])
+        answers = [[id for _, id in run] for sampled, run in runs if sampled]
         texts = [text for env, text in parsed if env is episode.env]
         assert chat.tokenizer.batch_decode(answers, skip_special_tokens=True) == texts
-        assert len(texts) == episode.turns
-        assert sum(episode.mask) == len(episode.logprobs)
         for answer in answers:
             assert answer[-1] in chat.end_ids or len(answer) == 8
             assert not chat.end_ids & {*answer[:-1]}
@@ -291,6 +288,7 @@ def test_draws_follow_the_log_probs_that_they_report(tiny):
     expected = torch.softmax(logits[0] / 0.7, -1)
     assert np.bincount(ids) / 1000 == approx(expected.numpy(), abs=2e-3)
     assert logprobs == approx(expected.log()[ids].tolist())
+    assert sdar.Sampler(tiny[0], 0).draw(logits[:1], [0.0])[0] == [2]
     edge, ruined, short = [-math.inf, 0.0, 1.0], [math.nan] * 3, [0.0, 2.0, -math.inf]
     assert draw(torch.tensor([edge, ruined, short]), [0.0, 0.0, 1 - 2**-24])[0] == [1, 2, 1]
 
@@ -298,12 +296,15 @@ def test_draws_follow_the_log_probs_that_they_report(tiny):
 def test_a_response_ends_at_its_closing_tag_however_it_is_cut(hub, monkeypatch):
     encode = hub[1].encode
     letters = sum(map(encode, "<ACTION>look</Action>"), [])
-    script = [encode("<action>look</action>"), letters, [*encode("look</action "), hub[1].end_id]]
+    script = [encode("<action>look</action>"), letters]
+    script += [*encode("look</action "), hub[1].end_id], [7, 0]  # the other end
     columns = zip(*[row + [5] * 60 for row in script])
-    monkeypatch.setattr(sdar.Sampler, "draw", lambda *_: (next(columns), [0.0] * 3))
-    config = configure(group_size=3, max_new_tokens=60)
-    for row, episode in zip(script, play(hub, config, 3, max_turns=1)):
+    monkeypatch.setattr(sdar.Sampler, "draw", lambda *_: (next(columns), [0.0] * 4))
+    config = configure(group_size=4, max_new_tokens=60)
+    for row, episode in zip(script, play(hub, config, 4, max_turns=1)):
         assert [*itertools.compress(episode.ids, episode.mask)] == row
+    episode.ids, episode.begin = encode("</action>go"), len(encode("</action>"))
+    assert not sdar.has_answered(hub[1], episode)  # the tag is the prompt's
 
 
 def test_a_plain_policys_answer_cut_by_the_limit_is_invalid(tiny):
@@ -326,19 +327,19 @@ def test_an_episode_that_fills_the_context_ends_there(policy, monkeypatch):
         lengths()
 
 
-def test_slow_calls_go_in_threads_and_come_in_order():
-    barrier = threading.Barrier(9, timeout=9)
-    calls = [lambda i=i: (barrier.wait(), i) for i in range(9)]
-    assert [i for _, i in envs.call_all(calls, in_threads=True)] == [*range(9)]
-
-
 def test_a_rollout_plays_from_a_bfloat16_copy(tiny, monkeypatch):
-    """The frequencies of the positions stay float32, and so do the weights that learn."""
-    models = noted(monkeypatch, sdar.Sampler, "__init__", lambda sampler, model, *_: model)
-    play(tiny, configure(dtype="bfloat16"), max_turns=2)
-    assert {weight.dtype for weight in models[0].parameters()} == {torch.bfloat16}
-    for values in (tiny[0].parameters(), models[0].buffers()):
+    """The frequencies of the positions stay float32, and so do the weights that learn, and what is
+    drawn from. Scoring computes in bfloat16, too."""
+    config = configure(dtype="bfloat16")
+    draws = noted(monkeypatch, sdar.Sampler, "draw", lambda *args: args[:2])
+    play(tiny, config, max_turns=2)
+    sampler, logits = draws[0]
+    assert {weight.dtype for weight in sampler.model.parameters()} == {torch.bfloat16}
+    for values in (tiny[0].parameters(), sampler.model.buffers(), [logits]):
         assert {value.dtype for value in values} == {torch.float32}
+    assert not logits.requires_grad
+    with sdar.forward_dtype(tiny[0], config):
+        assert torch.is_autocast_enabled("cpu")
 
 
 # --- 4. Log-probs of the sampled ids -----------------------------------------------------
@@ -356,8 +357,7 @@ def test_token_logprobs_agree_with_float64(at_once, monkeypatch):
         assert torch.allclose(values.double(), expected, atol=1e-5)
         slopes = torch.autograd.grad(values.sum(), weights, retain_graph=True)
         others = torch.autograd.grad(expected.sum(), weights, retain_graph=True)
-        assert torch.allclose(slopes[0], others[0], atol=1e-4)
-        assert torch.allclose(slopes[1], others[1], atol=1e-4)
+        assert all(map(partial(torch.allclose, atol=1e-4), slopes, others))
     assert sdar.token_logprobs(hidden.half(), head.half(), ids)[1].dtype == torch.float32
 
 
@@ -368,9 +368,8 @@ VECTORS = json.loads((DATA / "vectors.json").read_text())
 
 @mark.parametrize("name, case", [(name, case) for name in VECTORS for case in VECTORS[name]])
 def test_functions_have_their_hand_numbers(name, case):
-    """Values and the gradient of the first one's sum in the first argument."""
-    arguments = [torch.tensor(values).float() for values in case["arguments"]]
-    arguments[0].requires_grad_()
+    """Values and the gradient of the first one's sum in the first argument; none in a teacher."""
+    arguments = [torch.tensor(values).float().requires_grad_() for values in case["arguments"]]
     found = getattr(sdar, name)(*arguments, **case.get("options", {}))
     found = found if isinstance(found, dict) else {name: found}
     assert found.keys() == case["returns"].keys()
@@ -379,6 +378,7 @@ def test_functions_have_their_hand_numbers(name, case):
     if "gradient" in case:
         found[next(iter(found))].sum().backward()
         assert arguments[0].grad.tolist() == approx(case["gradient"], rel=2e-6, abs=2e-6)
+        assert "sd" not in name or arguments[1].grad is None
 
 
 @mark.parametrize("kind", sdar.GATES)
@@ -503,10 +503,13 @@ def test_rlsds_teacher_sizes_the_advantage_less_and_less(tiny):
 
 
 def test_the_bandit_learns_from_each_episodes_mean_gap(tiny, monkeypatch):
-    gaps = noted(monkeypatch, envs.SkillBank, "learn", lambda *args: args[3])
+    learned = noted(
+        monkeypatch, envs.SkillBank, "learn", lambda *args: [args[2][0][0], args[3][0][0]]
+    )
     _, _, episodes, batch, _ = one_update(tiny, retrieval="ucb")
     of_first = (batch["teacher"] - batch["old"])[: len(episodes[0].logprobs)]
-    assert gaps[0][0][0] == approx(of_first.mean().item(), abs=1e-6)
+    expected = [batch["advantages"][0].item(), of_first.mean().item()]
+    assert learned == [approx(expected, abs=1e-6)]
 
 
 @mark.parametrize("fault", ["shifted mask", "other temperature", "padding"])
@@ -549,20 +552,30 @@ def test_the_carried_policy_reads_the_skill_and_is_poor_without(tiny):
 def test_every_step_and_seed_draws_anew_and_the_panel_never(tmp_path, monkeypatch):
     """A step plays each of its tasks group_size times from one state."""
     played, world = noted(monkeypatch, sdar, "rollout", lambda *args: args[3]), make_env("toy")
-    heats = noted(monkeypatch, sdar.Sampler, "__init__", lambda *args: args[2])
+    readers = noted(monkeypatch, sdar.Sampler, "__init__", lambda *args: args[1:3])
     for seed in (0, 1):
         trained(tmp_path, str(seed), tasks_per_step=3, seed=seed, eval_split="dev")
     steps = [starts for starts in played if starts[0][0] in world.tasks("train")]
     panels = [starts for starts in played if starts[0][0] in world.tasks("dev")]
     assert panels == panels[:1] * 8 != []
     assert len({numbers for *_, numbers in panels[0]}) == 6
-    assert heats[1:3] == [0.4, 1]
+    models, heats = zip(*readers)
+    assert heats[1:3] == (0.4, 1)
+    assert len({*models}) == 2  # of each run the one that learns
     assert len({numbers for starts in steps for *_, numbers in starts}) == 4 * 12
     groups = [[place[:2] for place in starts] for starts in steps]
     assert len({*map(str, groups)}) == 4
     for group in groups:
         assert group == group[:1] * 4 + group[4:5] * 4 + group[8:9] * 4
         assert len({*group}) == 3
+
+
+def test_the_first_steps_are_those_of_the_version_before(tmp_path):
+    """Commit 9754f85's: eight steps agreed to 1e-6 on one machine. Three here, to 1e-4: another
+    processor rounds otherwise, and may draw another token one day."""
+    sdar.train(configure(steps=3, eval_episodes=6, eval_every=0, out=tmp_path))
+    for old, new in zip(map(json.loads, open(DATA / "first_steps.jsonl")), lines(tmp_path)):
+        assert {name: new[name] for name in old} == approx(old, abs=1e-4)
 
 
 ALWAYS = """step success reward turns invalid_rate response_tokens flat_groups loss policy_loss
@@ -616,15 +629,9 @@ CHOICES = """
 
 @mark.parametrize("name, values, key", table(CHOICES))
 def test_choices_reach_the_run(name, values, key, tmp_path):
-    """Live and frozen teachers are the same until the first update."""
-    first, last = set(), set()
-    for value in values:
-        flags = {name: value, "steps": 1 + (name == "teacher"), "lr": 3e-3, "eval_episodes": 2}
-        rows = trained(tmp_path, value, **flags)[1]
-        first.add(rows[0][key])
-        last.add(rows[-1][key])
+    flags = {"lr": 3e-3, "eval_episodes": 2}
+    last = {trained(tmp_path, value, **{name: value}, **flags)[0][key] for value in values}
     assert len(last) == len(values)
-    assert len(first) == (1 if name == "teacher" else len(values))
 
 
 def test_zero_steps_only_evaluate(tmp_path, capsys, monkeypatch):
@@ -732,7 +739,7 @@ def test_a_model_that_is_not_whole_is_refused(model, capsys):
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(model, hub, capsys):
     tokenizer = copy.deepcopy(hub[1].tokenizer)
-    tokenizer.add_tokens([f"<new{i}>" for i in range(500)])
+    tokenizer.add_tokens([*map(chr, range(9000, 9500))])
     tokenizer.save_pretrained(model)
     assert "its tokenizer has " in refused(capsys, "--model=model", "--device=cpu")
 
@@ -880,7 +887,6 @@ def test_a_run_writes_its_folder_and_nothing_else(finished):
     given = json.loads((folder / "config.json").read_text())
     assert configure(**given) == small(folder.parent, save_every=1, overwrite=True)
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[1]) == final
-    assert min(final[key] for key in final if "second" in key) > 0
     config = configure(**given | {"model": str(folder / "checkpoint")})
     result = sdar.evaluate(*sdar.load_policy(config), sdar.make_envs(config), config)
     assert result["by_type"] == final["eval_by_type"]
@@ -913,19 +919,19 @@ def test_a_run_that_dies_resumes_exactly(tmp_path):
 
 
 OTHER = """
-"lr"      0.5
-"method"  "grpo"
-"seed"    1
-"steps"   2
-"dtype"   "bfloat16"
+"lr"      0.5         "--lr was .* now it is"
+"method"  "grpo"      "--method was .* now it is"
+"seed"    1           "--seed was .* now it is"
+"dtype"   "bfloat16"  "--dtype was .* now it is"
+"steps"   2           "its 2 steps are done"
 """
 
 
-@mark.parametrize("name, value", table(OTHER))
-def test_resume_refuses_other_settings(name, value, finished, tmp_path):
+def test_resume_refuses_other_settings(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
-    with raises(UserError, match=f"--{name} was .* now it is|its 2 steps are done"):
-        trained(tmp_path, resume=True, **{"steps": 3, name: value})
+    for name, value, message in table(OTHER):
+        with raises(UserError, match=message):
+            trained(tmp_path, resume=True, **{"steps": 3, name: value})
     row = trained(  # on another machine, which is looked at more often
         tmp_path,
         resume=True,
@@ -949,14 +955,12 @@ def test_resume_compares_what_an_experiment_adds_to_the_settings(tmp_path):
 
 def test_a_path_may_be_written_otherwise_at_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("other").mkdir()
-    for name in ("bank.json", "other/bank.json"):
-        Path(name).write_text(json.dumps(envs.HOME.skills()))
+    Path("bank.json").write_text(json.dumps(envs.HOME.skills()))
     trained(tmp_path, skills="bank.json", steps=1)
-    trained(tmp_path, skills="./bank.json", steps=2, resume=True)
-    trained(tmp_path, skills=tmp_path / "bank.json", steps=3, resume=True)
+    trained(tmp_path, skills=tmp_path / "bank.json", steps=2, resume=True)
+    Path("bank.json").rename("other.json")
     with raises(UserError, match="--skills was .*bank.json', now it is 'other"):
-        trained(tmp_path, skills="other/bank.json", steps=4, resume=True)
+        trained(tmp_path, skills="other.json", steps=3, resume=True)
 
 
 def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):
@@ -1021,8 +1025,7 @@ def test_memory_that_runs_out_is_one_line_with_the_flags_that_help(said, capsys)
     full = Mock(side_effect=RuntimeError(said))
     assert sdar.run(full if said else lambda: torch.empty(2**60)) == 2  # "": a CPU's own words
     (line,) = capsys.readouterr().err.splitlines()
-    names = ["gradient_checkpointing", "micro_batch", "rollout_batch", "max_new_tokens", "model"]
-    assert all(sdar.flag(name) in line for name in names)
+    assert re.search("--gradient-check.*--micro-b.*--rollout-b.*--max-new-tokens.*--model", line)
 
 
 def test_other_faults_keep_their_traceback():
@@ -1254,7 +1257,7 @@ class Num(TextEnv):
 
     def _step(self, action):
         right = (np.array([action]) == "2")[0]
-        state = {"won": right, "over": right, "valid": np.False_}
+        state = {"won": right, "over": np.True_, "valid": np.False_}
         return np.str_("No."), state | {"admissible": np.array(["2", "3"])}
 '''
 
@@ -1283,15 +1286,14 @@ def test_the_example_of_an_own_environment_is_played(own):
         world.step(None)
 
 
-@mark.parametrize("name, turns", [("guess:Guess", 3), ("num:Num", 2)])
+@mark.parametrize("name, turns", [("guess:Guess", 3), ("num:Num", 1)])
 def test_environments_of_ones_own_are_trained_on_and_resumed(name, turns, own, hub, capsys):
     size = f"--env {name} --tasks-per-step 5 --G 2 --eval-episodes 4 --rollout-batch 4"
     assert main([*size.split(), "--steps=1"]) == 0
     assert main([*size.split(), "--steps=2", "--resume"]) == 0
     out = re.findall(r"microscope.py --run (runs/\w+-sdar-s0)\n", capsys.readouterr().out)[1]
-    assert [(row["turns"], row["invalid_rate"]) for row in lines(out)] == [
-        (turns, name == "num:Num")
-    ] * 2
+    ends = [[row["turns"], row["invalid_rate"], row["success"]] for row in lines(out)]
+    assert ends == [[turns, name == "num:Num", 0]] * 2
     worlds = sdar.make_envs(configure(env=name, rollout_batch=1))  # by a language model, too
     starts = [(worlds[0].tasks("train")[0], 0, (0,))]
     (episode,) = sdar.rollout(*hub, worlds, starts, configure(), 1.0)

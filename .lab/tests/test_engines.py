@@ -5,6 +5,7 @@ import io
 import json
 import random
 import signal
+import threading
 import time
 import urllib.request
 from functools import partial
@@ -54,6 +55,12 @@ def test_all_games_are_won_at_once_and_each_twice_alike(engine):
     for (first, info), *_, last in logs:
         assert info["task"] in first
         assert last[1:3] == (1.0, True)
+
+
+def test_slow_calls_go_in_threads_and_come_in_order():
+    barrier = threading.Barrier(9, timeout=9)
+    calls = [lambda i=i: (barrier.wait(), i) for i in range(9)]
+    assert [i for _, i in envs.call_all(calls, in_threads=True)] == [*range(9)]
 
 
 def test_a_run_goes_on_exactly_where_its_engine_failed(engine, tmp_path):
