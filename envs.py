@@ -19,7 +19,7 @@ Write your own: a class with a text for the model, tasks, skills, and two method
             {"name": fruit, "text": f"The {fruit} is {colour}.", "keywords": [fruit]}
             for fruit, colour in COLOURS.items()
         ]
-        goals = {fruit: ("colour", ("train", "eval")) for fruit in COLOURS}  # type, splits
+        goals = {fruit: ("colour", ("train", "eval")) for fruit in COLOURS}  # id: (type, splits)
 
         def _reset(self, task, seed):
             self.colour = COLOURS[task]
@@ -30,11 +30,11 @@ Write your own: a class with a text for the model, tasks, skills, and two method
             won = action.lower() == self.colour
             return "That is it." if won else "No. Try again.", {"won": won}
 
-Then `python .lab/player.py guess:Guess`, and `python sdar.py --env guess:Guess --model ...`: the
-tiny policy knows the toy's words alone. A real environment holds tasks back: its splits have
-different tasks.
+Then `python .lab/player.py guess:Guess`, or `python sdar.py --env guess:Guess --model ...`. Without
+a model the tiny policy plays, which knows the toy's words alone. A real environment holds tasks
+back: its splits have different tasks.
 
-step() is Gymnasium's, without the dependency. Rewards are raw (0 or 1, at the end); scales and
+step() returns what Gymnasium's does. Rewards are raw (0 or 1, at the end); scales and
 penalties belong to the trainer. What fails in play raises EnvUnavailable, and is never shown to the
 model as an observation.
 """
@@ -91,108 +91,9 @@ def naming(what, kind=UserError):
         raise kind(f"{what}: {reason:.300}") from error
 
 
-# --- Skills: the source of the privileged context c+ (paper, section 2.1) ----------------
-#
-# A skill is a sentence or two that helps with some tasks. Before an episode those that fit its task
-# are retrieved. The teacher reads them in front of the task; the student never does.
-
-
-@dataclass(frozen=True)
-class Skill:
-    """An entry of a skill bank, for tasks whose type is in `task_types` and whose text holds one of
-    `keywords` as a whole word; an empty list sets no condition."""
-
-    name: str
-    text: str
-    task_types: tuple = ()
-    keywords: tuple = ()
-
-    def matches(self, task, task_type):
-        """True if the skill is for this task text of this task type."""
-        if self.task_types and task_type not in self.task_types:
-            return False
-        words = "|".join(map(re.escape, self.keywords)) or ".*"
-        return re.search(rf"(?i)(?<!\w)({words})(?!\w)", task) is not None
-
-
-class SkillBank:
-    """Skills, and one of the paper's four ways to retrieve those of a task.
-
-    keyword: those whose task type and keywords fit it. full: all. random: as many as keyword finds,
-    at least one, drawn from all. ucb: the paper leaves reward and constant open; ours is like UCB1.
-    An arm is a skill in a context: whether keyword retrieval would find it. A task gets the three
-    arms of largest mean reward + sqrt(ln(all plays) / plays), unplayed arms first. The reward, in
-    [-1, 1], is the correlation over a group's episodes of advantage and mean gap: a good skill
-    makes its reader endorse what went well."""
-
-    STRATEGIES = ("keyword", "full", "random", "ucb")
-
-    def __init__(self, rows, strategy="keyword"):
-        with naming("a skill has a name and a text"):
-            self.skills = [Skill(**row) for row in rows]
-            for skill in self.skills:
-                lists = [skill.task_types, skill.keywords]  # a str passes as a list of letters
-                texts = [skill.name, skill.text, *skill.task_types, *skill.keywords]
-                require(
-                    {*map(type, texts)} == {str} and str not in map(type, lists),
-                    f"the skill {skill.name!r:.50}",
-                )
-        self.strategy = strategy
-        self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
-
-    def retrieve(self, task, task_type, seed):
-        """The skills of a task, a list; the same for all episodes of a group."""
-        found = [skill for skill in self.skills if skill.matches(task, task_type)]
-        rng = random.Random(f"{task}/{seed}".encode(errors="replace"))  # half a character: ?
-        match self.strategy:
-            case "keyword":
-                return found
-            case "full":
-                return self.skills
-            case "random":
-                return rng.sample(self.skills, len(found or self.skills[:1]))
-
-        shuffled = rng.sample(self.skills, len(self.skills))  # breaks ties
-        return sorted(shuffled, key=lambda skill: -self.index(skill, task, task_type))[:3]
-
-    def arm(self, skill, task, task_type):
-        """The name of a skill's arm for a task."""
-        return f"{skill.name} {'found' if skill.matches(task, task_type) else 'not found'}"
-
-    def index(self, skill, task, task_type):
-        """Upper bound of a skill's arm: its mean reward, and a bonus for what was seldom tried."""
-        plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
-        if plays == 0:
-            return math.inf
-        total = sum(tried for tried, _ in self.arms.values())
-        return rewards / plays + math.sqrt(math.log(total) / plays)
-
-    def learn(self, episodes, advantages, gaps):
-        """Credit the skills that each group had. advantages, gaps: rows are groups."""
-        for first, its_advantages, its_gaps in zip(episodes[:: len(gaps[0])], advantages, gaps):
-            if len(set(its_advantages)) == 1 or len(set(its_gaps)) == 1:
-                continue  # nothing varies, so nothing is said
-            reward = correlation(its_advantages, its_gaps)
-            for skill in first.skills:
-                arm = self.arm(skill, first.task, first.task_type)
-                tried = self.arms.setdefault(arm, [0, 0.0])
-                tried[0] += 1
-                tried[1] += reward
-
-
-def load_skills(file):
-    """Rows of the skill bank in a JSON file: a list of objects with name and text, and perhaps
-    task_types and keywords, lists of texts. UserError for anything else."""
-    with naming(f"--skills {file}: must be a list of name, text, task_types, keywords"):
-        rows = json.loads(Path(file).read_text("utf-8-sig"))
-        require(rows, "it is empty")
-        SkillBank(rows)
-        return rows
-
-
 # --- What every environment shares -------------------------------------------------------
 
-SPLITS = ("eval", "dev", "train", "train", "train")  # a fifth of the tasks each, WebShop apart
+SPLITS = ("eval", "dev", "train", "train", "train")  # where tasks are cut into fifths
 
 # What environments tell their players: {environment: attributes that its objects get}.
 TEXTS = HERE / ".assets/environments.json"
@@ -206,9 +107,10 @@ class TextEnv:
     A subclass sets the attributes below and `goals`: {task id: (task type, splits, ...)}, splits
     out of train, dev, eval. It writes _reset(task, seed) and _step(action) -> (observation, state)
     and sets `task`, the task's text. An action is any text, "" where nothing could be read. state
-    may have: won; over (the episode has ended; default: when it is won); valid (the action
-    could be read); admissible (a list of actions); tail (an end of the observation that is not to
-    be cut off).
+    may have: won; over (the episode has ended; a win ends it, too); valid (the action could be
+    read); admissible (a list of actions); tail (an end of the observation that no limit cuts off).
+    TextEnv's own are task_type, turns and listed. A constructor takes max_turns, and perhaps data,
+    which is --env-data.
 
     info has task (its text), task_type, won, over, valid, admissible, and hint: what a language
     model reads under the observation."""
@@ -217,7 +119,7 @@ class TextEnv:
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
     reminder = "Your next action, in <action></action>:"  # every turn, but not to a `plain` policy
-    closing_tags = ("</action>",)  # a response ends with one of these; in small letters here
+    closing_tags = ("</action>",)  # in small letters; a response ends with one; `parse` knows them
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
     goals = {}
@@ -229,6 +131,7 @@ class TextEnv:
     def __init__(self, max_turns=0):
         vars(self).update(TEXTS.get(self.name, {}))
         require(self.instructions, "no instructions, in its class or .assets/environments.json")
+        require(not isinstance(self.closing_tags, str), "closing_tags must be a tuple of texts")
         self.max_turns = max_turns or self.default_turns
 
     def tasks(self, split):
@@ -240,7 +143,7 @@ class TextEnv:
     def reset(self, task, seed=0):
         """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same
         episode. Returns (observation, info); the first observation states the task."""
-        self.kind = self.goals[task][0]  # the task's type
+        self.task_type = self.goals[task][0]
         self.turns = 0
         self.listed = []
         with naming(f"{self.name} failed at {task!r}", EnvUnavailable):
@@ -248,7 +151,7 @@ class TextEnv:
 
     def step(self, action):
         """Play one action. Returns (observation, reward, terminated, truncated, info). reward is
-        1.0 on the step that wins, else 0.0. After the end a step means nothing."""
+        1.0 on the step that wins, else 0.0. After the end do not step."""
         self.turns += 1
         with naming(f"{self.name} failed at {action!r}", EnvUnavailable):
             observation, info = self._result(*self._step(action))
@@ -257,11 +160,11 @@ class TextEnv:
         # once, at the end, for the whole: nobody says which of the actions earned it.
         terminated = info["over"]
         truncated = not terminated and self.turns >= self.max_turns
-        return observation, float(terminated and info["won"]), terminated, truncated, info
+        return observation, float(info["won"]), terminated, truncated, info
 
     def step_all(self, envs, actions):
-        """Play an action in each of many environments of this kind. Returns a list of what step
-        returns."""
+        """Play an action in each of many environments of this kind; called on one for all. Returns
+        a list of what step returns."""
         return call_all(
             [partial(env.step, action) for env, action in zip(envs, actions)], self.slow
         )
@@ -288,7 +191,7 @@ class TextEnv:
         for task in self.tasks(split):
             pools.setdefault(self.label(task), []).append(task)
         panel = []
-        for i in range(episodes):  # a task of each label; after its last one its first again
+        for i in range(episodes):  # after a label's last task its first again
             lap, place = divmod(i, len(pools))
             pool = pools[sorted(pools)[place]]
             panel.append((pool[lap % len(pool)], 1_000_000 + lap))  # seeds of training are below
@@ -307,15 +210,123 @@ class TextEnv:
         hint += f"\nTurn {self.turns + 1} of {self.max_turns}. {self.reminder}"
 
         won = bool(state.get("won"))
-        return observation[: self.longest], {
-            "task": self.task,
-            "task_type": self.kind,
+        return f"{observation:.{self.longest}}", {  # a str, and not too long
+            "task": str(self.task),
+            "task_type": self.task_type,
             "won": won,
-            "over": bool(state.get("over", won)),
+            "over": won or bool(state.get("over")),
             "valid": bool(state.get("valid", True)),
             "admissible": admissible,
             "hint": hint,
         }
+
+
+def call_all(calls, in_threads):
+    """Results of functions without arguments, in order."""
+    if not in_threads:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(64) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+# --- Skills: the source of the privileged context c+ (paper, section 2.1) ----------------
+#
+# A skill is a sentence or two that helps with some tasks. Before an episode those that fit its task
+# are retrieved. The teacher reads them in front of the task; the student never does.
+
+
+@dataclass(frozen=True)
+class Skill:
+    """An entry of a skill bank, for tasks whose type is in `task_types` and whose text holds one of
+    `keywords` as a whole word; an empty list sets no condition."""
+
+    name: str
+    text: str
+    task_types: tuple = ()
+    keywords: tuple = ()
+
+    def matches(self, text, task_type):
+        """True if the skill is for a task of this text and type."""
+        if self.task_types and task_type not in self.task_types:
+            return False
+        words = "|".join(map(re.escape, self.keywords))
+        return not words or re.search(rf"(?i)(?<!\w)({words})(?!\w)", text) is not None
+
+
+class SkillBank:
+    """Skills, and one of the paper's four ways to retrieve those of a task.
+
+    keyword: those whose task type and keywords fit it. full: all. random: as many as keyword finds,
+    at least one, drawn from all. ucb: the paper leaves reward and constant open; ours is like UCB1.
+    A skill has two arms: for tasks that keyword retrieval finds it for, and for others. A task gets
+    the three arms of largest mean reward + sqrt(ln(all plays) / plays), unplayed arms first. The
+    reward, in [-1, 1], is the correlation over a group's episodes of advantage and mean gap: a good
+    skill makes the teacher find likelier what went well."""
+
+    STRATEGIES = ("keyword", "full", "random", "ucb")
+
+    def __init__(self, rows, strategy="keyword"):
+        with naming("a skill has a name and a text"):
+            self.skills = [Skill(**row) for row in rows]
+            for skill in self.skills:
+                lists = [skill.task_types, skill.keywords]  # a str would pass as one, of letters
+                texts = [skill.name, skill.text, *skill.task_types, *skill.keywords]
+                require(
+                    {*map(type, texts)} == {str} and str not in map(type, lists),
+                    f"the skill {skill.name!r:.50}",
+                )
+        self.strategy = strategy
+        self.arms = {}  # {arm: [plays, sum of rewards]}, of ucb
+
+    def retrieve(self, task, task_type, seed):
+        """The skills of a task, a list; the same for all episodes of a group."""
+        found = [skill for skill in self.skills if skill.matches(task, task_type)]
+        rng = random.Random(f"{task}/{seed}".encode(errors="replace"))  # half a character becomes ?
+        match self.strategy:
+            case "keyword":
+                return found
+            case "full":
+                return self.skills
+            case "random":
+                return rng.sample(self.skills, len(found or self.skills[:1]))
+
+        shuffled = rng.sample(self.skills, len(self.skills))  # ucb; breaks ties
+        return sorted(shuffled, key=lambda skill: -self.index(skill, task, task_type))[:3]
+
+    def arm(self, skill, task, task_type):
+        """The name of a skill's arm for a task."""
+        return f"{skill.name} {'found' if skill.matches(task, task_type) else 'not found'}"
+
+    def index(self, skill, task, task_type):
+        """Upper bound of a skill's arm: its mean reward, and a bonus for what was seldom tried."""
+        plays, rewards = self.arms.get(self.arm(skill, task, task_type), (0, 0.0))
+        if plays == 0:
+            return math.inf
+        total = sum(tried for tried, _ in self.arms.values())
+        return rewards / plays + math.sqrt(math.log(total) / plays)
+
+    def learn(self, episodes, advantages, gaps):
+        """Credit the skills that each group had. advantages, gaps: rows are groups, which stand one
+        after the other in episodes."""
+        for first, its_advantages, its_gaps in zip(episodes[:: len(gaps[0])], advantages, gaps):
+            if len(set(its_advantages)) == 1 or len(set(its_gaps)) == 1:
+                continue  # nothing varies, so nothing is said
+            reward = correlation(its_advantages, its_gaps)
+            for skill in first.skills:
+                arm = self.arm(skill, first.task, first.task_type)
+                tried = self.arms.setdefault(arm, [0, 0.0])
+                tried[0] += 1
+                tried[1] += reward
+
+
+def load_skills(file):
+    """Rows of the skill bank in a JSON file: a list of objects with name and text, and perhaps
+    task_types and keywords, lists of texts. UserError for anything else."""
+    with naming(f"--skills {file}: must be a list of name, text, task_types, keywords"):
+        rows = json.loads(Path(file).read_text("utf-8-sig"))
+        require(rows, "it is empty")
+        SkillBank(rows)  # checks them
+        return rows
 
 
 # --- The toy household: ALFWorld's spirit and wording, small enough for a CPU -------------
@@ -340,6 +351,11 @@ TASK_TEXT = {  # {task type: sentence}
     "look": "look at a {object} under the desklamp 1",
     "two": "put two {object} in {target}",
 }
+
+
+def is_a(text, start):
+    """True if a text is these words, or begins with them: is_a("mug 1", "mug")."""
+    return f"{text} ".startswith(f"{start} ")
 
 
 @dataclass(frozen=True)
@@ -383,7 +399,7 @@ class ToyEnv(TextEnv):
     A task id is the task's sentence; `seed` chooses which other objects are about. A well-formed
     action that cannot be done here is valid and answered "Nothing happens."; the place in it (`take
     O [from P]`, `put O [in/on P]`, `heat O [with P]`) may be left out. Splits: train 3/5 of each
-    type's tasks, dev (to choose settings) and eval 1/5.
+    type's tasks, dev (to choose settings) 1/5, eval 1/5.
 
     An episode, without and with the skill "The mug is kept in cabinet 3.":
 
@@ -414,7 +430,8 @@ class ToyEnv(TextEnv):
         self.places = self.storages + sum(APPLIANCES.values(), ())
         self.goals = {}  # {sentence: (task type, (split,), class of object, target)}
 
-        # Every type, object and target where the object is not yet; of look a task an object.
+        # Every type, object and target where the object is not yet. A task of look has no target:
+        # there is one for each object.
         found = {}
         for kind, text in TASK_TEXT.items():
             for c in CLASSES:
@@ -427,9 +444,9 @@ class ToyEnv(TextEnv):
         of_kind = Counter(kind for kind, _, _ in found.values())
         for task in order:
             kind, c, target = found[task]
-            fifth = seen[kind] // (of_kind[kind] // 5)
+            fifth = 5 * seen[kind] // of_kind[kind]
             seen[kind] += 1
-            self.goals[task] = (kind, (SPLITS[min(4, fifth)],), c, target)
+            self.goals[task] = (kind, (SPLITS[fifth],), c, target)
 
     def tasks(self, split):
         """Task ids of a split, in a fixed order mixed over types. There are few tasks of type look:
@@ -453,7 +470,7 @@ class ToyEnv(TextEnv):
         rng = random.Random(f"{task}/{seed}")
         others = rng.sample([c for c in CLASSES if c != self.goal_class], 4)
         things = [f"{c} 1" for c in (*others, self.goal_class)]
-        if self.kind == "two":
+        if self.task_type == "two":
             things.append(f"{self.goal_class} 2")
         self.contents = {place: [] for place in self.places}
         for thing in sorted(things):
@@ -498,7 +515,7 @@ class ToyEnv(TextEnv):
         if verb in APPLIANCES:
             if self.where != self.household.appliance[verb]:
                 return "Nothing happens."
-            self.done_to -= {("heat", what), ("cool", what)}  # cleaning undoes both, too
+            self.done_to -= {("heat", what), ("cool", what)}  # the last of the three counts
             self.done_to.add((verb, what))
             return f"You {verb} {what} with {self.where}."
 
@@ -523,14 +540,14 @@ class ToyEnv(TextEnv):
     def _won(self):
         # Look: the lamp is lit, here, and the object is in the hand. Else the target must hold
         # the object, two of them for "two", heated, cooled or cleaned where the task says so.
-        if self.kind == "look":
+        if self.task_type == "look":
             return (
                 self.lit and is_a(self.hand, self.goal_class) and self.where == self.household.lamp
             )
         there = [thing for thing in self.contents[self.target] if is_a(thing, self.goal_class)]
-        if self.kind in APPLIANCES:
-            there = [thing for thing in there if (self.kind, thing) in self.done_to]
-        return len(there) >= (2 if self.kind == "two" else 1)
+        if self.task_type in APPLIANCES:
+            there = [thing for thing in there if (self.task_type, thing) in self.done_to]
+        return len(there) >= (2 if self.task_type == "two" else 1)
 
     def _admissible(self):
         # Everywhere one can go; what is here can be opened, taken, put down or used. The list
@@ -554,15 +571,71 @@ class ToyEnv(TextEnv):
         return actions + ["look", "inventory"]
 
 
-def is_a(text, start):
-    """True if a text is these words, or begins with them: is_a("mug 1", "mug")."""
-    return f"{text} ".startswith(f"{start} ")
-
-
 # --- The paper's three environments: thin shims, the real engines are imported when used --
 #
 # Each translates between the engine's calls and the signatures above. What an engine raises becomes
 # EnvUnavailable. The texts for the model and the skills are data, in .assets/environments.json.
+
+
+class AlfworldEnv(TextEnv):
+    """ALFWorld's text games, in `data` (or ALFWORLD_DATA, or where alfworld-download puts them). A
+    task id is a game's path below it; `seed` changes nothing. An action that cannot be done is
+    valid and answered "Nothing happens.", as in the official code. Splits: train, eval (the data
+    set's valid_seen, as in the paper), dev (valid_unseen); a folder in which no game lies in one of
+    these three folders serves all splits."""
+
+    name = "alfworld"
+    default_turns = 50
+    slow = True
+    made = 0  # environments
+    FOLDERS = {"train": "train", "valid_seen": "eval", "valid_unseen": "dev"}
+
+    def __init__(self, max_turns=0, data=""):
+        super().__init__(max_turns)
+        require(find_spec("alfworld"), "ALFWorld is missing: pip install alfworld", EnvUnavailable)
+        data = data or os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")
+        self.data = os.path.abspath(os.path.expanduser(data))
+        self.goals = self.games(self.data)
+        self.number = AlfworldEnv.made
+        AlfworldEnv.made += 1
+        self.process = game_process(self.number % CORES)
+        self.process.submit(int).result()  # forks now, and not in a thread
+
+    @classmethod
+    @cache
+    def games(cls, folder):
+        """{path: (task type, splits)} of the games in a folder, without those that the official
+        loader leaves out: not solvable, with a movable receptacle, with something sliced."""
+        paths = []
+        for path in sorted(Path(folder).rglob("*.tw-pddl")):
+            solvable = re.search(r'"solvable":\s*true', path.read_text("utf-8", "replace"))
+            if solvable and not re.search("movable|Sliced", str(path.relative_to(folder))):
+                paths.append(path.relative_to(folder))
+        require(paths, f"no ALFWorld games in {folder}: run alfworld-download", EnvUnavailable)
+
+        games = {}
+        in_folders = any(cls.FOLDERS.keys() & {*path.parts} for path in paths)
+        for path in paths:
+            splits = [
+                split for name, split in cls.FOLDERS.items() if name in path.parts or not in_folders
+            ]
+            kind = re.search(r"(pick|look)_\w+", str(path))
+            if splits:
+                games[str(path)] = (kind[0] if kind else "other", tuple(splits))
+        return games
+
+    def _reset(self, task, seed):
+        self.path = os.path.join(self.data, task)
+        observation, state = self._step(None)
+        self.task = observation.split("Your task is to: ")[-1]
+        return observation.split("=-")[-1].strip(), state  # without the banner
+
+    def _step(self, action):
+        with naming(f"ALFWorld failed at {self.path}, or was silent for 2 minutes", EnvUnavailable):
+            text, won, commands = self.process.submit(
+                play_game, self.number, self.path, action
+            ).result()
+        return text, {"won": won, "admissible": [line for line in commands if line != "help"]}
 
 
 # ALFWorld's engine is slow, and not safe in threads: some processes play it.
@@ -604,82 +677,21 @@ def play_game(number, path, action):
             GAMES[number] = textworld.start(path, wanted, [AlfredDemangler])
         state = GAMES[number].reset()
     else:
-        state = GAMES[number].step(action)[0]
+        state = GAMES[number].step(action.strip().lower())[0]
     signal.alarm(0)
     return state["feedback"].strip(), state["won"], state["admissible_commands"]
-
-
-class AlfworldEnv(TextEnv):
-    """ALFWorld's text games, in `data` (or ALFWORLD_DATA, or where alfworld-download puts them). A
-    task id is a game's path below it; `seed` changes nothing. An action that cannot be done is
-    valid and answered "Nothing happens.", as in the official code. Splits: train, eval (the data
-    set's valid_seen, as in the paper), dev (valid_unseen); a folder in which no game lies in one of
-    these three folders is every split."""
-
-    name = "alfworld"
-    default_turns = 50
-    slow = True
-    made = 0  # environments
-    FOLDERS = {"train": "train", "valid_seen": "eval", "valid_unseen": "dev"}
-
-    def __init__(self, max_turns=0, data=""):
-        super().__init__(max_turns)
-        require(find_spec("alfworld"), "ALFWorld is missing: pip install alfworld", EnvUnavailable)
-        data = data or os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")
-        self.data = os.path.abspath(os.path.expanduser(data))
-        self.goals = self.games(self.data)
-        self.number = AlfworldEnv.made
-        AlfworldEnv.made += 1
-        self.process = game_process(self.number % CORES)
-        self.process.submit(int).result()  # forks now, and not in a thread
-
-    @classmethod
-    @cache
-    def games(cls, folder):
-        """{path: (task type, splits)} of the games in a folder, without those that the official
-        loader leaves out: not solvable, with a movable receptacle, with something sliced."""
-        paths = []
-        for path in sorted(Path(folder).rglob("*.tw-pddl")):
-            solvable = re.search(r'"solvable":\s*true', path.read_text("utf-8", "replace"))
-            if solvable and not re.search("movable|Sliced", str(path.relative_to(folder))):
-                paths.append(path.relative_to(folder))
-        require(paths, f"no ALFWorld games in {folder}: run alfworld-download", EnvUnavailable)
-
-        games = {}
-        in_folders = any(cls.FOLDERS.keys() & {*path.parts} for path in paths)
-        for path in paths:
-            splits = [split for name, split in cls.FOLDERS.items() if name in path.parts]
-            kind = re.search(r"(pick|look)_\w+", str(path))
-            splits = splits if in_folders else cls.FOLDERS.values()
-            if splits:
-                games[str(path)] = (kind[0] if kind else "other", tuple(splits))
-        return games
-
-    def _reset(self, task, seed):
-        self.path = os.path.join(self.data, task)
-        observation, state = self._step(None)
-        self.task = observation.split("Your task is to: ")[-1]
-        return observation.split("=-")[-1].strip(), state  # without the banner
-
-    def _step(self, action):
-        action = action and action.strip().lower()
-        with naming(f"ALFWorld failed at {self.path}, or was silent for 2 minutes", EnvUnavailable):
-            text, won, commands = self.process.submit(
-                play_game, self.number, self.path, action
-            ).result()
-        return text, {"won": won, "admissible": [line for line in commands if line != "help"]}
 
 
 class WebShopEnv(TextEnv):
     """WebShop's own text environment, from a checkout of its code in `data` (or WEBSHOP_ROOT).
 
     A task id is the index of a synthetic goal, as in the official code. Splits by index: eval the
-    first 500 goals (at most a fifth), dev as many, train the rest. What the page does not offer
-    does nothing; search works on every page."""
+    first 500 goals (at most a fifth), dev as many, train the rest. A click on what the
+    page does not offer does nothing; search works on every page."""
 
     name = "webshop"
     default_turns = 15
-    longest = 8000  # a product's title and price stand behind its options
+    longest = 8000  # a product's title and price come after its options
     servers = {}  # {root: products and index}, everyone's
 
     def __init__(self, max_turns=0, data=""):
@@ -746,8 +758,8 @@ class SearchEnv(TextEnv):
     data: a JSON-lines file; a row has id, question, golden_answers (a list of texts), and perhaps
     data_source and split (any name); without a split a hash of the id puts 3/5 into train, 1/5 into
     dev and 1/5 into eval. Other formats: .lab/convert.py. url: of the server. An answer wins if it
-    is a golden one but for case, punctuation, articles and blanks. At the last turn a search is not
-    executed."""
+    is a golden one, except for case, punctuation, articles and blanks. At the last turn a search is
+    not executed."""
 
     name = "search"
     default_turns = 4
@@ -917,11 +929,3 @@ def make_env(name, **options):
             )
     with naming(f"--env {name}"):
         return kind(**options)
-
-
-def call_all(calls, in_threads):
-    """Results of functions without arguments, in order."""
-    if not in_threads:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(64) as pool:
-        return list(pool.map(lambda call: call(), calls))

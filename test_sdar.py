@@ -288,7 +288,7 @@ def test_draws_follow_the_log_probs_that_they_report(tiny):
     expected = torch.softmax(logits[0] / 0.7, -1)
     assert np.bincount(ids) / 1000 == approx(expected.numpy(), abs=2e-3)
     assert logprobs == approx(expected.log()[ids].tolist())
-    assert sdar.Sampler(tiny[0], 0).draw(logits[:1], [0.0])[0] == [2]
+    assert sdar.Sampler(tiny[0], 0).draw(-logits[:1], [0.9])[0] == [0]
     edge, ruined, short = [-math.inf, 0.0, 1.0], [math.nan] * 3, [0.0, 2.0, -math.inf]
     assert draw(torch.tensor([edge, ruined, short]), [0.0, 0.0, 1 - 2**-24])[0] == [1, 2, 1]
 
@@ -411,7 +411,7 @@ def one_update(policy, objective=sdar.objective, step=1, **changes):
     batch = sdar.step_batch(model, start_policy, teacher, episodes, config, step)
     sgd, rng = torch.optim.SGD(model.parameters(), lr=1.0), np.random.default_rng(0)
     metrics = sdar.update(model, sgd, episodes, batch, config, rng, objective)
-    assert {weight.grad for weight in model.parameters()} == {None}, "no zero_grad"
+    assert {weight.grad for weight in model.parameters()} == {None}  # zero_grad
     change = vector(model.parameters()) - vector(policy[0].parameters())
     return change.detach(), metrics, episodes, batch, start_policy
 
@@ -449,7 +449,7 @@ def test_the_loss_is_the_sum_of_its_terms(method, tiny):
     total = (method != "opsd") * terms["policy_loss"] + 0.3 * terms["kl"]
     assert terms["loss"] == approx(total + 0.5 * terms.get("sdar_loss", 0), rel=1e-4, abs=1e-7)
     assert terms.get("sdar_loss", 1)
-    assert (terms["ratio"], terms["clipped"]) == approx((1, 0), abs=1e-5), "on policy"
+    assert (terms["ratio"], terms["clipped"]) == approx((1, 0), abs=1e-5)  # on policy
 
 
 def test_every_mini_batch_is_a_step_over_other_episodes(tiny, monkeypatch):
@@ -864,7 +864,7 @@ def test_no_text_becomes_a_control_token(tiny, hub):
         for _ in range(600):
             text = hostile_text(rng, [*added, "<|im_end|>", "<think>", "system"])
             ids = chat.encode(text)
-            assert not {*added.values()} & {*ids} - {chat.tokenizer.unk_token_id}, text
+            assert not {*added.values()} & {*ids} - {chat.tokenizer.unk_token_id}
             kept = text.encode(errors="replace").decode().replace("\0", "")
             assert chat.plain or normal(chat.tokenizer.decode(ids)) == normal(kept)
 
@@ -1040,53 +1040,7 @@ def test_what_stops_a_run_is_one_line(error, code, capsys):
     assert ("--resume" if code == 130 else "disk full") in said
 
 
-# --- envs.py: skills ---------------------------------------------------------------------
-
-
-def test_a_skill_is_for_whole_words_and_its_task_types():
-    skill = envs.Skill("a", "text", ("heat", "cool"), ("mug", "egg"))
-    assert skill.matches("heat a Mug and put it", "heat")
-    assert not skill.matches("heat a mug", "put")
-    assert not skill.matches("heat mugs and a smug", "heat")
-    assert envs.Skill("a", "text").matches("anything", "heat")
-    assert envs.Skill("a", "text", keywords=["c++"]).matches("write c++ now", "put")
-    with raises(UserError, match="a skill has a name and a text: .*'name'"):
-        envs.SkillBank([{"text": "Look around first."}])
-
-
-def test_retrieval_by_each_strategy():
-    everything, task = {row["name"] for row in envs.HOME.skills()}, "heat a mug in desk 1"
-    for strategy, size in zip(envs.SkillBank.STRATEGIES, (2, len(everything), 2, 3)):
-        bank, found = envs.SkillBank(envs.HOME.skills(), strategy), set()
-        for seed in range(50):
-            names = [skill.name for skill in bank.retrieve(task, "heat", seed)]
-            assert len({*names}) == len(names) == size
-            assert names == [skill.name for skill in bank.retrieve(task, "heat", seed)]
-            found |= {*names}
-        assert found == ({"mug", "heat"} if strategy == "keyword" else everything)
-        assert envs.SkillBank([], strategy).retrieve(task, "heat", 0) == []
-
-
-def test_the_bandit_by_hand():
-    """Mean reward + sqrt(ln(all plays) / plays); a group in which nothing varies says nothing."""
-    bank, task = envs.SkillBank(envs.HOME.skills(), "ucb"), ("put a mug in desk 1", "put")
-    skills = {skill.name: skill for skill in bank.skills}
-    cup, mug = skills["cup"], skills["mug"]
-    episodes = []
-    for skills in ([mug, cup], [mug], [mug], [cup]):
-        episodes += [SimpleNamespace(task=task[0], task_type="put", skills=skills)] * 2
-    advantages = torch.tensor([[1.0, -1], [2, -2], [0, 0], [1, -1]]).tolist()
-    bank.learn(episodes, advantages, [[0.3, 0.1], [0.1, 0.3], [0.1, 0.2], [0.5, 0.5]])
-    assert bank.arms == {"mug found": [2, 0.0], "cup not found": [1, 1.0]}
-    assert bank.index(mug, *task) == approx(math.sqrt(math.log(3) / 2))
-    assert bank.index(cup, *task) == approx(1 + math.sqrt(math.log(3)))
-    assert bank.index(cup, "put a cup in desk 1", "put") == math.inf  # another arm
-    bank.arms = {bank.arm(skill, *task): [9, 0.0] for skill in bank.skills}
-    bank.arms["cup not found"] = [9, 5.0]
-    assert bank.retrieve(*task, seed=1)[0] == cup
-
-
-# --- What every environment shares -------------------------------------------------------
+# --- envs.py: what all share --------------------------------------------------------------
 
 
 class Counter(envs.TextEnv):
@@ -1107,7 +1061,7 @@ class Counter(envs.TextEnv):
 
 ENDS = """
 {"won": True}                 (1.0, True, False)
-{"won": True, "over": False}  (0.0, False, False)
+{"won": True, "over": False}  (1.0, True, False)
 {"over": True}                (0.0, True, False)
 {"valid": False}              (0.0, False, False)
 """
@@ -1174,6 +1128,52 @@ def test_parse_reads_the_first_complete_tags(name, response, parsed):
     env.plain = name == "tiny"
     assert env.parse(response) == parsed
     assert parsed[1] <= (env.plain or any(map(response.lower().count, env.closing_tags)))
+
+
+# --- Skills -------------------------------------------------------------------------------
+
+
+def test_a_skill_is_for_whole_words_and_its_task_types():
+    skill = envs.Skill("a", "text", ("heat", "cool"), ("mug", "egg"))
+    assert skill.matches("heat a Mug and put it", "heat")
+    assert not skill.matches("heat a mug", "put")
+    assert not skill.matches("heat mugs and a smug", "heat")
+    assert envs.Skill("a", "text").matches("anything", "heat")
+    assert envs.Skill("a", "text", keywords=["c++"]).matches("write c++ now", "put")
+    with raises(UserError, match="a skill has a name and a text: .*'name'"):
+        envs.SkillBank([{"text": "Look around first."}])
+
+
+def test_retrieval_by_each_strategy():
+    everything, task = {row["name"] for row in envs.HOME.skills()}, "heat a mug in desk 1"
+    for strategy, size in zip(envs.SkillBank.STRATEGIES, (2, len(everything), 2, 3)):
+        bank, found = envs.SkillBank(envs.HOME.skills(), strategy), set()
+        for seed in range(50):
+            names = [skill.name for skill in bank.retrieve(task, "heat", seed)]
+            assert len({*names}) == len(names) == size
+            assert names == [skill.name for skill in bank.retrieve(task, "heat", seed)]
+            found |= {*names}
+        assert found == ({"mug", "heat"} if strategy == "keyword" else everything)
+        assert envs.SkillBank([], strategy).retrieve(task, "heat", 0) == []
+
+
+def test_the_bandit_by_hand():
+    """Mean reward + sqrt(ln(all plays) / plays); a group in which nothing varies says nothing."""
+    bank, task = envs.SkillBank(envs.HOME.skills(), "ucb"), ("put a mug in desk 1", "put")
+    skills = {skill.name: skill for skill in bank.skills}
+    cup, mug = skills["cup"], skills["mug"]
+    episodes = []
+    for skills in ([mug, cup], [mug], [mug], [cup]):
+        episodes += [SimpleNamespace(task=task[0], task_type="put", skills=skills)] * 2
+    advantages = torch.tensor([[1.0, -1], [2, -2], [0, 0], [1, -1]]).tolist()
+    bank.learn(episodes, advantages, [[0.3, 0.1], [0.1, 0.3], [0.1, 0.2], [0.5, 0.5]])
+    assert bank.arms == {"mug found": [2, 0.0], "cup not found": [1, 1.0]}
+    assert bank.index(mug, *task) == approx(math.sqrt(math.log(3) / 2))
+    assert bank.index(cup, *task) == approx(1 + math.sqrt(math.log(3)))
+    assert bank.index(cup, "put a cup in desk 1", "put") == math.inf  # another arm
+    bank.arms = {bank.arm(skill, *task): [9, 0.0] for skill in bank.skills}
+    bank.arms["cup not found"] = [9, 5.0]
+    assert bank.retrieve(*task, seed=1)[0] == cup
 
 
 # --- The toy household -------------------------------------------------------------------
@@ -1259,6 +1259,11 @@ class Num(TextEnv):
         right = (np.array([action]) == "2")[0]
         state = {"won": right, "over": np.True_, "valid": np.False_}
         return np.str_("No."), state | {"admissible": np.array(["2", "3"])}
+
+
+class Lines(Num):
+    def _reset(self, task, seed):
+        return ["a list", "of lines"], {}
 '''
 
 
@@ -1282,8 +1287,8 @@ def test_the_example_of_an_own_environment_is_played(own):
     assert world.step("green")[1]
     (skill,) = envs.SkillBank(world.skills).retrieve(world.task, "colour", 0)
     assert skill.text == "The kiwi is green."
-    with raises(UserError, match="guess failed at None: AttributeError"):
-        world.step(None)
+    with raises(UserError, match="num failed at '1': TypeError"):
+        make_env("num:Lines").reset("1")
 
 
 @mark.parametrize("name, turns", [("guess:Guess", 3), ("num:Num", 1)])

@@ -63,7 +63,7 @@ class Player:
 
         # It carries nothing: take the thing that is wanted, but not one that was already brought.
         if not env.hand:
-            brought_to = env.target if env.kind == "two" else None
+            brought_to = env.target if env.task_type == "two" else None
             here = env.contents[env.where] if env.where in env.opened - {brought_to} else []
             for thing in here:
                 if is_a(thing, wanted):
@@ -71,14 +71,14 @@ class Player:
             return self.look_for(wanted, house.home[wanted], wanted in known, brought_to)
 
         # It carries what is wanted: to the lamp, to an appliance, or to its target.
-        if env.kind == "look":
+        if env.task_type == "look":
             found = self.look_for("desklamp", house.lamp, "lamp" in known)
             return found or "use desklamp 1"
-        if env.kind in APPLIANCES and (env.kind, env.hand) not in env.done_to:
-            untried = [place for place in APPLIANCES[env.kind] if place not in self.broken]
-            likely = [house.appliance[env.kind]] if env.kind in known else untried
+        if env.task_type in APPLIANCES and (env.task_type, env.hand) not in env.done_to:
+            untried = [place for place in APPLIANCES[env.task_type] if place not in self.broken]
+            likely = [house.appliance[env.task_type]] if env.task_type in known else untried
             place = env.where if env.where in untried else self.rng.choice(likely)
-            return self.way_to(place) or f"{env.kind} {env.hand}"
+            return self.way_to(place) or f"{env.task_type} {env.hand}"
         return self.way_to(env.target) or f"put {env.hand}"
 
     def way_to(self, place):
