@@ -1,6 +1,6 @@
 """Text environments for sdar.py: a toy household; thin shims around ALFWorld, WebShop, Search-QA.
 
-    python .lab/player.py toy            # be the agent: you see what the model sees
+    python .lab/player.py toy            # be the agent
     python .lab/player.py toy --skill    # and read what the teacher reads
 
 Write your own: a class with a text for the model, tasks, skills, and two methods.
@@ -109,8 +109,8 @@ class TextEnv:
     and sets `task`, the task's text. An action is any text, "" where nothing could be read. state
     may have: won; over (the episode has ended; a win ends it, too); valid (the action could be
     read); admissible (a list of actions); tail (an end of the observation that no limit cuts off).
-    TextEnv's own are task_type, turns and listed. A constructor takes max_turns, and perhaps data,
-    which is --env-data.
+    TextEnv's own are task_type, turns, max_turns and listed. A constructor takes max_turns, and
+    perhaps data, which is --env-data.
 
     info has task (its text), task_type, won, over, valid, admissible, and hint: what a language
     model reads under the observation."""
@@ -119,7 +119,7 @@ class TextEnv:
     instructions = ""  # the system message
     examples = ()  # turns before the episode that show the form: (observation, response) pairs
     reminder = "Your next action, in <action></action>:"  # every turn, but not to a `plain` policy
-    closing_tags = ("</action>",)  # in small letters; a response ends with one; `parse` knows them
+    closing_tags = ("</action>",)  # in small letters; a response ends with one; others need a parse
     skills = ()  # rows of the skill bank
     bank = None  # the SkillBank, which sdar.py makes of them
     goals = {}
@@ -143,7 +143,7 @@ class TextEnv:
     def reset(self, task, seed=0):
         """Start an episode. task: an id out of tasks(split); the same (task, seed) is the same
         episode. Returns (observation, info); the first observation states the task."""
-        self.task_type = self.goals[task][0]
+        self.task_type = str(self.goals[task][0])
         self.turns = 0
         self.listed = []
         with naming(f"{self.name} failed at {task!r}", EnvUnavailable):
@@ -175,7 +175,7 @@ class TextEnv:
         one line without a tag ("< " begins none: WebShop has a button "< prev")."""
         found = re.search(r"(?is)<action>((?:(?!<action>).)*?)</action>", response)
         text = found[1] if found else ""
-        if self.plain and not (found or re.search("\n|<(?! )", response.strip())):
+        if self.plain and not re.search("\n|<(?! )", response.strip()):
             text = response
         action = " ".join(text.split())
         return action, action != ""
@@ -515,7 +515,7 @@ class ToyEnv(TextEnv):
         if verb in APPLIANCES:
             if self.where != self.household.appliance[verb]:
                 return "Nothing happens."
-            self.done_to -= {("heat", what), ("cool", what)}  # the last of the three counts
+            self.done_to -= {("heat", what), ("cool", what)}  # cleaning undoes both, too
             self.done_to.add((verb, what))
             return f"You {verb} {what} with {self.where}."
 

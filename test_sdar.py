@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -749,6 +750,9 @@ BANKS = """
 '[{"name": "a"}]'                                  "missing 1 required"
 '[{"name": "a", "text": 3}]'                       "the skill 'a'"
 '[{"name": "a", "text": "b", "keywords": "mug"}]'  "the skill 'a'"
+'[{"name": "a", "text": "b", "keywords": [3]}]'    "the skill 'a'"
+'[{"name": "a", "text": "b", "task_types": "x"}]'  "the skill 'a'"
+'[{"name": "a", "text": "b", "task_types": [3]}]'  "the skill 'a'"
 '[{"name": "a", "text": "b", "when": "mug"}]'      "when"
 '[3]'                                              "must be a mapping"
 '{'                                                "Expecting"
@@ -1059,17 +1063,24 @@ class Counter(envs.TextEnv):
         return "two " * 2000, self.state
 
 
+def test_slow_calls_go_in_threads_and_come_in_order():
+    barrier = threading.Barrier(9, timeout=9)
+    world = Mock(step=lambda i: (barrier.wait(), i)[1])
+    found = envs.TextEnv.step_all(envs.AlfworldEnv, [world] * 9, range(9))
+    assert found == [*range(9)]
+
+
 ENDS = """
 {"won": True}                 (1.0, True, False)
 {"won": True, "over": False}  (1.0, True, False)
 {"over": True}                (0.0, True, False)
-{"valid": False}              (0.0, False, False)
+{"valid": False}              (0.0, False, True)
 """
 
 
 @mark.parametrize("state, outcome", table(ENDS))
 def test_the_reward_comes_once_and_limits_are_kept(state, outcome):
-    world = Counter(max_turns=3)
+    world = Counter(max_turns=2)
     observation, info = world.reset("a1")
     assert (info["task"], info["task_type"]) == ("Count to a1.", "a")
     assert len(observation) == len(world.step("x")[0]) == world.longest < 8000
@@ -1077,8 +1088,6 @@ def test_the_reward_comes_once_and_limits_are_kept(state, outcome):
     _, *found, info = world.step("x")
     assert tuple(found) == outcome
     assert (info["won"], info["valid"]) == (state.get("won", False), state.get("valid", True))
-    world.state = {}
-    assert world.step("x")[1:4] == (0.0, False, True)
 
 
 def test_a_language_model_is_told_what_is_new():
@@ -1093,11 +1102,19 @@ def test_a_language_model_is_told_what_is_new():
     assert info["hint"].endswith(f"\nTurn 4 of 9. {world.reminder}")
 
 
+PANEL = """
+"a0"  1000000
+"b0"  1000000
+"a1"  1000001
+"b1"  1000001
+"a2"  1000002
+"b2"  1000002
+"a0"  1000003
+"""
+
+
 def test_the_panel_is_fixed_and_has_the_types_in_turn():
-    panel = Counter().panel("eval", 7)
-    assert panel == Counter().panel("eval", 7)
-    assert [task for task, _ in panel] == "a0 b0 a1 b1 a2 b2 a0".split()
-    assert len({*panel}) == 7
+    assert Counter().panel("eval", 7) == table(PANEL)
 
 
 RESPONSES = r"""
@@ -1108,6 +1125,8 @@ RESPONSES = r"""
 "tiny"    "I will look\naround"                       ("", False)
 "tiny"    "<think>I should look for the cd"           ("", False)
 "tiny"    "click[< prev]"                             ("click[< prev]", True)
+"tiny"    "look\n"                                    ("look", True)
+"tiny"    "look</action"                              ("", False)
 "toy"     "a\nb</think>\n<action>open\ncup 1</action><action>look</action>"  ("open cup 1", True)
 "toy"     "<Action> look </ACTION>"                   ("look", True)
 "toy"     "a <action>go to desk 1"                    ("", False)
@@ -1151,7 +1170,6 @@ def test_retrieval_by_each_strategy():
         for seed in range(50):
             names = [skill.name for skill in bank.retrieve(task, "heat", seed)]
             assert len({*names}) == len(names) == size
-            assert names == [skill.name for skill in bank.retrieve(task, "heat", seed)]
             found |= {*names}
         assert found == ({"mug", "heat"} if strategy == "keyword" else everything)
         assert envs.SkillBank([], strategy).retrieve(task, "heat", 0) == []
@@ -1208,8 +1226,9 @@ def test_the_toys_splits_are_disjoint_and_cover_all_task_types():
         kinds = [world.goals[task][0] for task in tasks]
         assert {*kinds} == {*envs.TASK_TEXT}
         counts = {kinds.count(kind) for kind in kinds}
-        assert split != "train" or len(counts) == 1  # there every type equally often
+        assert (len(counts) == 1) == (split == "train")  # there every type equally often
     assert len(found) == 10 * (5 * 19 + 1)
+    assert not envs.is_a("mug 12", "mug 1")
     assert world.tasks("eval")[0] == "put a mug in cabinet 6"
 
 
@@ -1226,6 +1245,7 @@ ANSWERS = r"""
 "The."               "the"            True
 "An!"                "a"              False
 "theory"             "ory"            False
+"Mr: [X] {y}_z?"     "mr x yz"        True
 "caf\u00e9 \u2014"   "caf\u00e9"      False
 """
 
@@ -1287,7 +1307,7 @@ def test_the_example_of_an_own_environment_is_played(own):
     assert world.step("green")[1]
     (skill,) = envs.SkillBank(world.skills).retrieve(world.task, "colour", 0)
     assert skill.text == "The kiwi is green."
-    with raises(UserError, match="num failed at '1': TypeError"):
+    with raises(EnvUnavailable, match="num failed at '1': TypeError"):
         make_env("num:Lines").reset("1")
 
 

@@ -7,7 +7,7 @@ class Server:
     def __init__(self):
         self.goals = [
             {"category": "garden", "instruction_text": "Find me a lamp", "price": random.random()}
-            for _ in range(50)
+            for _ in range(3000)
         ]
         self.pages = {}
 
@@ -55,7 +55,7 @@ class WebAgentTextEnv:
         page = self.server.pages[self.session]
         clickables = {
             "start": ["search"],
-            "results": ["back to search", "b01"],
-            "item": ["red,  large", "buy now"],
+            "results": ["< prev", "b01"],
+            "item": ["red,  x", "buy now"],
         }[page]
         return {"has_search_bar": page == "start", "clickables": clickables}
