@@ -25,7 +25,7 @@ def test_bench_names_the_parts_of_a_step(capsys):
 
 
 def test_player_lists_the_actions_and_says_how_to_leave(monkeypatch, capsys):
-    keys = ["go to cabinet 3", "open cabinet 3", "take mug 1", "", "go to sofa 1"]
+    keys = ["go to cabinet 3", "open cabinet 3", "Take mug 1", "", "go to sofa 1"]
     monkeypatch.setattr("builtins.input", Mock(side_effect=[*keys, "put mug 1 in sofa 1"]))
     assert call("player", "toy", "--task", "put a mug in sofa 1") == 0
     printed = capsys.readouterr().out
