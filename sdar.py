@@ -1027,7 +1027,7 @@ def load_policy(config):
     if config.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # in transformers 5.24
         enable = renamed or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable()
     tqdm.write(f"{path}: {model.num_parameters():,} parameters, {config.dtype} on {config.device}")
     return model.to(config.device), chat
 

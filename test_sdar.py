@@ -157,6 +157,7 @@ SETTINGS = """
 {"method": "grpo_opsd"}                     {"gate_beta": 0}
 {"method": "skill_sd"}                      {"sdar_coef": 0.1}
 {"method": "skill_sd", "preset": "paper"}   {"sdar_coef": 0.001}
+{"method": "skill_sd", "policy_coef": 0}    {"distil": "skill_sd"}
 {"model": "other"}                          {"preset": "paper", "device": "cuda"}
 {"preset": "paper"}                         {"steps": 150, "tasks_per_step": 16, "group_size": 8}
 {"preset": "paper"}                         {"lr": 1e-6, "kl_coef": 0.01, "clip_eps": 0.2}
@@ -642,7 +643,7 @@ def test_zero_steps_only_evaluate(tmp_path, capsys, monkeypatch):
     result = sdar.train(small(tmp_path, steps=0, max_turns=10))
     assert (result["episodes"], result["success_skill"]) == (6, 1)
     assert [*tmp_path.iterdir()] == []
-    assert "won 100.0% of 6 [61%, 100%]" in capsys.readouterr().out
+    assert "before, with the skill: won 100.0% of 6 [61%, 100%]" in capsys.readouterr().out
 
 
 def test_a_language_model_trains_in_bfloat16_and_is_warned_of(checkpoint, tmp_path, capsys):
@@ -740,7 +741,7 @@ def test_a_model_that_is_not_whole_is_refused(model, capsys):
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(model, hub, capsys):
     tokenizer = copy.deepcopy(hub[1].tokenizer)
-    tokenizer.add_tokens([*map(chr, range(9000, 9500))])
+    tokenizer.add_tokens([*map(chr, range(9000, 9001))])
     tokenizer.save_pretrained(model)
     assert "its tokenizer has " in refused(capsys, "--model=model", "--device=cpu")
 
@@ -787,7 +788,18 @@ import os, sdar
 assert 'transformers' not in sys.modules
 assert os.environ["OMP_WAIT_POLICY"] == "passive"
 text = open("sdar.py", encoding="utf-8").read()
-assert text.index("OMP_WAIT_POLICY") < text.index("import torch")"""
+assert text.index("OMP_WAIT_POLICY") < text.index("import torch")
+
+# The script's exit code, and a kernel that cannot be compiled, where stdout is no console.
+import io, runpy
+sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+assert sdar.load_kernel("") is None
+sys.argv, code = ["sdar.py", "--lr=2"], 0
+try:
+    runpy.run_path("sdar.py", run_name="__main__")
+except SystemExit as end:
+    code = end.code
+assert code == 2 and sys.stderr.getvalue().startswith("sdar.py: --lr")"""
 
 
 def test_imports_are_quick_and_do_nothing():
@@ -825,7 +837,7 @@ def test_glued_ids_are_the_rendered_conversation(template, hub):
     rendered = rendered.replace(thought, "")
     assert decode(ids).replace(thought, "") == rendered
     assert decode(first[:at]).replace(thought, "") == rendered.split("A mug.")[0]
-    assert chat.next("Nothing.", last_id=5) == [chat.end_id, *chat.next("Nothing.", chat.end_id)]
+    assert chat.next("Nothing.", last_id=0) == [chat.end_id, *chat.next("Nothing.", chat.end_id)]
     assert {0, 2} <= chat.end_ids & hub[1].end_ids  # of the checkpoint, which has two
 
 
@@ -927,6 +939,7 @@ OTHER = """
 "method"  "grpo"      "--method was .* now it is"
 "seed"    1           "--seed was .* now it is"
 "dtype"   "bfloat16"  "--dtype was .* now it is"
+"eval_episodes"  7    "--eval-episodes was .* now it is"
 "steps"   2           "its 2 steps are done"
 """
 
@@ -950,11 +963,11 @@ def test_resume_refuses_other_settings(finished, tmp_path):
 
 
 def test_resume_compares_what_an_experiment_adds_to_the_settings(tmp_path):
-    config = small(tmp_path, steps=1)
+    trained(tmp_path, steps=1)
+    config = small(tmp_path, resume=True)
     config.variant = "std:off"
-    sdar.train(config)
-    with raises(UserError, match="--variant was 'std:off', now it is None"):
-        trained(tmp_path, resume=True)
+    with raises(UserError, match="--variant was None, now it is 'std:off'"):
+        sdar.train(config)
 
 
 def test_a_path_may_be_written_otherwise_at_resume(tmp_path, monkeypatch):
@@ -973,7 +986,13 @@ def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):
     with raises(UserError, match="--resume or --overwrite"):
         trained(tmp_path)
     with raises(UserError, match="overwrite --model"):
-        trained(tmp_path, overwrite=True, model=tmp_path / "run/checkpoint", preset="toy")
+        trained(
+            tmp_path,
+            "run/../run",
+            overwrite=True,
+            model=tmp_path / "run/checkpoint/../checkpoint",
+            preset="toy",
+        )
     with raises(EnvUnavailable):
         trained(tmp_path, hooks=dying_after(1), overwrite=True, seed=1)
     assert not Path(tmp_path, "run/config.json").exists()
@@ -1039,7 +1058,7 @@ def test_other_faults_keep_their_traceback():
 
 @mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError, 2), (UserError, 2)])
 def test_what_stops_a_run_is_one_line(error, code, capsys):
-    assert sdar.run(Mock(side_effect=error("disk full"))) == code
+    assert sdar.run(Mock(side_effect=error("disk\nfull"))) == code
     (said,) = capsys.readouterr().err.splitlines()
     assert ("--resume" if code == 130 else "disk full") in said
 
