@@ -82,12 +82,12 @@ from envs import HERE, SkillBank, UserError, call_all, load_skills, make_env, na
 
 # --- 1. Configuration (paper, section 3 and appendix C) ----------------------------------
 #
-# The defaults are the toy's: a network of 309 thousand parameters that learns in a minute on a CPU.
+# The defaults are the toy's: a network of 309 thousand parameters that learns in minutes on a CPU.
 # A preset replaces some of them, and so does a method.
 
 PRESETS = {
     "toy": {},
-    "paper": {  # ALFWorld's published values, but for micro_batch and rollout_batch
+    "paper": {  # these are ALFWorld's published values, but for micro_batch and rollout_batch
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -118,7 +118,7 @@ PRESETS = {
 @dataclass
 class Config:
     """One run. Every field is a flag, its comment the flag's help. "paper: 2": in that preset;
-    "published": the authors' value, where it is another."""
+    "published": the authors' value, if different."""
 
     # what is run
     env: str = "toy"  # toy, alfworld, webshop, search, or an environment of your own, module:Class
@@ -157,7 +157,7 @@ class Config:
     policy_coef: float = 1.0  # weight of the policy loss
     clip_eps: float = 0.2  # epsilon, PPO's clip of the ratio
     kl_coef: float = 0.01  # weight of the k3 KL to the frozen start policy
-    invalid_penalty: float = 0.01  # what an unreadable answer costs; published: 0.1, the reward 10
+    invalid_penalty: float = 0.01  # what an invalid answer costs; published: 0.1, the reward 10
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # SDAR
@@ -165,7 +165,7 @@ class Config:
     sdar_coef: float = 1.0  # lambda, weight of the loss of gate and skill_sd; paper: 0.01
     gate: str = "gap"  # what opens SDAR's gate on a token: gap, entropy, soft_or; none: always open
     gate_beta: float = 5.0  # beta, the sharpness of the gate
-    teacher: str = "live"  # weights that read the skill: live (the student's), frozen (the start's)
+    teacher: str = "live"  # whose weights read the skill: live (each step's), frozen (the start's)
     retrieval: str = "keyword"  # which skills it reads: keyword, full, random or ucb
     rlsd_decay: int = 40  # steps until RLSD's teacher no longer changes advantages; paper: 100
 
@@ -180,7 +180,7 @@ METHODS = {  # the trained rows of the paper's Table 1, by what they change
     "sdar": {},
     "grpo": {"distil": "none"},
     "opsd": {"policy_coef": 0.0},  # SDAR without the policy loss; the KL stays
-    "grpo_opsd": {"gate_beta": 0.0},  # as officially: a gate of 1/2, see sdar_loss
+    "grpo_opsd": {"gate_beta": 0.0},  # as officially: a gate of 1/2, which teaches nothing
     "skill_grpo": {"distil": "none", "skilled": True},
     "skill_sd": {"distil": "skill_sd"},
     "rlsd": {"distil": "rlsd"},
@@ -233,9 +233,9 @@ class Episode:
     skill_ids: list  # what the teacher reads there, and the student does not; may be empty
     logprobs: list = field(default_factory=list)  # the sampler's, of the sampled ids
     begin: int = 0  # where in ids the newest response begins
-    read: int = 0  # how many ids of the conversation the KV cache holds
+    read: int = 0  # how many ids of the conversation the sampler has read
     turns: int = 0
-    invalid: int = 0  # turns whose answer held no action that could be read
+    invalid: int = 0  # turns whose answer was not valid
     reward: float = 0.0  # raw: 0 or 1
     won: bool = False
 
@@ -324,7 +324,7 @@ def start_episode(chat, env, start, result, with_skill):
     skill = "Skill: " + " ".join(skill.text for skill in skills) + "\n"
     skill_ids = chat.encode(skill) if skills else []
     ids, at = chat.first(env, as_read(chat, observation, info))
-    if with_skill:  # the student reads it: a part of the conversation, and nothing for a teacher
+    if with_skill:  # the student reads it: a part of the conversation, and no teacher
         ids = ids[:at] + skill_ids + ids[at:]
         skill_ids = []
     return Episode(
@@ -349,7 +349,7 @@ def as_read(chat, observation, info):
 
 
 def answer(sampler, chat, episodes, config):
-    """Sample a response to each conversation, and append it. Who has finished waits for the
+    """Sample a response to each conversation, and append it. Rows that have finished wait for the
     slowest. Returns the responses' texts."""
     draws = [episode.random.random(config.max_new_tokens, np.float32) for episode in episodes]
     for episode in episodes:
@@ -527,8 +527,8 @@ def response_logprobs(model, episodes, config, with_skill=False):
         mask     0  0  0  1  1  0  1         0  0  1  0  1
         token             0  1     2               3     4     the same for the teacher
     """
-    # One pass reads a whole conversation: attention is causal, so the state at each place is what
-    # the policy had there when it sampled. Padding is on the right, where no token looks.
+    # One pass reads a whole conversation: attention is causal, so the state at each place has seen
+    # only what stood before, as when it was sampled. Padding is on the right, where no token looks.
     views = [episode.view(with_skill) for episode in episodes]
     ids, mask = (padded(rows, model.device) for rows in zip(*views))  # (B, S); mask 1: sampled
     sampled = mask[:, 1:].bool()  # the state at position s - 1 predicts the id at s
@@ -559,8 +559,8 @@ def score(model, episodes, config, with_skill=False):
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
 # episode). Copy what you need into your own trainer, and give it logprobs[mask], and an episode's
 # advantage for each of its tokens. The gradient goes through logprobs alone: the teacher's and the
-# gate's are cut here. What comes back as a dict is logged under its keys. The mean over the tokens
-# is taken in `update`, once: a long episode weighs more than a short one.
+# gate's are cut here. What comes back as a dict is logged under its keys. The mean is taken in
+# `update`, over the tokens of a mini-batch: a long episode weighs more than a short one.
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -601,7 +601,7 @@ def kl_k3(logprobs, ref):
 
     Under the policy -d has the KL as its mean, but on a single token either sign. exp(d) - 1 has
     mean 0. With it added the mean stays, and no token is below 0. The mean of its gradient, though,
-    is that of the other KL, KL(reference || policy): on policy, and within the clamp."""
+    is the gradient of the other KL, KL(reference || policy): on policy, within the clamp."""
     d = (ref - logprobs).clamp(max=20)  # keeps exp, and so the gradient, finite
     return (d.exp() - d - 1).clamp(-10, 10)
 
@@ -622,18 +622,18 @@ def sdar_loss(logprobs, teacher_logprobs, entropy=None, kind="gap", beta=5.0):
     """L_SDAR, the gated self-distillation loss (section 2.4): g_t (log pi_T - log pi), all (N,),
     with the gate. entropy: the student's, in nats, for the gates that need it.
 
-    Gate and teacher are constants here, so a smaller g_t gap is a larger log pi: the gradient on a
-    token is -g_t grad log pi. Every sampled token is pushed up, under the gap's gate harder where
-    the gap is larger. On policy E[grad log pi] = 0: what does not depend on which token was sampled
-    cancels on average (up to some 1 / B: the N that the mean divides by is random, too). So a
-    constant gate teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
+    Gate and teacher are constants here, so minimising raises log pi: the gradient on a token is
+    -g_t grad log pi. Every sampled token is pushed up, under the gap's gate harder where the gap is
+    larger. On policy E[grad log pi] = 0: what does not depend on which token was sampled cancels on
+    average (to order 1 / B: the N that the mean divides by is random, too). So a constant gate
+    teaches nothing, and the entropy's gate nothing, either. Of the gap's gate
 
         sigmoid(beta gap) = 1/2 + 1/2 tanh(beta gap / 2)
 
     only the second part is left in expectation: -1/2 E[tanh(beta gap / 2) grad log pi]. From the
-    second optimiser step on the constant part no longer cancels: it pulls the student back to the
-    policy that sampled. An episode without a skill has gap 0 when the step starts: a gate that does
-    not depend on the token, and no teaching."""
+    second optimiser step on the constant part does not cancel: it is half the gradient of KL(old ||
+    pi), a pull back to the policy that sampled. An episode without a skill has gap 0 when the step
+    starts: a gate that does not depend on the token, and no teaching."""
     gap = teacher_logprobs.detach() - logprobs
     gate = GATES[kind](gap, entropy, beta).detach()  # the paper's sg[...]
     return {"sdar_loss": gate * gap, "gate": gate, "gate_active": gate > 0.5}
@@ -644,7 +644,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
     - student, rho = exp(student - old), not detached; all (N,).
 
     Within the clamps the gradient on a token is -rho gap grad log pi: that of the reverse KL's
-    estimate, signed, and unbounded."""
+    estimate: it can also push down, and without bound."""
     gap = teacher_logprobs.detach() - logprobs
     k3 = gap.clamp(max=20).exp() - gap - 1
     rho = (logprobs - old).clamp(max=10).exp()
@@ -769,7 +769,7 @@ def update(model, optimizer, episodes, batch, config, rng, objective=objective):
         # A mini-batch makes one optimiser step; its micro-batches are what the memory allows. Each
         # divides by the tokens of the whole mini-batch: a mean of means would be another mean.
         total = sum(lengths[row] for row in chosen)
-        # Training mode, without which no layer would checkpoint, is for these alone: no dropout.
+        # Only layers that checkpoint need training mode, and get it: so nothing is dropped out.
         for layer in model.modules():
             layer.training = getattr(layer, "gradient_checkpointing", False)
         for rows in in_parts(chosen, config.micro_batch):
@@ -805,7 +805,7 @@ def evaluate(model, chat, envs, config):
     Returns success, success_skill, episodes, by_type {task type: [episodes, won without, won with
     the skill]}, and valid, the share of answers without the skill that are valid."""
     # The panel, and the random numbers it is played with, are the same at every call, and for every
-    # run: two runs differ only in their policies. (i alone would do; 64 keeps older numbers.)
+    # run: two runs differ only in their policies. (i alone would do; older logs stay comparable.)
     panel = envs[0].panel(config.eval_split, config.eval_episodes)
     starts = [(*start, (1, i - i % 64, i % 64)) for i, start in enumerate(panel)]
     play = partial(rollout, model, chat, envs, starts, config, config.eval_temperature)
