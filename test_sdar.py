@@ -794,6 +794,9 @@ assert text.index("OMP_WAIT_POLICY") < text.index("import torch")
 import io, runpy
 sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
 assert sdar.load_kernel("") is None
+sdar.torch.set_num_threads(2)
+sdar.load_policy(sdar.configure())  # the tiny policy takes one core
+assert sdar.torch.get_num_threads() == 1
 sys.argv, code = ["sdar.py", "--lr=2"], 0
 try:
     runpy.run_path("sdar.py", run_name="__main__")

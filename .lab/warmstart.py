@@ -353,7 +353,8 @@ def main(argv):
         "--enough",
         type=float,
         default=0.9,
-        help="success with the skill at which a language model's imitation ends [0.9]",
+        help="a language model's imitation ends when all answers are valid, and this share is won "
+        "with the skill [0.9]",
     )
     parser.add_argument(
         "--plain",

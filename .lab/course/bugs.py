@@ -59,8 +59,7 @@ def temperature():
             # Fewer silly actions. The log-probs are the policy's, as they should be.
             chosen, _ = super().draw(2 * logits, uniform)
             logprobs = torch.log_softmax(logits / self.temperature, -1)
-            at = torch.tensor(chosen, device=logits.device)[:, None]
-            return chosen, logprobs.gather(1, at)[:, 0].tolist()
+            return chosen, logprobs[torch.arange(len(chosen)), chosen].tolist()
 
     return Sampler
 

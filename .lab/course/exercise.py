@@ -221,14 +221,13 @@ def bug(number, *flags):
 
 def launch(flags):
     """Train with flags, or call microscope or gradient with them. Returns the exit code."""
-    words = [flag for flag in flags if flag != "--"]
-    name = words[:1]
-    rest = words[1:]
-    if name == ["microscope"]:
-        return microscope.main(rest)
-    if name == ["gradient"]:
-        return gradient(*rest)
-    return sdar.main(words)
+    match [flag for flag in flags if flag != "--"]:
+        case ["microscope", *rest]:
+            return microscope.main(rest)
+        case ["gradient", *rest]:
+            return gradient(*rest)
+        case words:
+            return sdar.main(words)
 
 
 def compare(right, other):

@@ -45,8 +45,7 @@ def main(steps=8):
         better = rewards - rewards.mean(1, keepdim=True)
         A = better / (rewards.std(1, keepdim=True) + 1e-6)
         lengths = [len(episode.logprobs) for episode in episodes]
-        A = A.float().flatten()
-        A = A.repeat_interleave(torch.tensor(lengths))
+        A = A.float().flatten().repeat_interleave(torch.tensor(lengths))
 
         # Learn: four optimiser steps on this one batch.
         batch = torch.stack([A, old, ref, teacher]).split(lengths, 1)

@@ -13,7 +13,7 @@ Variants stand in front of --, in any order; behind it stand the flags of sdar.p
     teacher:KIND      it is a copy that stays behind: lagged (made anew every 10 steps), or ema
                       (moved a tenth of the way before each step). Such a run cannot be resumed
     std:off           advantages are not divided by the deviation of their group
-    advantage:KIND    distillation in PPO's advantage; KIND is the gate: gap, none, reverse_kl
+    advantage:KIND    distillation in PPO's advantage, of the gate (gap) or the gap (reverse_kl)
     gate:KIND         gates fixed when the tokens were sampled: unchanged (own), or controls:
                       their mean (constant), their values on random tokens (shuffled), their
                       values less their mean (centred)
@@ -46,7 +46,7 @@ sdar.GATES["reverse_kl"] = lambda gap, entropy, beta: gap  # the signed gradient
 sdar.GATES["beta"] = lambda gap, entropy, beta: beta + 0 * gap  # what is handed in as beta
 WORD = re.compile(  # without commas: compare.py has them between the values of a sweep
     r"skills:(0|1|0?\.\d+)|retrieval:wrong|teacher:(lagged|ema)|std:off"
-    r"|advantage:(gap|none|reverse_kl)|gate:(own|constant|shuffled|centred)"
+    r"|advantage:(gap|reverse_kl)|gate:(own|constant|shuffled|centred)"
     r"|divergence:(reverse|forward|jsd)|practice:(keep|out)"
     r"|sampling:\d*\.?\d*[1-9]\d*/(1|0?\.\d*[1-9])"
 )
@@ -151,7 +151,7 @@ def full_divergence(model, teacher, episodes, config, kind):
     """between() the distributions from which the sampled tokens were drawn, (N,), as student and
     teacher see them; 0 where nobody has a skill. The gradient goes through the student.
 
-    It holds (N, V) values of both at once: a language model needs a small --micro-batch."""
+    It holds all logits of both at once: a language model needs a small --micro-batch."""
     readers = []
     for reader, with_skill in ((model, False), (teacher, True)):
         views = [episode.view(with_skill) for episode in episodes]
@@ -273,9 +273,8 @@ def check(words, config):
             was = getattr(config, setting)
             needs = f"{name} needs {sdar.flag(setting)} {value}"
             require(was == value, f"{needs}, and here it is {was}")
-    for one, others in ("advantage", {"gate", "divergence"}), ("practice", {"std"}):
-        alone = one not in kinds or not others & {*kinds}
-        require(alone, f"{one}: not with {' or '.join(sorted(others))}")
+    for pair in ("advantage gate", "advantage divergence", "practice std"):
+        require({*pair.split()} - {*kinds}, f"{pair}: not together")
 
 
 def hooks(words):

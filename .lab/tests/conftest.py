@@ -35,7 +35,7 @@ def refused(capsys, script, *words):
     capsys.readouterr()
     code = call(script, *words)
     said = capsys.readouterr().err.splitlines()
-    assert (code, len(said)) == (2, 1), said
+    assert (code, len(said)) == (2, 1)
     return said[0]
 
 

@@ -25,6 +25,7 @@ VALUES = """
 "advantage:gap"         "close(loss, policy_loss + 0.01 * kl)"
 "divergence:reverse"    "close(loss, 3 * policy_loss + 0.01 * kl + 2 * gate * divergence)"
 "divergence:reverse"    "close(sdar_loss, gate * divergence)"
+"divergence:forward"    "sdar_loss.sum().backward() or model.lm_head.weight.grad.norm() > 0"
 """
 
 
@@ -41,6 +42,7 @@ def test_what_a_variant_changes_in_a_step_by_hand(word, check, policy):
     batch = hooks["step_batch"](model, model, model, episodes, config, 1)
     model.lm_head.weight.data *= 0.5
     names = batch | hooks["objective"](model, episodes, batch, config)
+    names["model"] = model
     names["A"] = plain["advantages"]
     names["g"] = torch.sigmoid(5 * (plain["teacher"] - plain["old"]))
     names["logprobs"], _ = sdar.response_logprobs(model, episodes, config)
@@ -149,7 +151,7 @@ def test_skills_are_right_in_a_share_of_the_groups(word, low, high):
 AGAIN = """
 "practice:keep"      "told == 12 * [0] + 4 * [1] and abs(sum(A[4:8])) + abs(sum(A[12:])) < 1e-4"
 "practice:out"       "told == 16 * [0] and sum(A[12:]) > 0.1 and abs(sum(A[4:8] + A[12:])) < 1e-4"
-"sampling:1/0.01"    "len({*map(str, ids)}) == 3"
+"sampling:9/0.01"    "len({*map(str, ids)}) == 3"
 "sampling:0.0001/1"  "len({*map(str, ids)}) == 3"
 "sampling:1/1"       "ids == before"
 """

@@ -66,10 +66,11 @@ def test_trl_takes_the_steps_of_update(model, method, changes, checkpoint, tmp_p
     for logged in theirs.state.log_history[:2]:
         metrics = sdar.update(model, optimizer, theirs.episodes, batch, config, np.random)
         for name in {*metrics} - {"ratio", "clipped", "policy_loss", "gate_active"}:
-            assert logged[name] == approx(metrics[name], abs=1e-5), name
+            assert logged[name] == approx(metrics[name], abs=1e-5)
     assert min(metrics["kl"], metrics["clipped"]) > 1e-4
     weights = vector(model.parameters()), vector(theirs.policy.parameters())
     assert torch.allclose(*weights, atol=1e-5)
+    assert (theirs.teacher is theirs.policy) == (config.teacher == "live")
 
 
 SIZE = """--tasks-per-step 4 --minibatches 1 --steps 2 --eval-episodes 2 --device cpu --overwrite

@@ -57,6 +57,7 @@ def test_a_larger_household_gets_a_policy_that_knows_its_words(tmp_path):
     world = envs.make_env("households:Forty")
     row = warmstart.demonstration(chat, random.Random(0), world)
     assert "<unk>" not in chat.tokenizer.decode(row.ids)
+    assert row.env.places == world.places
 
 
 # --- A language model --------------------------------------------------------------------

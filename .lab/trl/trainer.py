@@ -121,9 +121,8 @@ class SDARTrainer(GRPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, and lambda times the gated term on the log-probs that it computed."""
         outputs = []
-        hook = model.register_forward_hook(lambda _, args, output: outputs.append(output))
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        hook.remove()
+        with model.register_forward_hook(lambda _, args, output: outputs.append(output)):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.run.distil == "none":
             return loss
 
