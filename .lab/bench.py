@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sdar
 
 
-def main(argv):
+def main(argv=None):
     """Train for two steps, of which the first one warms up, and print the parts of the second."""
     parser = sdar.make_parser("python .lab/bench.py [flags]", description=__doc__)
     given = vars(parser.parse_args(argv))
@@ -48,4 +48,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -7,9 +7,9 @@
 
 Every run is a process of its own, on one thread. Runs that are complete are read and not repeated,
 so a comparison that was stopped goes on with the same command. After a change of code they are
-old, also with --overwrite: take another --out. All other flags go to every run.
-What the table was made from is kept in rows.json in the folder of each run: experiments/results.py
-joins such files, makes the tables of pages from them, and draws them.
+old, also with --overwrite: take another --out. All other flags go to every run, but a sweep's grpo
+row has no teacher. What the table was made from is kept in rows.json in the folder of each run:
+experiments/results.py joins such files, makes the tables of pages from them, and draws them.
 """
 
 import itertools
@@ -60,7 +60,9 @@ def main(argv):
     rows.add_argument("--sweep", default="", help="NAME=VALUE,... [more]: these and grpo are rows")
     parser.add_argument("--variant", help="of experiments/variants.py; of several with + between")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="of each row [0,1,2,3,4]")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at once [0: one a core]")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="runs at once [0: one a core, one on a card]"
+    )
 
     given = vars(parser.parse_args(argv))
     jobs = given.pop("jobs")

@@ -26,7 +26,7 @@ OURS = {  # {task type of the official skills: our name of it}, where it is anot
 }
 
 
-def main(argv):
+def main(argv=None):
     """Read one file and write the other."""
     parser = sdar.Parser(usage=__doc__)
     parser.add_argument("kind", choices=("questions", "skills"))
@@ -102,4 +102,4 @@ def skills(file, env):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -38,7 +38,7 @@ def sizes(config, tokens, weights, layers, width, keys):
     return state, a_pass, learning, cache, playing
 
 
-def main(argv):
+def main(argv=None):
     """Print a line a model."""
     parser = sdar.make_parser("python .lab/memory.py [flags]", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2000, help="of the longest episode [2000]")
@@ -53,4 +53,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

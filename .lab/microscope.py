@@ -42,7 +42,7 @@ TOKEN = '<i tabindex="0" style="--d:{:.3f};--p:{:.3f}" data-n="{}">{}</i>'  # ga
 BAR = '<b style="--d:{:z.2f};--n:{:.3f}"></b>'  # gap, its share of the tokens
 
 
-def main(argv):
+def main(argv=None):
     """Play a group and show one of its episodes; or two batches, with --run."""
     parser = sdar.make_parser("python .lab/microscope.py [flags]", description=__doc__)
     more = parser.add_argument
@@ -257,4 +257,4 @@ def means_of(name, places, gaps, beta):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -24,7 +24,7 @@ Ctrl-D leaves (on Windows Ctrl-Z, and the return key).
 """
 
 
-def main(argv):
+def main(argv=None):
     """Play an episode in the terminal: of the first task of the split, or of one that is named."""
     raw = argparse.RawTextHelpFormatter
     parser = sdar.Parser("python .lab/player.py", epilog=__doc__, formatter_class=raw)
@@ -80,4 +80,4 @@ def say(text):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

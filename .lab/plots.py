@@ -8,7 +8,6 @@ all of them have come, with a band of one standard deviation. A method has the s
 picture.
 """
 
-import argparse
 import glob
 import json
 import math
@@ -32,9 +31,9 @@ PANELS = (  # keys of metrics.jsonl
 ).split()
 
 
-def main(argv):
+def main(argv=None):
     """Draw the curves of runs, given by their folders."""
-    parser = sdar.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sdar.Parser(usage=__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--picture", default="plot.svg", help=".svg, .png or .pdf [plot.svg]")
     given = parser.parse_args(argv)
@@ -74,8 +73,9 @@ def read_run(folder):
 
 
 def alike(folders):
-    """{label: logs of the runs that differ in nothing but the seed}; a log is a list of lines. The
-    label is the folder without the seed, or with it where that name has other settings."""
+    """{label: logs of the runs that differ in the seed, or the machine, alone}; a log is a list of
+    lines. The label is the folder without the seed, or with it where that name has other
+    settings."""
     runs = {}
     known = {}
     for folder in folders:
@@ -182,4 +182,4 @@ def draw_curve(axes, curve, look):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -4,11 +4,11 @@
     python .lab/probe.py --preset toy --model runs/toy-sdar-s0/checkpoint    # the end of a run
     python .lab/probe.py --steps 0,2,5,10,20,30,40,60 [flags of sdar.py]     # train, and look
 
-Nothing is played and nothing is sampled: in front of "put an apple in ..." the policy could answer
-"go to" each of the places, and every such answer has a probability. A row is a class of objects, a
-column a place, a digit tenths of the probability; brackets stand around the class's home. The mean
-over the homes is "home". Beside it is "blind", what a policy would have there that takes no notice
-of the class: it knows where things are kept at all, and not which thing where.
+To look, nothing is played and nothing sampled: in front of "put an apple in ..." the policy could
+answer "go to" each of the places, and every such answer has a probability. A row is a class of
+objects, a column a place, a digit tenths of the probability; brackets stand around the class's
+home. The mean over the homes is "home". Beside it is "blind", what a policy would have there that
+takes no notice of the class: it knows where things are kept at all, and not which thing where.
 """
 
 import itertools
@@ -111,7 +111,7 @@ def looks_at(steps, config, env, looks):
         yield
 
 
-def main(argv):
+def main(argv=None):
     """Look at a policy as it is, or at some steps of its training."""
     parser = sdar.make_parser("python .lab/probe.py [flags]", description=__doc__)
     parser.add_argument("--json", default="", help="add what was seen to this file")
@@ -136,9 +136,8 @@ def main(argv):
 
     if not config.resume:  # asks whether --out may be written, before anything is kept
         sdar.load_checkpoint(config, None, None, None)
-    settings = vars(config) | {"variant": []}
     made = compare.origin(config.device)
-    runs[name] = {"settings": settings, "made": made, "looks": looks}
+    runs[name] = {"settings": vars(config), "made": made, "looks": looks}
     left = sorted(steps - {of_step["step"] for of_step in looks})
     for _ in looks_at(left, config, env, looks):
         if file:
@@ -146,4 +145,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -3,10 +3,11 @@
     python .lab/search_server.py CORPUS.jsonl             # port 8000
     python .lab/search_server.py CORPUS.jsonl --port 0    # a free port, named in the first line
 
-A row of the file has an id and contents. Answers have the form of the two public servers' that
-Search-R1's code talks to, asked with scores: POST /retrieve with query (a text) or queries (a list
-of texts), and perhaps topk, gives {"result": [[{"document": row, "score": float}, ...], ...]}.
-The index is held in memory: fit for some hundred thousand passages, not for Wikipedia.
+A row of the file has contents; what else it has comes back with them. Answers have the form of the
+two public servers' that Search-R1's code talks to, asked with scores: POST /retrieve with query (a
+text) or queries (a list of texts), and perhaps topk, gives
+{"result": [[{"document": row, "score": float}, ...], ...]}. The index is held in memory: fit for
+some hundred thousand passages, not for Wikipedia.
 """
 
 import json
@@ -42,7 +43,7 @@ class Index:
         for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             if not line.strip():
                 continue
-            with naming(f"{file}, line {number}: not a row with id and contents"):
+            with naming(f"{file}, line {number}: not a row with contents"):
                 row = json.loads(line)
                 counts = Counter(words(row["contents"]))
             for word, n in counts.items():
@@ -83,10 +84,10 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing of a request."""
 
 
-def main(argv):
+def main(argv=None):
     """Serve a file's rows on this machine alone, for ever."""
-    parser = sdar.Parser("python .lab/search_server.py", description=__doc__)
-    parser.add_argument("file", help="JSON lines with id and contents")
+    parser = sdar.Parser(usage=__doc__)
+    parser.add_argument("file", help="JSON lines with contents")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     given = parser.parse_args(argv)
     require(0 <= given.port < 2**16, f"--port {given.port}: must be from 0 to 65535")
@@ -100,4 +101,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -346,7 +346,7 @@ IMITATION = {
 }
 
 
-def main(argv):
+def main(argv=None):
     """Make the tiny policy, or teach a language model."""
     parser = sdar.make_parser("python .lab/warmstart.py [flags]", description=__doc__)
     parser.add_argument(
@@ -386,4 +386,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

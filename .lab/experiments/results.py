@@ -12,10 +12,9 @@ in compare.success:
     <!-- end -->
 
 Other forms are "gains: when", of results/when.json, and "probe: ...", "skill: ..." and "learning:
-...", of results/probe.json: see gains() and probed().
+...", of results/probe.json (with _real or _twenty, of that file): see gains() and probed().
 """
 
-import argparse
 import json
 import re
 import sys
@@ -39,9 +38,9 @@ LOOKS = {"probe": "alone", "skill": "skill", "learning": "learning"}  # {word of
 MARK = re.compile(r"(?<=<!-- table: )(.*)( -->\n)((?:.*\n)*?)(?=<!-- end -->)")
 
 
-def main(argv):
+def main(argv=None):
     """Check, unless something else is asked for."""
-    parser = sdar.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sdar.Parser(usage=__doc__)
     for name in ("--write", "--check", "--draw"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--join", nargs="+", metavar=("NAME", "FILE"))
@@ -173,4 +172,4 @@ def draw_matrices(run, path):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pytest import fixture
 
-HERE = Path(__file__).resolve().parent
-LAB = HERE.parent
+LAB = Path(__file__).resolve().parents[1]
 ROOT = LAB.parent
-for folder in (HERE, LAB / "trl", LAB / "kernel", LAB / "course", LAB / "experiments", LAB, ROOT):
-    sys.path.insert(0, str(folder))
+for folder in "tests trl kernel course experiments . ..".split():
+    sys.path.insert(0, str((LAB / folder).resolve()))
 
 import sdar
 import test_sdar

@@ -37,7 +37,7 @@ def seconds_a_step(config, on_trl):
     return (clock[-1] - clock[1]) / (len(clock) - 2), ids
 
 
-def main(argv):
+def main(argv=None):
     """Compare without and with a teacher."""
     parser = sdar.make_parser("python .lab/trl/bench.py [flags]", description=__doc__)
     given = vars(parser.parse_args(argv)) | FIXED
@@ -52,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))

@@ -223,7 +223,7 @@ def play(prompts, trainer):
     return {name: [row[name] for row in rows] for name in row}
 
 
-def main(argv):
+def main(argv=None):
     """Train as a command line says, evaluate, and write what sdar.py loads."""
     parser = sdar.make_parser("python .lab/trl/trainer.py [flags]", description=__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of LoRA's adapters [0: none]")
@@ -249,4 +249,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sdar.run(main, sys.argv[1:]))
+    sys.exit(sdar.run(main))
