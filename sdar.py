@@ -45,7 +45,7 @@ The algorithm on one screen. The order of the file is its order:
 
 An episode is one growing conversation, as in the paper's section 2.1; the official code makes every
 turn a row of its own. The defaults are the toy's: PRESETS has the paper's. How paper, official code
-and this file differ is in the last table of .lab/READING.md.
+and this file differ is in .lab/READING.md.
 
 Axes: B episodes, S tokens of a whole conversation (padded), N sampled tokens of all episodes, one
 after the other, V vocabulary, H width of the model, G episodes of a group.
@@ -87,7 +87,7 @@ from envs import HERE, SkillBank, UserError, call_all, load_skills, make_env, na
 
 PRESETS = {
     "toy": {},
-    "paper": {  # these are ALFWorld's published values, but for micro_batch and rollout_batch
+    "paper": {  # ALFWorld's published values, but for micro_batch, rollout_batch, minibatches
         "steps": 150,
         "dtype": "bfloat16",
         "micro_batch": 2,
@@ -558,8 +558,8 @@ def score(model, episodes, config, with_skill=False):
 #
 # No model, no configuration, no mask: a value for each sampled token (of group_advantages, for each
 # episode). Copy what you need into your own trainer, and give it logprobs[mask], and an episode's
-# advantage for each of its tokens. The gradient goes through logprobs alone: the teacher's and the
-# gate's are cut here. What comes back as a dict is logged under its keys. The mean is taken in
+# advantage for each of its tokens. Only logprobs may carry a gradient; a teacher's and a
+# gate's would be cut here. What comes back as a dict is logged under its keys. The mean is taken in
 # `update`, over the tokens of a mini-batch: a long episode weighs more than a short one.
 
 

@@ -178,7 +178,7 @@ SETTINGS = """
 def test_what_is_given_wins_over_the_method_the_preset_and_the_default(
     given, expected, monkeypatch
 ):
-    """The preset `paper` has the published values, but for how memory is shared out."""
+    """The preset `paper` has the published values, but for minibatches and memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert vars(configure(**given)).items() >= expected.items()
 
@@ -978,9 +978,9 @@ def test_a_path_may_be_written_otherwise_at_resume(tmp_path, monkeypatch):
     Path("bank.json").write_text(json.dumps(envs.HOME.skills()))
     trained(tmp_path, skills="bank.json", steps=1)
     trained(tmp_path, skills=tmp_path / "bank.json", steps=2, resume=True)
-    Path("bank.json").rename("other.json")
-    with raises(UserError, match="--skills was .*bank.json', now it is 'other"):
-        trained(tmp_path, skills="other.json", steps=3, resume=True)
+    Path("bank.json").rename("run/bank.json")
+    with raises(UserError, match="--skills was .*bank.json', now it is 'run"):
+        trained(tmp_path, skills="run/bank.json", steps=3, resume=True)
 
 
 def test_a_run_is_replaced_only_when_that_is_said(finished, tmp_path):

@@ -3,7 +3,7 @@
     python .lab/course/heart.py
 
 The losses are those of `python sdar.py`. Playing, and reading what was played, are its sections 2
-to 4; the formulas are the paper's.
+to 4 (and Chat, 9); the formulas are the paper's.
 """
 
 import copy

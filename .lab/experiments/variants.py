@@ -13,7 +13,7 @@ Variants stand in front of --, in any order; behind it stand the flags of sdar.p
     teacher:KIND      it is a copy that stays behind: lagged (made anew every 10 steps), or ema
                       (moved a tenth of the way before each step). Such a run cannot be resumed
     std:off           advantages are not divided by the deviation of their group
-    advantage:KIND    distillation in PPO's advantage, of the gate (gap) or the gap (reverse_kl)
+    advantage:KIND    distillation in PPO's advantage: the gate (gap), or the gap (reverse_kl)
     gate:KIND         gates fixed when the tokens were sampled: unchanged (own), or controls:
                       their mean (constant), their values on random tokens (shuffled), their
                       values less their mean (centred)

@@ -59,7 +59,10 @@ def test_its_page_is_whole_and_loads_nothing(look):
     assert "\nagain: --seed 6 --episode 2\n" in printed
     tags = [element.tag for element in ElementTree.fromstring(page).iter()]
     assert (tags.count("i"), tags.count("b"), tags.count("mark")) == (20, 27, 1)
-    numbers = "4.7 %; teacher 0.00  99.9 %; gap 3.05; gate 1.00; by reward 1.62; by teacher 1.00"
+    numbers = (
+        "student -3.05   4.7 %; teacher 0.00  99.9 %; gap 3.05; gate 1.00; "
+        "by reward 1.62; by teacher 1.00"
+    )
     assert numbers in page
     assert ">go to </i><i" in page  # whole words stand apart
     assert not re.search(r"<script|https?:|url\(|@import|\$[a-z]+|src=", page)
