@@ -643,7 +643,7 @@ def skill_sd_loss(logprobs, teacher_logprobs, old):
     """Skill-SD (arXiv 2604.10674, a baseline of section 3): rho (exp(gap) - gap - 1), gap = teacher
     - student, rho = exp(student - old), not detached; all (N,).
 
-    Within the clamps the gradient on a token is -rho gap grad log pi: that of the reverse KL's
+    Within the clamps the gradient on a token is -rho gap grad log pi, that of the reverse KL's
     estimate: it can also push down, and without bound."""
     gap = teacher_logprobs.detach() - logprobs
     k3 = gap.clamp(max=20).exp() - gap - 1
